@@ -1,0 +1,144 @@
+"""Modulated deformable convolution (Zhu et al., "Deformable ConvNets v2", CVPR 2019): one module, several kernels.
+
+Every kernel computes, for output pixel p and the K taps k of a 3x3 convolution,
+
+    y(p) = sum_k  W_k  x(p + k + offset_k(p)) * mask_k(p)
+
+with x sampled bilinearly and 0 outside. The default kernel is plain PyTorch and runs everywhere.
+
+Legend: B batch, C channels, H W spatial, T taps (9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from pem_lightning.errors import UserError
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(features, offsets, mask, weight) -> output; see `deform_conv_torch` for shapes."""
+
+
+def deform_conv_torch(
+    x: Float[Tensor, "B C_in H W"],
+    offsets: Float[Tensor, "B two_T H W"],
+    mask: Float[Tensor, "B T H W"],
+    weight: Float[Tensor, "C_out C_in k k"],
+) -> Float[Tensor, "B C_out H W"]:
+    """The operator in plain PyTorch, exact with all gradients.
+
+    Bilinear sampling is a weighted bag of four corner features, so `embedding_bag` over channels-last features
+    gathers, weighs and adds them without ever holding the four corners; one matrix product does the rest.
+
+    Args:
+        x: input features.
+        offsets: (dy, dx) of tap 0, (dy, dx) of tap 1, ... in pixels.
+        mask: modulation of every tap.
+        weight: of an ordinary k x k convolution with padding k // 2 and stride 1.
+    """
+    B, C, H, W = x.shape
+    C_out, k = weight.shape[0], weight.shape[-1]
+    T = k * k
+    indices, corner_weights = _corners(offsets.float() if x.dtype != torch.float64 else offsets, mask, k)
+    table = x.permute(0, 2, 3, 1).reshape(B * H * W, C).to(corner_weights.dtype)
+    samples = F.embedding_bag(indices, table, per_sample_weights=corner_weights, mode="sum")
+    flat_weight = weight.permute(2, 3, 1, 0).reshape(T * C, C_out)
+    out = samples.to(x.dtype).view(B * H * W, T * C) @ flat_weight
+    return out.view(B, H, W, C_out).permute(0, 3, 1, 2)
+
+
+def _corners(
+    offsets: Float[Tensor, "B two_T H W"], mask: Float[Tensor, "B T H W"], k: int
+) -> tuple[Int64[Tensor, "bags 4"], Float[Tensor, "bags 4"]]:
+    """Row indices into the flattened features, and weights, of the four corners of every sample.
+
+    A bag is one tap of one output pixel, ordered batch, row, column, tap. A corner outside the map keeps a valid index
+    and gets weight 0.
+    """
+    B, T, H, W = mask.shape
+    kwargs = {"device": offsets.device, "dtype": offsets.dtype}
+    taps = torch.arange(k, **kwargs) - k // 2
+    offsets = offsets.view(B, T, 2, H, W).permute(2, 0, 3, 4, 1)
+    y = offsets[0] + (torch.arange(H, **kwargs)[:, None, None] + taps.repeat_interleave(k))
+    x = offsets[1] + (torch.arange(W, **kwargs)[:, None] + taps.repeat(k))
+    # Far outside nothing is read; the clamp keeps the integer conversion below defined.
+    y, x = y.clamp(-2, H + 1), x.clamp(-2, W + 1)
+    y0, x0 = y.detach().floor(), x.detach().floor()
+    fy, fx = y - y0, x - x0
+    modulation = mask.permute(0, 2, 3, 1).to(offsets.dtype)
+    row_starts = torch.arange(B, device=offsets.device).view(B, 1, 1, 1) * (H * W)
+
+    indices, weights = [], []
+    for yi, wy in ((y0, (1 - fy) * modulation), (y0 + 1, fy * modulation)):
+        row_inside = (yi >= 0) & (yi < H)
+        rows = row_starts + yi.clamp(0, H - 1).long() * W
+        for xi, wx in ((x0, 1 - fx), (x0 + 1, fx)):
+            inside = row_inside & (xi >= 0) & (xi < W)
+            indices.append(rows + xi.clamp(0, W - 1).long())
+            weights.append(wy * wx * inside)
+    return torch.stack(indices, -1).view(-1, 4), torch.stack(weights, -1).view(-1, 4)
+
+
+def _torchvision_kernel() -> Kernel:
+    from torchvision.ops import deform_conv2d
+
+    def kernel(x: Tensor, offsets: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        padding = weight.shape[-1] // 2
+        return deform_conv2d(x, offsets, weight, padding=padding, mask=mask)
+
+    return kernel
+
+
+def _mmcv_kernel() -> Kernel:
+    from mmcv.ops import modulated_deform_conv2d
+
+    def kernel(x: Tensor, offsets: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        padding = weight.shape[-1] // 2
+        return modulated_deform_conv2d(x, offsets, mask, weight, None, 1, padding, 1, 1, 1)
+
+    return kernel
+
+
+@cache
+def get_kernel(name: str) -> Kernel:
+    """Look up a kernel: "torch", "torchvision", "mmcv", or "auto" (the one that is always there, "torch").
+
+    Raises:
+        UserError: the name is unknown, or its library cannot be loaded.
+    """
+    loaders = {"torchvision": _torchvision_kernel, "mmcv": _mmcv_kernel}
+    if name in ("auto", "torch"):
+        return deform_conv_torch
+    if name not in loaders:
+        raise UserError(f"unknown deformable convolution kernel {name!r}: choose auto, torch, torchvision or mmcv")
+    try:
+        return loaders[name]()
+    except Exception as error:  # a torchvision built for another torch raises RuntimeError on import
+        raise UserError(f"kernel={name} needs a working {name} ({error}): install it, or use kernel=auto") from error
+
+
+class DeformableConv(nn.Module):
+    """3x3 modulated deformable convolution that predicts its own offsets and modulation.
+
+    Starts as an ordinary convolution with every tap weighed 1/2: the offset layer is initialised to zero.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: str = "auto") -> None:
+        super().__init__()
+        self.offset = nn.Conv2d(in_channels, 27, 3, padding=1)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        self.kernel = get_kernel(kernel)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H W"]:
+        """Predict 18 offset channels, (dy, dx) per tap, and 9 modulation logits, then convolve."""
+        offsets, mask = self.offset(x).split((18, 9), dim=1)
+        return self.kernel(x, offsets, mask.sigmoid(), self.weight)

@@ -1,0 +1,65 @@
+"""Building blocks that several parts of the network share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NormFactory = Callable[[int], nn.Module]
+"""Makes a normalisation layer for a number of channels."""
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that never learns: constant scale, shift and statistics, as ADE20K's ResNet uses.
+
+    Loads and saves exactly like `nn.BatchNorm2d`.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.eval()
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm2d:
+        """Stays in evaluation mode whatever is asked."""
+        return super().train(False)
+
+
+class ConvBNReLU(nn.Module):
+    """Convolution without bias that keeps the size at stride 1, batch normalisation, ReLU."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        norm: NormFactory = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+        self.bn = norm(out_channels)
+        nn.init.kaiming_normal_(self.conv.weight, a=1)
+
+    def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H_out W_out"]:
+        """Apply the three in order."""
+        return F.relu(self.bn(self.conv(x)))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them (none after the last)."""
+
+    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [in_channels] + [hidden_channels] * (num_layers - 1) + [out_channels]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Float[Tensor, "*batch C_in"]) -> Float[Tensor, "*batch C_out"]:
+        """Map the last axis."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+        return last(x)

@@ -1,0 +1,151 @@
+"""The query decoder: layers of PEM-CA, self-attention and feed-forward, with a prediction after each.
+
+The frame is Mask2Former's (Cheng et al., CVPR 2022): learned queries visit the pixel decoder's levels from coarse to
+fine, in turns, and the masks they predict decide where they look next.
+
+Legend: B batch, Q queries, C channels, H W spatial, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pem_lightning.networks.layers import MLP
+from pem_lightning.networks.position_encoding import sine_position_encoding
+from pem_lightning.networks.prototype_attention import PrototypeCrossAttention
+from pem_lightning.types import Predictions
+
+NUM_LEVELS = 3
+"""The decoder visits strides 32, 16 and 8."""
+
+
+class SelfAttention(nn.Module):
+    """Pre-norm self-attention between the queries; the values carry no position."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True)
+        nn.init.xavier_uniform_(self.attention.out_proj.weight)
+
+    def forward(
+        self, queries: Float[Tensor, "B Q C"], query_positions: Float[Tensor, "Q C"]
+    ) -> Float[Tensor, "B Q C"]:
+        """Update the queries."""
+        values = self.norm(queries)
+        positioned = values + query_positions
+        return queries + self.attention(positioned, positioned, values, need_weights=False)[0]
+
+
+class FeedForward(nn.Module):
+    """Pre-norm two-layer perceptron."""
+
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.linear1 = nn.Linear(channels, hidden_channels)
+        self.linear2 = nn.Linear(hidden_channels, channels)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def forward(self, queries: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
+        """Update the queries."""
+        return queries + self.linear2(F.relu(self.linear1(self.norm(queries))))
+
+
+class DecoderLayer(nn.Module):
+    """PEM-CA, then self-attention, then feed-forward."""
+
+    def __init__(self, channels: int, num_heads: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.cross_attention = PrototypeCrossAttention(channels, num_heads)
+        self.self_attention = SelfAttention(channels, num_heads)
+        self.feed_forward = FeedForward(channels, hidden_channels)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        query_positions: Float[Tensor, "Q C"],
+        features: Float[Tensor, "B C H W"],
+        feature_positions: Float[Tensor, "C H W"],
+        mask_logits: Float[Tensor, "B Q H W"],
+    ) -> Float[Tensor, "B Q C"]:
+        """Update the queries; arguments as of `PrototypeCrossAttention`."""
+        queries = self.cross_attention(queries, query_positions, features, feature_positions, mask_logits)
+        return self.feed_forward(self.self_attention(queries, query_positions))
+
+
+class TransformerDecoder(nn.Module):
+    """Learned queries -> class logits and mask logits.
+
+    Args:
+        in_channels: of the pixel decoder's levels.
+        mask_channels: of the mask features.
+        num_classes: K, "no object" not counted.
+        num_queries: how many segments an image can have at most.
+        channels: of the queries.
+        num_layers: the levels are visited in turns, 32, 16, 8, 32, ...
+        num_heads: of PEM-CA and of self-attention.
+        hidden_channels: of the feed-forward layers.
+        auxiliary: when to return the intermediate predictions that deep supervision needs.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 128,
+        mask_channels: int = 256,
+        *,
+        num_classes: int,
+        num_queries: int = 100,
+        channels: int = 256,
+        num_layers: int = 6,
+        num_heads: int = 8,
+        hidden_channels: int = 2048,
+        auxiliary: Literal["training", "always", "never"] = "training",
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.auxiliary = auxiliary
+        self.query_features = nn.Embedding(num_queries, channels)
+        self.query_positions = nn.Embedding(num_queries, channels)
+        self.level_embedding = nn.Embedding(NUM_LEVELS, channels)
+        self.input_projections = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(NUM_LEVELS))
+        self.layers = nn.ModuleList(DecoderLayer(channels, num_heads, hidden_channels) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(channels)
+        self.class_head = nn.Linear(channels, num_classes + 1)
+        self.mask_head = MLP(channels, channels, mask_channels, 3)
+        for projection in self.input_projections:
+            nn.init.kaiming_uniform_(projection.weight, a=1)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self, mask_features: Float[Tensor, "B C_mask H W"], levels: list[Float[Tensor, "B C_in _ _"]]
+    ) -> Predictions:
+        """Decode; the arguments are what `PixelDecoder` returns."""
+        inputs = [
+            projection(level) + embedding[:, None, None]
+            for projection, level, embedding in zip(
+                self.input_projections, levels, self.level_embedding.weight, strict=True
+            )
+        ]
+        positions = [sine_position_encoding(*x.shape[-2:], self.channels, device=x.device).to(x.dtype) for x in inputs]
+        queries = self.query_features.weight.expand(len(mask_features), -1, -1)
+        predictions = [self._predict(queries, mask_features)]
+        for i, layer in enumerate(self.layers):
+            features = inputs[i % NUM_LEVELS]
+            mask_logits = predictions[-1].mask_logits.detach()
+            mask_logits = F.interpolate(mask_logits, features.shape[-2:], mode="bilinear", align_corners=False)
+            queries = layer(queries, self.query_positions.weight, features, positions[i % NUM_LEVELS], mask_logits)
+            predictions.append(self._predict(queries, mask_features))
+        *auxiliary, final = predictions
+        wanted = self.auxiliary == "always" or (self.auxiliary == "training" and self.training)
+        return final._replace(auxiliary=tuple(auxiliary)) if wanted else final
+
+    def _predict(self, queries: Float[Tensor, "B Q C"], mask_features: Float[Tensor, "B C_mask H W"]) -> Predictions:
+        normed = self.norm(queries)
+        mask_logits = (self.mask_head(normed) @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
+        return Predictions(self.class_head(normed), mask_logits)
