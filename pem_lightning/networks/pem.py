@@ -25,7 +25,9 @@ def padded_size(height: int, width: int) -> tuple[int, int]:
 class PEM(nn.Module):
     """Backbone -> pixel decoder -> transformer decoder."""
 
-    def __init__(self, backbone: Backbone, pixel_decoder: PixelDecoder, transformer_decoder: TransformerDecoder) -> None:
+    def __init__(
+        self, backbone: Backbone, pixel_decoder: PixelDecoder, transformer_decoder: TransformerDecoder
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pixel_decoder = pixel_decoder

@@ -98,7 +98,9 @@ class PixelDecoder(nn.Module):
         coarse_to_fine = features[::-1]
         context = self.global_context(coarse_to_fine[0].mean(dim=(2, 3), keepdim=True))
         levels = []
-        for feature, lateral, csm, upsampling in zip(coarse_to_fine, self.laterals, self.csm, self.upsampling, strict=False):
+        for feature, lateral, csm, upsampling in zip(
+            coarse_to_fine, self.laterals, self.csm, self.upsampling, strict=False
+        ):
             level, context = upsampling(csm(lateral(feature)) + context)
             levels.append(level)
         finest = self.csm[-1](self.laterals[-1](coarse_to_fine[-1])) + context

@@ -32,9 +32,7 @@ class SelfAttention(nn.Module):
         self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True)
         nn.init.xavier_uniform_(self.attention.out_proj.weight)
 
-    def forward(
-        self, queries: Float[Tensor, "B Q C"], query_positions: Float[Tensor, "Q C"]
-    ) -> Float[Tensor, "B Q C"]:
+    def forward(self, queries: Float[Tensor, "B Q C"], query_positions: Float[Tensor, "Q C"]) -> Float[Tensor, "B Q C"]:
         """Update the queries."""
         values = self.norm(queries)
         positioned = values + query_positions

@@ -1,0 +1,31 @@
+"""Trackers that need a hand to start."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+
+log = logging.getLogger(__name__)
+
+
+def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
+    """Make a Weights & Biases logger that works offline when nobody is logged in, and says how to upload later.
+
+    Args:
+        save_dir: where the run's files go.
+        kwargs: of `WandbLogger`; `offline` decides by itself when it is not given.
+    """
+    import wandb
+
+    offline = kwargs.pop("offline", None)
+    if offline is None:
+        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled") or not wandb.login(prompt=False, verify=False)
+    if offline:
+        log.warning(
+            "wandb: nobody is logged in, so the run is kept offline; upload it with: wandb sync %s/wandb/*", save_dir
+        )
+    return WandbLogger(save_dir=save_dir, offline=offline, **kwargs)

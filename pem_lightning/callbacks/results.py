@@ -1,0 +1,104 @@
+"""The end of a run: a table of classes on the console, the same numbers as files, and where everything is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from pem_lightning.evaluation import Evaluation
+from pem_lightning.files import write_text
+from pem_lightning.types import DatasetInfo
+
+
+def class_table(evaluation: Evaluation, info: DatasetInfo) -> Table:
+    """All classes with their metrics in percent; a dash where a class does not occur."""
+    rows = evaluation.per_class(info)
+    table = Table(title=f"{info.name}, by class (percent)", header_style="bold")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in ("class", "kind") else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    return table
+
+
+def summary(evaluation: Evaluation) -> str:
+    """The headline numbers in one or two lines."""
+    lines = []
+    if (panoptic := evaluation.panoptic) is not None:
+        groups = (("all", panoptic.all), ("things", panoptic.things), ("stuff", panoptic.stuff))
+        lines.append(
+            "   ".join(f"{name}: PQ {100 * g.pq:.1f} SQ {100 * g.sq:.1f} RQ {100 * g.rq:.1f}" for name, g in groups)
+        )
+    semantic = evaluation.semantic
+    lines.append(f"mIoU {100 * semantic.miou:.1f}   pixel accuracy {100 * semantic.pixel_accuracy:.1f}")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.1f}"
+    return str(value)
+
+
+class Results(Callback):
+    """Prints and writes the last validation's numbers when a run ends.
+
+    Args:
+        directory: gets `metrics.json` and `per_class.csv`.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report training's last validation."""
+        self._report(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report an evaluation by itself."""
+        if trainer.state.fn == "validate":
+            self._report(trainer, pl_module)
+
+    @rank_zero_only
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        evaluation, info = pl_module.evaluation, pl_module.info
+        if evaluation is None:  # stopped before the first validation
+            return
+        rows = evaluation.per_class(info)
+        metrics = {"step": trainer.global_step, **evaluation.scalars(), "per_class": rows}
+        write_text(self.directory / "metrics.json", json.dumps(_without_nan(metrics), indent=2) + "\n")
+        with (self.directory / "per_class.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        console = Console()
+        console.print(class_table(evaluation, info))
+        console.print(summary(evaluation), highlight=False)
+        for what, path in self._places():
+            console.print(f"{what:12} {path}", highlight=False, soft_wrap=True)
+
+    def _places(self) -> list[tuple[str, Path]]:
+        places = {
+            "checkpoints": "checkpoints",
+            "curves": "curves.png",
+            "overlays": "panels",
+            "numbers": "metrics.json",
+        }
+        return [(what, self.directory / name) for what, name in places.items() if (self.directory / name).exists()]
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; null says the same."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,106 @@
+"""What stands between the command line and the job: checks whose errors name the cure."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pem_lightning.checkpoints import read_checkpoint
+from pem_lightning.errors import UserError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+_NOT_TAKEN_OVER = ("resume", "output_dir", "hydra", "trainer", "logger", "callbacks")
+"""Choices of a training run that say nothing about evaluating or using its result."""
+
+
+def key_of(override: str) -> str:
+    """The key that a command-line override changes: `+recipe.lr=1` -> `recipe.lr`."""
+    return override.split("=", 1)[0].lstrip("+~").split("@")[0]
+
+
+def is_override(argument: str) -> bool:
+    """Whether a command-line argument is an override and no option."""
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+
+
+def take_over_choices(arguments: Sequence[str]) -> list[str]:
+    """Put the overrides that a checkpoint was trained with before the command line's own, which win.
+
+    Args:
+        arguments: the command line, with `checkpoint=PATH`.
+
+    Raises:
+        UserError: the file is no checkpoint of ours.
+    """
+    paths = [a.split("=", 1)[1] for a in arguments if is_override(a) and key_of(a) == "checkpoint"]
+    if not paths:
+        return list(arguments)
+    own = {key_of(a) for a in arguments if is_override(a)}
+    trained = read_checkpoint(paths[-1].strip("'\"")).overrides
+    taken = [o for o in trained if key_of(o) not in own and key_of(o).split(".")[0] not in _NOT_TAKEN_OVER]
+    return [*taken, *arguments]
+
+
+def check_composes(job: str, arguments: Sequence[str]) -> None:
+    """Compose the experiment once, so that a mistake on the command line becomes one clear line.
+
+    Raises:
+        UserError: a key or a choice does not exist, or an override cannot be parsed.
+    """
+    overrides = [a for a in arguments if is_override(a)]
+    if len(overrides) < len(arguments) and not any(a.startswith("-") for a in arguments):
+        stray = next(a for a in arguments if not is_override(a))
+        raise UserError(f"{stray!r} is no override: write key=value, e.g. task=panoptic")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            hydra.compose(job, overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_explain(error, job)) from error
+
+
+def _explain(error: Exception, job: str) -> str:
+    """One line for one of Hydra's errors, with the nearest key or choice where one is near."""
+    text = str(error)
+    if match := re.search(r"Could not (?:override|find) '([^']+)'", text):
+        wrong = match[1]
+        if options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text):
+            choices = options[1].split()
+            return f"there is no {wrong.replace('/', '=', 1)}{_nearest(wrong.split('/')[-1], choices)}; choose one of: {', '.join(choices)}"
+        return f"there is no key {wrong}{_nearest(wrong, _all_keys(hydra.compose(job)))}; see them all with --cfg job"
+    return " ".join(text.split())
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _all_keys(config: DictConfig) -> list[str]:
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                yield f"{prefix}{key}"
+                yield from walk(value, f"{prefix}{key}.")
+
+    return list(walk(OmegaConf.to_container(config, resolve=False), ""))
+
+
+def user_error_behind(error: BaseException | None) -> str | None:
+    """The one line to show if the cause of an error is a user's, None if it is a bug."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return str(error)
+        if isinstance(error, MisconfigurationException | OmegaConfBaseException):
+            return " ".join(str(error).split())
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,83 @@
+"""From the network's predictions to the result of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from jaxtyping import Int32, Int64
+from torch import Tensor
+
+from pem_lightning.inference.postprocess import Size, panoptic, semantic
+from pem_lightning.types import Predictions, Segment
+
+
+def size_of(x: Tensor) -> Size:
+    """Height and width, the last two axes."""
+    height, width = x.shape[-2:]
+    return height, width
+
+
+class Result(NamedTuple):
+    """What was found in one image; `panoptic` is None where the task has no segments.
+
+    Attributes:
+        semantic: class index of every pixel.
+        panoptic: segment id of every pixel, `VOID_ID` where no segment is.
+        segments: what the ids mean.
+    """
+
+    semantic: Int64[Tensor, "height width"]
+    panoptic: Int32[Tensor, "height width"] | None = None
+    segments: tuple[Segment, ...] = ()
+
+
+class TaskInference:
+    """Post-processing with a task's settings.
+
+    Args:
+        task: "panoptic" or "semantic".
+        thing_classes: the classes whose objects are separate segments.
+        resize_first: see `postprocess.semantic`.
+        object_mask_threshold: see `postprocess.panoptic`.
+        overlap_threshold: see `postprocess.panoptic`.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        thing_classes: Collection[int],
+        *,
+        resize_first: bool = True,
+        object_mask_threshold: float = 0.8,
+        overlap_threshold: float = 0.8,
+    ) -> None:
+        self.task = task
+        self.thing_classes = frozenset(thing_classes)
+        self.resize_first = resize_first
+        self.object_mask_threshold = object_mask_threshold
+        self.overlap_threshold = overlap_threshold
+
+    def __call__(self, predictions: Predictions, image_size: Size, output_size: Size) -> Result:
+        """Process one image.
+
+        Args:
+            predictions: of a batch of one image.
+            image_size: height and width of what the network was given.
+            output_size: height and width of the wanted result.
+        """
+        class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]
+        height, width = size_of(mask_logits)
+        sizes = {"padded_size": (4 * height, 4 * width), "image_size": image_size, "output_size": output_size}
+        scores = semantic(class_logits, mask_logits, resize_first=self.resize_first, **sizes)
+        if self.task == "semantic":
+            return Result(scores.argmax(0))
+        panoptic_map, segments = panoptic(
+            class_logits,
+            mask_logits,
+            thing_classes=self.thing_classes,
+            object_mask_threshold=self.object_mask_threshold,
+            overlap_threshold=self.overlap_threshold,
+            **sizes,
+        )
+        return Result(scores.argmax(0), panoptic_map, tuple(segments))

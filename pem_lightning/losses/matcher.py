@@ -1,0 +1,165 @@
+"""Which query answers for which segment: Hungarian matching (DETR; on sampled points as in Mask2Former).
+
+Legend: L decoder layers, B batch, Q queries, K classes, N segments of an image (padded to the largest number),
+H W spatial, P points.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pem_lightning.losses.point_sampling import UniformSource, sample_masks, sample_points, uniform
+from pem_lightning.types import Predictions, Target
+
+LARGEST_LOGIT = 1e4
+"""Beyond it lie no meaningful logits, and sums of such costs over all points stay far from overflow."""
+
+
+class Match(NamedTuple):
+    """The matched pairs of one image, on the CPU, in the order of the queries."""
+
+    queries: Int64[Tensor, " pairs"]
+    segments: Int64[Tensor, " pairs"]
+
+
+class HungarianMatcher:
+    """Finds the one-to-one assignment of queries to segments that costs least.
+
+    The cost of a pair is the sum of three weighted terms that approximate the losses: minus the probability of the
+    segment's class, and the binary cross-entropy and dice loss between the masks, at points that all pairs of an
+    image share.
+
+    All layers of a batch are matched in one pass, with a single transfer from the device. Costs are computed in
+    float32 whatever the autocast state, and are always finite.
+
+    Args:
+        class_weight: weight of the class cost.
+        mask_weight: weight of the masks' cross-entropy.
+        dice_weight: weight of the masks' dice loss.
+        num_points: P, how many points the masks are compared at.
+        rand: source of the points, drawn at once for all layers and images: `[L, B, P, 2]`.
+    """
+
+    def __init__(
+        self,
+        *,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        num_points: int = 12544,
+        rand: UniformSource = uniform,
+    ) -> None:
+        self.class_weight = class_weight
+        self.mask_weight = mask_weight
+        self.dice_weight = dice_weight
+        self.num_points = num_points
+        self.rand = rand
+        self._warned = False
+
+    @torch.no_grad()
+    def __call__(self, layers: Sequence[Predictions], targets: Sequence[Target]) -> list[list[Match]]:
+        """Match every image's segments, for every layer.
+
+        Args:
+            layers: predictions of one batch by several layers; their `auxiliary` is not looked at.
+            targets: one per image, masks of one size.
+
+        Returns:
+            `matches[layer][image]`, each with as many pairs as there are segments, or queries if these are fewer.
+        """
+        device = layers[0].mask_logits.device
+        counts = [len(target.labels) for target in targets]
+        masks = torch.cat([target.masks for target in targets])
+        labels = pad_sequence([target.labels for target in targets], batch_first=True)  # B N
+        image_of_mask = torch.arange(len(targets)).repeat_interleave(torch.tensor(counts))
+        image_of_mask = image_of_mask.to(device, non_blocking=True)
+        mask_index = torch.arange(len(masks), device=device)
+        points_of_layers = self.rand((len(layers), len(targets), self.num_points, 2), device)
+        costs, finite = [], []
+        with torch.autocast(device.type, enabled=False):
+            for layer, points in zip(layers, points_of_layers, strict=True):
+                sampled = sample_masks(masks, mask_index, points[image_of_mask])
+                target_points = pad_sequence(list(sampled.split(counts)), batch_first=True)  # B N P
+                cost, is_finite = self._cost(layer, points, labels, target_points)
+                costs.append(cost)
+                finite.append(is_finite)
+            # The flag travels with the costs: reading it by itself would make the host wait for the device once more.
+            numbers = torch.cat([torch.stack(costs).flatten(), torch.stack(finite).all()[None].float()]).cpu()
+        if not numbers[-1]:
+            self._warn()
+        matrices = numbers[:-1].view(len(layers), *costs[0].shape)
+        return [[_assign(cost[:, :n]) for cost, n in zip(images, counts, strict=True)] for images in matrices]
+
+    def _cost(
+        self,
+        layer: Predictions,
+        points: Float[Tensor, "batch points 2"],
+        labels: Int64[Tensor, "batch segments"],
+        target: Float[Tensor, "batch segments points"],
+    ) -> tuple[Float[Tensor, "batch queries segments"], Bool[Tensor, ""]]:
+        """Cost of every pair, and whether all predictions it was computed from are finite."""
+        class_logits = layer.class_logits.float()
+        logits = sample_points(layer.mask_logits.float(), points)  # B Q P
+        is_finite = class_logits.isfinite().all() & logits.isfinite().all()
+        probability = _finite(class_logits).softmax(-1)
+        logits = _finite(logits)
+
+        label_of_pair = labels[:, None].expand(-1, logits.shape[1], -1)  # B Q N
+        # The loss is -log p; -p is of the same scale as the mask costs and works better. The 1 of 1 - p is left out:
+        # it does not change the assignment.
+        class_cost = -probability.gather(2, label_of_pair)
+        return (
+            self.class_weight * class_cost
+            + self.mask_weight * pairwise_cross_entropy(logits, target)
+            + self.dice_weight * pairwise_dice(logits, target)
+        ), is_finite
+
+    def _warn(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "Predictions contain NaN or infinity. Matching goes on with finite values in their place, the loss "
+                "will not be finite. If this keeps happening, lower the learning rate or train in bf16 or 32 bit.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def pairwise_cross_entropy(
+    logits: Float[Tensor, "batch queries points"], target: Float[Tensor, "batch segments points"]
+) -> Float[Tensor, "batch queries segments"]:
+    """Binary cross-entropy of every query with every segment, mean over the points.
+
+    Two matrix products: -log sigmoid(x) = softplus(-x) counts where the target is 1, softplus(x) where it is 0.
+    """
+    foreground = F.softplus(-logits) @ target.mT
+    background = F.softplus(logits) @ (1 - target).mT
+    return (foreground + background) / logits.shape[-1]
+
+
+def pairwise_dice(
+    logits: Float[Tensor, "batch queries points"], target: Float[Tensor, "batch segments points"]
+) -> Float[Tensor, "batch queries segments"]:
+    """Dice loss of every query with every segment; the 1 in both parts of the fraction allows for empty masks."""
+    probability = logits.sigmoid()
+    overlap = probability @ target.mT  # B Q N
+    total = probability.sum(-1)[:, :, None] + target.sum(-1)[:, None, :]
+    return 1 - (2 * overlap + 1) / (total + 1)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    return logits.nan_to_num(nan=0.0).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+
+
+def _assign(cost: Float[Tensor, "queries segments"]) -> Match:
+    queries, segments = linear_sum_assignment(cost.numpy())
+    return Match(torch.from_numpy(queries), torch.from_numpy(segments))

@@ -1,0 +1,134 @@
+"""What the optimiser is given: parameter groups and a learning-rate schedule, as PEM's authors train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+"""Modules whose parameters scale and shift what is already normalised: shrinking them regularises nothing."""
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.05, backbone_lr_multiplier: float = 0.1
+) -> list[dict[str, Any]]:
+    """Split trainable parameters by learning rate and weight decay.
+
+    Norms and embeddings do not decay; biases do, as in the authors' training. Everything under a module called
+    `backbone` learns more slowly. Parameters that share both values share a group, because optimisers update a group
+    at once.
+
+    Args:
+        model: the network, or a module that holds it.
+        lr: learning rate outside of the backbone.
+        weight_decay: decay of all that decays.
+        backbone_lr_multiplier: the backbone's share of `lr`.
+
+    Returns:
+        Groups for a `torch.optim` optimiser, in the order of the first parameter of each.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    seen: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        group_lr = lr * backbone_lr_multiplier if "backbone" in module_name.split(".") else lr
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            decay = 0.0 if _is_norm_or_embedding(module, name) else weight_decay
+            group = groups.setdefault((group_lr, decay), {"params": [], "lr": group_lr, "weight_decay": decay})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _is_norm_or_embedding(module: nn.Module, name: str) -> bool:
+    # Vision transformers keep embeddings and position tables as bare parameters, known by name alone.
+    return isinstance(module, (*NORMS, nn.Embedding)) or "embed" in name or name == "relative_position_bias_table"
+
+
+def cosine_schedule(
+    optimizer: Optimizer,
+    *,
+    max_iterations: int,
+    end_lr: float = 0.0,
+    warmup_iterations: int = 0,
+    warmup_factor: float = 0.001,
+) -> LambdaLR:
+    """Decay along half a cosine: lr(t) = end + (base - end) (1 + cos(pi t / max)) / 2. To be stepped every iteration.
+
+    One factor scales all groups, so that their proportions stay.
+
+    Args:
+        optimizer: its groups' learning rates are the base values.
+        max_iterations: when the end is reached; the rate stays there afterwards.
+        end_lr: last learning rate of the group with the largest one.
+        warmup_iterations: how long to rise linearly to the decay's value; 0 for none, as in the paper.
+        warmup_factor: where the rise begins, as a share of the base value.
+    """
+    return _schedule(
+        optimizer,
+        lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+        max_iterations=max_iterations,
+        end_lr=end_lr,
+        warmup_iterations=warmup_iterations,
+        warmup_factor=warmup_factor,
+    )
+
+
+def polynomial_schedule(
+    optimizer: Optimizer,
+    *,
+    max_iterations: int,
+    power: float = 0.9,
+    end_lr: float = 0.0,
+    warmup_iterations: int = 0,
+    warmup_factor: float = 0.001,
+) -> LambdaLR:
+    """Decay along a power: lr(t) = end + (base - end) (1 - t / max)^power. Otherwise as `cosine_schedule`."""
+    return _schedule(
+        optimizer,
+        lambda progress: (1 - progress) ** power,
+        max_iterations=max_iterations,
+        end_lr=end_lr,
+        warmup_iterations=warmup_iterations,
+        warmup_factor=warmup_factor,
+    )
+
+
+def _schedule(
+    optimizer: Optimizer,
+    decay: Callable[[float], float],
+    *,
+    max_iterations: int,
+    end_lr: float,
+    warmup_iterations: int,
+    warmup_factor: float,
+) -> LambdaLR:
+    """Turn a decay from 1 to 0 over a progress from 0 to 1 into a scheduler."""
+    end = end_lr / max(group["lr"] for group in optimizer.param_groups)
+
+    def main(iteration: int) -> float:
+        return end + (1 - end) * decay(min(iteration / max_iterations, 1.0))
+
+    def factor(iteration: int) -> float:
+        if iteration >= warmup_iterations:
+            return main(iteration)
+        return warmup_factor + (main(warmup_iterations) - warmup_factor) * iteration / warmup_iterations
+
+    return LambdaLR(optimizer, factor)

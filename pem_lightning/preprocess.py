@@ -1,0 +1,43 @@
+"""From uint8 images to what the network takes. Normalised first, then padded with 0, as the authors do.
+
+Legend: B batch, N segments, H W spatial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from pem_lightning.networks.pem import padded_size
+from pem_lightning.types import Target
+
+IMAGE_MEAN = (123.675, 116.280, 103.530)
+"""ImageNet's mean over RGB values of 0 to 255."""
+IMAGE_STD = (58.395, 57.120, 57.375)
+"""ImageNet's standard deviation, likewise."""
+
+
+def normalize(image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
+    """Bring an RGB image to mean 0 and deviation 1 over ImageNet."""
+    mean = torch.tensor(IMAGE_MEAN, device=image.device)[:, None, None]
+    std = torch.tensor(IMAGE_STD, device=image.device)[:, None, None]
+    return (image - mean) / std
+
+
+def pad_batch(
+    images: Sequence[UInt8[Tensor, "3 _ _"]], targets: Sequence[Target]
+) -> tuple[Float[Tensor, "B 3 H W"], list[Target]]:
+    """Normalise images and bring them, and their masks, to one size at right and bottom: a multiple of 32.
+
+    Padding is background of every mask.
+    """
+    height, width = padded_size(max(x.shape[1] for x in images), max(x.shape[2] for x in images))
+
+    def pad(x: Tensor) -> Tensor:
+        return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
+
+    return torch.stack([pad(normalize(x)) for x in images]), [Target(t.labels, pad(t.masks)) for t in targets]

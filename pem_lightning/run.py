@@ -1,0 +1,225 @@
+"""Where Hydra meets Lightning: the three jobs, from a composed experiment to a result."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.progress import track
+
+from pem_lightning.checkpoints import Checkpoint, check_fits, load_network, read_checkpoint
+from pem_lightning.config import CONF, check_composes, take_over_choices, user_error_behind
+from pem_lightning.data import SegmentationDataModule
+from pem_lightning.errors import UserError
+from pem_lightning.inference import find_images, write_coco_panoptic
+from pem_lightning.inference.predictor import Predictor
+from pem_lightning.inference.task import TaskInference
+from pem_lightning.module import PEMModule
+from pem_lightning.types import DatasetInfo
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> float:
+    """Train; returns the best value of the task's metric in percent, for sweeps."""
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    checkpoint = _checkpoint_to_resume(cfg)
+    trainer = build_trainer(cfg)
+    datamodule = build_datamodule(cfg, trainer.world_size)
+    module = build_module(cfg, datamodule.info)
+    if checkpoint is not None:
+        check_fits(module.network, checkpoint)
+        log.info("resuming %s at step %d", checkpoint.path, checkpoint.step)
+    # Lightning's own records of a checkpoint are plain data, too, so that nothing needs to be trusted.
+    trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
+    best = [c.best_model_score for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == cfg.task.monitor]
+    score = best[0] if best and best[0] is not None else trainer.callback_metrics.get(cfg.task.monitor)
+    return float("nan") if score is None else float(score)
+
+
+def evaluate(cfg: DictConfig) -> float:
+    """Evaluate a checkpoint on the validation images; returns the task's metric in percent."""
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    checkpoint = _take_network(cfg)
+    trainer = build_trainer(cfg)
+    datamodule = build_datamodule(cfg, trainer.world_size)
+    _check_classes(checkpoint, datamodule.info)
+    module = build_module(cfg, datamodule.info)
+    load_network(module.network, checkpoint)
+    metrics = trainer.validate(module, datamodule, verbose=False)
+    return float(metrics[0][cfg.task.monitor])
+
+
+def predict(cfg: DictConfig) -> float:
+    """Segment images; returns the number of files that could not be read."""
+    checkpoint = _take_network(cfg)
+    paths = find_images(cfg.input)
+    predictor = predictor_from(cfg, checkpoint)
+    output = Path(cfg.output)
+    failures = 0
+
+    def results() -> Any:
+        nonlocal failures
+        for path in track(paths, f"Segmenting {len(paths)} images", disable=len(paths) == 1):
+            try:
+                result = predictor(path)
+            except UserError as error:
+                failures += 1
+                print(f"skipped: {error}", file=sys.stderr)
+                continue
+            result.save(output)
+            yield result
+
+    if cfg.task.name == "panoptic":
+        write_coco_panoptic(results(), output, checkpoint.info)
+    else:
+        for _ in results():
+            pass
+    print(f"{len(paths) - failures} of {len(paths)} images segmented, results in {output}")
+    if failures:
+        raise UserError(f"{failures} of {len(paths)} files could not be read (named above): repair or remove them")
+    return 0.0
+
+
+def build_trainer(cfg: DictConfig) -> Trainer:
+    """Make the trainer with its callbacks and loggers; `precision: auto` is decided here."""
+    settings: dict[str, Any] = {}
+    if cfg.trainer.precision == "auto":
+        on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        settings["precision"] = "16-mixed" if on_gpu else "32-true"
+    loggers = _instantiate_all(cfg.logger)
+    callbacks = _instantiate_all(cfg.callbacks)
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **settings)
+
+
+def build_datamodule(cfg: DictConfig, world_size: int) -> SegmentationDataModule:
+    """Make the data module; the recipe's batch is shared out between devices.
+
+    Raises:
+        UserError: it cannot be shared out evenly.
+    """
+    total = cfg.recipe.batch_size
+    if total % world_size:
+        raise UserError(
+            f"recipe.batch_size={total} cannot be shared out between {world_size} devices: choose a multiple"
+        )
+    return instantiate(cfg.dataset.datamodule, batch_size=total // world_size)
+
+
+def build_module(cfg: DictConfig, info: DatasetInfo) -> PEMModule:
+    """Make network, losses and optimiser for a data set's classes."""
+    return PEMModule(
+        network=instantiate(cfg.network, num_classes=info.num_classes),
+        criterion=instantiate(cfg.criterion, num_classes=info.num_classes),
+        inference=TaskInference(cfg.task.name, info.thing_classes, **cfg.task.inference),
+        info=info,
+        parameter_groups=instantiate(cfg.recipe.parameter_groups),
+        optimizer=instantiate(cfg.recipe.optimizer),
+        schedule=instantiate(cfg.recipe.schedule),
+        record={"config": _plain(cfg), "overrides": _overrides()},
+    )
+
+
+def predictor_from(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
+    """Make a predictor for a checkpoint."""
+    network = instantiate(cfg.network, num_classes=checkpoint.info.num_classes)
+    load_network(network, checkpoint)
+    inference = TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    return Predictor(network, checkpoint.info, inference, resize=instantiate(cfg.recipe.eval_transform), device=device)
+
+
+def _take_network(cfg: DictConfig) -> Checkpoint:
+    """Read the checkpoint; the network is the trained one, whatever conf/ says today."""
+    checkpoint = read_checkpoint(cfg.checkpoint)
+    with open_dict(cfg):
+        cfg.network = checkpoint.config["network"]
+        cfg.backbone = checkpoint.config["backbone"]
+    return checkpoint
+
+
+def _check_classes(checkpoint: Checkpoint, info: DatasetInfo) -> None:
+    if checkpoint.info.class_names != info.class_names:
+        raise UserError(
+            f"{checkpoint.path} was trained on the {checkpoint.info.num_classes} classes of {checkpoint.info.name}, "
+            f"which are not the {info.num_classes} of dataset={info.name}: choose a data set with the same classes"
+        )
+
+
+def _checkpoint_to_resume(cfg: DictConfig) -> Checkpoint | None:
+    """Resolve `resume`, and let the curves go on where the resumed run's ended."""
+    if cfg.resume is None:
+        return None
+    if cfg.resume == "last":
+        runs = Path(cfg.output_dir).resolve().parent
+        found = sorted(runs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError(f"resume=last found no */checkpoints/last.ckpt in {runs}: start without resume")
+        cfg.resume = str(found[-1])
+    checkpoint = read_checkpoint(cfg.resume)
+    if checkpoint.step >= cfg.trainer.max_steps > 0:
+        raise UserError(
+            f"{checkpoint.path} is trained to step {checkpoint.step} of {cfg.trainer.max_steps} already: "
+            "raise recipe.max_steps to train on"
+        )
+    if cfg.callbacks.get("curves"):
+        before = checkpoint.path.resolve().parents[1] / "csv" / "metrics.csv"
+        earlier = OmegaConf.select(OmegaConf.create(checkpoint.config), "callbacks.curves.history") or []
+        with open_dict(cfg):
+            cfg.callbacks.curves.history = [*earlier, str(before)]
+    return checkpoint
+
+
+def _instantiate_all(group: DictConfig) -> list[Any]:
+    return [instantiate(node) for node in group.values() if node is not None]
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def _overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+JOBS: dict[str, Callable[[DictConfig], float]] = {"train": train, "evaluate": evaluate, "predict": predict}
+
+
+def main(job: str) -> None:
+    """Run one of `JOBS` from the command line. A user's mistake ends in one line and exit code 2."""
+
+    def task(cfg: DictConfig) -> float:
+        try:
+            return JOBS[job](cfg)
+        except Exception as error:
+            message = user_error_behind(error)
+            # In a sweep Hydra records the failure and the other jobs go on.
+            if message is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            _fail(message)
+            raise AssertionError from None
+
+    try:
+        if job != "train":
+            sys.argv[1:] = take_over_choices(sys.argv[1:])
+        if not {"-m", "--multirun"} & set(sys.argv[1:]):
+            check_composes(job, sys.argv[1:])
+    except UserError as error:
+        _fail(str(error))
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(task)()
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

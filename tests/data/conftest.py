@@ -1,0 +1,28 @@
+"""Tiny data sets in the layout of the official archives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+WriteSample = Callable[..., None]
+
+
+@pytest.fixture
+def write_sample(tmp_path: Path) -> WriteSample:
+    """Writes one image and its instanceIds map below `tmp_path`."""
+
+    def write(name: str, ids: np.ndarray, split: str = "train", image: np.ndarray | None = None) -> None:
+        city = name.split("_")[0]
+        if image is None:
+            image = np.random.default_rng(len(name)).integers(0, 256, (*ids.shape, 3), np.uint8)
+        for array, folder, kind in ((image, "leftImg8bit", "leftImg8bit"), (ids, "gtFine", "gtFine_instanceIds")):
+            path = tmp_path / folder / split / city / f"{name}_{kind}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+
+    return write

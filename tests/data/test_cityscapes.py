@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pem_lightning.data.cityscapes import (
+    CITYSCAPES,
+    CityscapesDataModule,
+    CityscapesDataset,
+    panoptic_from_instance_ids,
+)
+from pem_lightning.errors import UserError
+from pem_lightning.types import Segment
+
+OFFICIAL = (
+    "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky "
+    "person rider car truck bus train motorcycle bicycle"
+)
+
+
+def test_classes_are_the_official_ones():
+    assert CITYSCAPES.num_classes == 19
+    assert [name.replace(" ", "_") for name in CITYSCAPES.class_names] == OFFICIAL.split()
+    assert CITYSCAPES.official_ids == (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+    assert CITYSCAPES.thing_classes == frozenset(range(11, 19))
+    assert CITYSCAPES.colors[[0, 10, 13]].tolist() == [[128, 64, 128], [70, 130, 180], [0, 0, 142]]
+
+
+def test_reads_the_official_layout(tmp_path, write_sample):
+    ids = np.array([[7, 7, 24000, 24001], [0, 24, 33999, 1], [26, 29001, 10, 23]], np.uint16)
+    image = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    write_sample("ulm_000001_000019", ids, image=image)
+    write_sample("aachen_000000_000019", ids)
+    dataset = CityscapesDataset(tmp_path, "train")
+    assert [dataset[i].name for i in range(len(dataset))] == ["aachen_000000_000019", "ulm_000001_000019"]
+    sample = dataset[1]
+    assert sample.image.dtype == torch.uint8
+    assert torch.equal(sample.image, torch.from_numpy(image).permute(2, 0, 1))
+    # Ids beyond 8 bit survive; ego vehicle, caravan, rail track and 0 are void.
+    assert sample.panoptic.dtype == torch.int32
+    assert sample.panoptic.tolist() == [[7, 7, 24000, 24001], [0, 24, 33999, 0], [26, 0, 0, 23]]
+    assert sample.segments == (
+        Segment(7, 0, False),
+        Segment(23, 10, False),
+        Segment(24, 11, True, is_crowd=True),
+        Segment(26, 13, True, is_crowd=True),
+        Segment(24000, 11, True),
+        Segment(24001, 11, True),
+        Segment(33999, 18, True),
+    )
+
+
+def test_reads_full_size(tmp_path, write_sample):
+    ids = np.full((1024, 2048), 7, np.uint16)
+    ids[500:, 1000:] = 26000
+    write_sample("bonn_000000_000019", ids, "val")
+    sample = CityscapesDataset(tmp_path, "val")[0]
+    assert sample.image.shape == (3, 1024, 2048)
+    assert (sample.panoptic == 26000).sum() == 524 * 1048
+
+
+@given(st.lists(st.sampled_from([0, 1, 4, 7, 23, 24, 29, 33, 24000, 26012, 30001, 33999, 65535]), min_size=1))
+def test_panoptic_rules_pixel_by_pixel(values):
+    panoptic, segments = panoptic_from_instance_ids(np.array([values], np.uint16))
+    kinds = {s.id: s for s in segments}
+    assert len(kinds) == len(segments)
+    assert set(kinds) == set(np.unique(panoptic)) - {0}
+    for value, got in zip(values, panoptic[0].tolist(), strict=True):
+        label = value // 1000 if value >= 1000 else value
+        if label not in CITYSCAPES.official_ids:
+            assert got == 0
+            continue
+        assert got == value
+        assert CITYSCAPES.official_ids[kinds[value].class_id] == label
+        assert kinds[value].is_thing == (label >= 24)
+        assert kinds[value].is_crowd == (24 <= value < 1000)
+
+
+def test_transform_is_applied(tmp_path, write_sample):
+    write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
+    assert CityscapesDataset(tmp_path, "train", lambda s: s._replace(name="seen"))[0].name == "seen"
+
+
+def test_missing_data_says_where_and_how(tmp_path):
+    with pytest.raises(UserError) as caught:
+        CityscapesDataset(tmp_path / "nowhere", "train")
+    message = str(caught.value)
+    assert str(tmp_path / "nowhere" / "leftImg8bit" / "train") in message
+    for cure in ("cityscapes-dataset.com", "leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip", "dataset.root"):
+        assert cure in message
+    assert "dataset=synthetic" in message
+    assert "\n" not in message
+
+
+def test_missing_annotation_folder(tmp_path, write_sample):
+    write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
+    (tmp_path / "gtFine" / "train").rename(tmp_path / "gtFine" / "elsewhere")
+    with pytest.raises(UserError, match=r"gtFine.train does not exist"):
+        CityscapesDataset(tmp_path, "train")
+
+
+def test_empty_split(tmp_path):
+    (tmp_path / "leftImg8bit" / "val" / "ulm").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no files"):
+        CityscapesDataset(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    ("orphan", "missing"),
+    [
+        ("leftImg8bit/train/ulm/ulm_1_0_leftImg8bit", "annotation"),
+        ("gtFine/train/ulm/ulm_1_0_gtFine_instanceIds", "image"),
+    ],
+)
+def test_unpaired_file_is_named(tmp_path, write_sample, orphan, missing):
+    write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
+    (tmp_path / f"{orphan}.png").touch()
+    with pytest.raises(UserError, match=rf"{Path(orphan).name}.png has no {missing}"):
+        CityscapesDataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 20, 60, 200])
+@pytest.mark.parametrize("kind", ["leftImg8bit", "gtFine_instanceIds"])
+def test_truncated_file_is_named(tmp_path, write_sample, kind, kept):
+    write_sample("ulm_0_0", np.random.default_rng(0).integers(0, 34, (64, 64)).astype(np.uint16))
+    dataset = CityscapesDataset(tmp_path, "train")
+    path = next(tmp_path.rglob(f"*_{kind}.png"))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=path.name) as caught:
+        dataset[0]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 4, 3)])
+def test_annotation_of_another_size_is_named(tmp_path, write_sample, shape):
+    write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
+    dataset = CityscapesDataset(tmp_path, "train")
+    path = next(tmp_path.rglob("*_instanceIds.png"))
+    Image.fromarray(np.zeros(shape, np.uint8)).save(path)
+    with pytest.raises(UserError, match=path.name):
+        dataset[0]
+
+
+def test_data_module_defaults_are_the_papers(tmp_path, write_sample):
+    data = CityscapesDataModule(tmp_path)
+    assert data.batch_size == 32
+    assert data.info is CITYSCAPES
+    resize, crop = data.train_transform.pipeline[0], data.train_transform.pipeline[1]
+    assert resize.shortest_edges[:2] == (512, 614)
+    assert (resize.shortest_edges[-1], resize.max_size, len(resize.shortest_edges)) == (2048, 4096, 16)
+    assert (crop.height, crop.width) == (512, 1024)

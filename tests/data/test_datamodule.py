@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from lightning import seed_everything
+
+from pem_lightning.data.cityscapes import CityscapesDataModule
+from pem_lightning.data.datamodule import collate_eval, collate_train
+from pem_lightning.data.transforms import EvalTransform, TrainTransform
+from pem_lightning.errors import UserError
+from pem_lightning.types import Batch, Sample, Segment
+
+
+@pytest.fixture
+def root(tmp_path, write_sample):
+    """Five training and three validation images of several sizes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 5), ("val", 3)):
+        for i in range(count):
+            ids = rng.choice(np.array([0, 7, 11, 24, 24000, 26000], np.uint16), (24 + 2 * i, 40))
+            write_sample(f"ulm_{i:06d}_000000", ids, split)
+    return tmp_path
+
+
+def make_data(root, **arguments) -> CityscapesDataModule:
+    defaults = {
+        "batch_size": 2,
+        "num_workers": 0,
+        "train_transform": TrainTransform((16, 24), [20, 24, 28], None),
+    }
+    data = CityscapesDataModule(root, **(defaults | arguments))
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def samples_of(*sizes: tuple[int, int]) -> list[Sample]:
+    segment = Segment(7, 0, False)
+    return [
+        Sample(
+            torch.full((3, h, w), i, dtype=torch.uint8), torch.full((h, w), 7, dtype=torch.int32), (segment,), f"{i}"
+        )
+        for i, (h, w) in enumerate(sizes)
+    ]
+
+
+def test_collate_train():
+    batch = collate_train(samples_of((4, 5), (6, 3)), "panoptic")
+    assert isinstance(batch, Batch)
+    assert [tuple(image.shape) for image in batch.images] == [(3, 4, 5), (3, 6, 3)]
+    assert [tuple(target.masks.shape) for target in batch.targets] == [(1, 4, 5), (1, 6, 3)]
+    assert batch.samples == []
+
+
+def test_collate_eval():
+    samples = samples_of((4, 5), (6, 3))
+    batch = collate_eval(samples)
+    assert batch.targets == []
+    assert batch.samples == samples
+    assert all(image is sample.image for image, sample in zip(batch.images, samples, strict=True))
+
+
+def test_train_loader(root):
+    data = make_data(root)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 2  # five images, the last is dropped
+    for batch in batches:
+        assert len(batch.images) == len(batch.targets) == 2
+        for image, target in zip(batch.images, batch.targets, strict=True):
+            assert image.dtype == torch.uint8
+            assert image.shape[1:] == target.masks.shape[1:] == (16, 24)
+
+
+def test_val_loader_keeps_order_and_size(root):
+    batches = list(make_data(root, eval_batch_size=2).val_dataloader())
+    samples = [sample for batch in batches for sample in batch.samples]
+    assert [sample.name for sample in samples] == [f"ulm_{i:06d}_000000" for i in range(3)]
+    assert [tuple(sample.panoptic.shape) for sample in samples] == [(24, 40), (26, 40), (28, 40)]
+    assert [len(batch.images) for batch in batches] == [2, 1]
+
+
+def test_eval_transform_is_used(root):
+    data = make_data(root, eval_transform=EvalTransform(12))
+    assert next(iter(data.val_dataloader())).images[0].shape == (3, 12, 20)
+
+
+@pytest.mark.parametrize(
+    ("task", "classes"), [("panoptic", {0, 2, 11, 13}), ("semantic", {0, 2, 11, 13}), ("instance", {11, 13})]
+)
+def test_task_decides_the_targets(root, task, classes):
+    labels = [t.labels for batch in make_data(root, task=task).train_dataloader() for t in batch.targets]
+    assert set(torch.cat(labels).tolist()) == classes
+
+
+def test_training_is_shuffled_and_reproducible(root):
+    def epoch(seed):
+        seed_everything(seed, workers=True, verbose=False)
+        data = make_data(root)
+        return [torch.cat([image.flatten() for image in batch.images]) for batch in data.train_dataloader()]
+
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_workers_are_reproducible_and_differ(root):
+    # One image only, so that batches differ by augmentation alone.
+    for path in [*root.rglob("train/ulm/ulm_00000[1-4]*")]:
+        path.unlink()
+
+    def epochs():
+        seed_everything(7, workers=True, verbose=False)
+        data = make_data(root, batch_size=1, num_workers=2)
+        loader = data.train_dataloader()
+        assert loader.persistent_workers
+        images = [batch.images[0] for _ in range(3) for batch in loader]
+        return images
+
+    first, again = epochs(), epochs()
+    assert len(first) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+
+
+def test_two_workers_draw_differently(root):
+    seed_everything(7, workers=True, verbose=False)
+    source = {path: path.read_bytes() for path in root.rglob("train/ulm/ulm_000000*")}
+    for path in root.rglob("train/ulm/*"):  # every image alike
+        kind = path.name.split("_", 3)[3]
+        path.write_bytes(next(data for other, data in source.items() if other.name.endswith(kind)))
+    loader = make_data(root, batch_size=1, num_workers=2).train_dataloader()
+    images = [batch.images[0] for batch in loader]
+    assert len(images) == 5
+    assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
+
+
+def test_validation_needs_no_training_images(root):
+    for path in root.rglob("train/ulm/*"):
+        path.unlink()
+    data = CityscapesDataModule(root, num_workers=0)
+    data.setup("validate")
+    assert len(data.val_dataloader()) == 3
+    with pytest.raises(UserError, match="has no files"):
+        data.setup("fit")
+
+
+def test_too_few_images_for_one_batch(root):
+    with pytest.raises(UserError, match=r"5 training images make no batch of 8: lower dataset\.batch_size"):
+        make_data(root, batch_size=8)
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"eval_batch_size": 0}, {"num_workers": -1}])
+def test_numbers_out_of_range(root, arguments):
+    with pytest.raises(UserError):
+        make_data(root, **arguments)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pem_lightning.data.targets import (
+    VOID_CLASS,
+    build_target,
+    check_task,
+    class_map,
+    instance_target,
+    panoptic_target,
+    semantic_target,
+)
+from pem_lightning.errors import UserError
+from pem_lightning.types import Sample, Segment
+
+SEGMENTS = (
+    Segment(7, 0, False),
+    Segment(24, 11, True, is_crowd=True),
+    Segment(24000, 11, True),
+    Segment(24001, 11, True),
+    Segment(26000, 13, True),  # cropped away
+)
+MAP = torch.tensor([[7, 7, 24, 0], [24000, 24001, 24, 0]], dtype=torch.int32)
+
+
+def sample_of(panoptic=MAP, segments=SEGMENTS) -> Sample:
+    return Sample(torch.zeros(3, *panoptic.shape, dtype=torch.uint8), panoptic, segments, "name")
+
+
+def test_panoptic_drops_crowds_and_keeps_empty_segments():
+    target = panoptic_target(sample_of())
+    assert target.labels.tolist() == [0, 11, 11, 13]
+    assert target.masks.dtype == torch.bool
+    assert target.masks.sum((1, 2)).tolist() == [2, 1, 1, 0]
+    for mask, value in zip(target.masks, (7, 24000, 24001, 26000), strict=True):
+        assert torch.equal(mask, value == MAP)
+
+
+def test_panoptic_without_empty_segments():
+    target = panoptic_target(sample_of(), keep_empty=False)
+    assert target.labels.tolist() == [0, 11, 11]
+    assert target.masks.flatten(1).any(1).all()
+
+
+def test_instance_has_only_single_things():
+    target = instance_target(sample_of())
+    assert target.labels.tolist() == [11, 11, 13]
+
+
+def test_semantic_merges_per_class_and_counts_crowds():
+    target = semantic_target(sample_of())
+    assert target.labels.tolist() == [0, 11]
+    assert target.masks[0].tolist() == [[True, True, False, False], [False] * 4]
+    assert target.masks[1].tolist() == [[False, False, True, False], [True, True, True, False]]
+
+
+def test_class_map():
+    assert class_map(sample_of()).tolist() == [[0, 0, 11, VOID_CLASS], [11, 11, 11, VOID_CLASS]]
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
+@pytest.mark.parametrize("segments", [(), SEGMENTS[1:2]])
+def test_image_without_targets(task, segments):
+    target = build_target(sample_of(torch.zeros(4, 6, dtype=torch.int32), segments), task)
+    assert target.masks.shape == (0, 4, 6)
+    assert target.labels.shape == (0,)
+    assert target.labels.dtype == torch.int64
+    assert target.masks.dtype == torch.bool
+
+
+def test_build_target_selects_the_task():
+    assert build_target(sample_of(), "panoptic").labels.tolist() == [0, 11, 11, 13]
+    assert build_target(sample_of(), "instance").labels.tolist() == [11, 11, 13]
+    assert build_target(sample_of(), "semantic").labels.tolist() == [0, 11]
+
+
+def test_unknown_task_names_the_known_ones():
+    with pytest.raises(UserError, match=r"'depth'.*panoptic, semantic, instance"):
+        check_task("depth")
+
+
+@given(st.lists(st.sampled_from([0, 7, 24, 24000, 24001]), min_size=6, max_size=6))
+def test_semantic_masks_partition_the_labelled_pixels(values):
+    sample = sample_of(torch.tensor(values, dtype=torch.int32).view(2, 3))
+    masks = semantic_target(sample).masks
+    assert torch.equal(masks.sum(0), (sample.panoptic != 0).long())
+    classes = {s.id: s.class_id for s in SEGMENTS} | {0: VOID_CLASS}
+    assert class_map(sample).flatten().tolist() == [classes[value] for value in values]

@@ -1,0 +1,128 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic, side_by_side
+from pem_lightning.metrics.coco_panoptic import rgb_to_id
+from pem_lightning.types import ClassInfo, DatasetInfo, Segment
+
+INFO = DatasetInfo(
+    "toy",
+    (
+        ClassInfo("person", (220, 20, 60), True, 24),
+        ClassInfo("a remarkably long class name", (0, 0, 142), True, 26),
+        ClassInfo("sky", (70, 130, 180), False, 23),
+    ),
+)
+
+
+def grey(height, width):
+    return np.full((height, width, 3), 100, np.uint8)
+
+
+def test_blends_the_class_colour_into_the_photograph():
+    id_map = torch.ones(64, 64, dtype=torch.int32)
+    drawn = overlay_panoptic(grey(64, 64), id_map, [Segment(1, 2, False)], INFO, alpha=0.5, draw_names=False)
+    assert drawn.dtype == np.uint8
+    assert drawn[32, 32].tolist() == [85, 115, 140]
+
+
+def test_void_and_unlisted_segments_keep_the_photograph():
+    id_map = torch.zeros(64, 64, dtype=torch.int32)
+    id_map[:, 32:] = 9
+    drawn = overlay_panoptic(grey(64, 64), id_map, [], INFO)
+    assert (drawn[:, :30] == 100).all()
+    assert (drawn[:, 40:] == 100).all()
+
+
+def test_things_of_one_class_get_colours_apart():
+    id_map = torch.arange(1, 9, dtype=torch.int32).repeat_interleave(16).repeat(64, 1)
+    drawn = overlay_panoptic(
+        grey(64, 128), id_map, [Segment(i, 1, True) for i in range(1, 9)], INFO, alpha=1.0, draw_names=False
+    )
+    colors = drawn[32, 8::16].astype(int)
+    assert colors[0].tolist() == [0, 0, 142]
+    assert (np.abs(np.diff(colors, axis=0)).max(1) > 40).all()
+
+
+def test_stuff_of_one_class_gets_one_colour():
+    id_map = torch.tensor([1, 2], dtype=torch.int32).repeat_interleave(32).repeat(64, 1)
+    segments = [Segment(1, 2, False), Segment(2, 2, False)]
+    drawn = overlay_panoptic(grey(64, 64), id_map, segments, INFO, draw_names=False)
+    assert (drawn[32, 10] == drawn[32, 50]).all()
+
+
+def test_large_ids_and_any_order_of_segments():
+    id_map = torch.tensor([2**24 - 1, 26001], dtype=torch.int32).repeat_interleave(32).repeat(64, 1)
+    segments = [Segment(2**24 - 1, 2, False), Segment(26001, 0, True)]
+    drawn = overlay_panoptic(grey(64, 64), id_map, segments, INFO, alpha=1.0, draw_names=False)
+    assert drawn[32, 10].tolist() == [70, 130, 180]
+    assert drawn[32, 50].tolist() == [220, 20, 60]
+
+
+def test_tensor_and_array_give_the_same_picture_and_stay_untouched():
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    before = image.copy()
+    id_map = torch.ones(64, 96, dtype=torch.int32)
+    from_array = overlay_panoptic(image, id_map, [Segment(1, 0, True)], INFO)
+    from_tensor = overlay_panoptic(torch.from_numpy(image).permute(2, 0, 1), id_map, [Segment(1, 0, True)], INFO)
+    assert (from_array == from_tensor).all()
+    assert (image == before).all()
+
+
+def test_names_are_drawn_on_large_segments_only():
+    segments = [Segment(1, 0, True)]
+    large, small = torch.zeros(2, 256, 512, dtype=torch.int32)
+    large[50:200, 100:400] = 1
+    small[100:110, 100:110] = 1
+    for id_map, named in ((large, True), (small, False)):
+        with_name = overlay_panoptic(grey(256, 512), id_map, segments, INFO)
+        without = overlay_panoptic(grey(256, 512), id_map, segments, INFO, draw_names=False)
+        assert (with_name != without).any() == named
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 250), (250, 33), (1, 1), (480, 640)])
+def test_every_size_works(size):
+    id_map = torch.ones(size, dtype=torch.int32)
+    id_map[size[0] // 2 :] = 2
+    drawn = overlay_panoptic(grey(*size), id_map, [Segment(1, 1, True), Segment(2, 2, False)], INFO)
+    assert drawn.shape == (*size, 3)
+
+
+def test_sizes_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"\(8, 8\).*\(8, 9\)"):
+        overlay_panoptic(grey(8, 8), torch.zeros(8, 9, dtype=torch.int32), [], INFO)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_class_map_with_void(dtype):
+    class_map = torch.full((64, 64), 255, dtype=dtype)
+    class_map[:, 32:] = 2
+    drawn = overlay_semantic(grey(64, 64), class_map, INFO, alpha=1.0, draw_names=False)
+    assert drawn[32, 10].tolist() == [100, 100, 100]
+    assert drawn[32, 50].tolist() == [70, 130, 180]
+
+
+def test_real_photograph_with_crowds(reference):
+    root = reference / "panoptic_quality" / "coco_sample"
+    categories = json.loads((root / "categories.json").read_text())
+    info = DatasetInfo(
+        "coco", tuple(ClassInfo(c["name"], tuple(c["color"]), bool(c["isthing"]), c["id"]) for c in categories)
+    )
+    annotation = json.loads((root / "panoptic.json").read_text())["annotations"][0]
+    segments = [Segment(s["id"], info.official_ids.index(s["category_id"]), True) for s in annotation["segments_info"]]
+    id_map = rgb_to_id(np.asarray(Image.open(root / "panoptic" / annotation["file_name"]).convert("RGB")))
+    photo = np.asarray(Image.open(root / "images" / annotation["file_name"].replace(".png", ".jpg")).convert("RGB"))
+    drawn = overlay_panoptic(photo, torch.from_numpy(id_map), segments, info)
+    assert (drawn != photo).any(-1)[id_map > 0].mean() > 0.95
+
+
+def test_side_by_side_brings_images_to_one_height():
+    sheet = side_by_side([grey(64, 64), grey(128, 64)], ["photograph", "prediction"])
+    assert sheet.dtype == np.uint8
+    assert sheet.shape[0] > 64
+    assert sheet.shape[1] == 64 + 32 + 2
+    assert (sheet[-1, :64] == 100).all()

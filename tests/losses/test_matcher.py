@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import warnings
+from itertools import permutations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pem_lightning.losses import HungarianMatcher, sample_masks, sample_points
+from pem_lightning.losses.criterion import dice_loss
+from pem_lightning.losses.matcher import pairwise_cross_entropy, pairwise_dice
+from pem_lightning.types import Predictions, Target
+
+NUM_CLASSES = 5
+
+
+def predict(batch: int, queries: int, scale: float = 3.0) -> Predictions:
+    return Predictions(scale * torch.randn(batch, queries, NUM_CLASSES + 1), scale * torch.randn(batch, queries, 8, 12))
+
+
+def target(segments: int) -> Target:
+    return Target(torch.randint(NUM_CLASSES, (segments,)), torch.rand(segments, 32, 48) < 0.4)
+
+
+def is_full(match: tuple[torch.Tensor, torch.Tensor], queries: int, segments: int) -> bool:
+    chosen, matched = (index.tolist() for index in match)
+    pairs = min(queries, segments)
+    return (
+        len(set(chosen)) == len(set(matched)) == len(chosen) == len(matched) == pairs
+        and set(chosen) <= set(range(queries))
+        and set(matched) <= set(range(segments))
+    )
+
+
+def test_pairwise_costs_are_the_losses_of_the_pairs() -> None:
+    torch.manual_seed(0)
+    logits, masks = 30 * torch.randn(2, 4, 50), torch.rand(2, 3, 50)
+    for b in range(2):
+        for q in range(4):
+            for n in range(3):
+                x, t = logits[b, q], masks[b, n]
+                torch.testing.assert_close(
+                    pairwise_cross_entropy(logits, masks)[b, q, n], F.binary_cross_entropy_with_logits(x, t)
+                )
+                torch.testing.assert_close(pairwise_dice(logits, masks)[b, q, n], dice_loss(x[None], t[None])[0])
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**16), segments=st.integers(1, 4))
+def test_no_other_assignment_is_cheaper(seed: int, segments: int) -> None:
+    torch.manual_seed(seed)
+    points = torch.rand(1, 1, 40, 2)
+    matcher = HungarianMatcher(num_points=40, rand=lambda shape, device: points)
+    prediction, wanted = predict(1, 4), target(segments)
+    match = matcher([prediction], [wanted])[0][0]
+
+    logits = sample_points(prediction.mask_logits, points[0])
+    masks = sample_masks(wanted.masks, torch.arange(segments), points[0].expand(segments, -1, -1))[None]
+    cost = 5 * pairwise_cross_entropy(logits, masks) + 5 * pairwise_dice(logits, masks)
+    cost = cost[0] - 2 * prediction.class_logits[0].softmax(-1)[:, wanted.labels]
+    cheapest = min(sum(cost[q, n].item() for n, q in enumerate(chosen)) for chosen in permutations(range(4), segments))
+    assert is_full(match, 4, segments)
+    assert cost[match.queries, match.segments].sum().item() == pytest.approx(cheapest, abs=1e-4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**16))
+def test_order_of_queries_does_not_matter(seed: int) -> None:
+    torch.manual_seed(seed)
+    points = torch.rand(1, 2, 30, 2)
+    matcher = HungarianMatcher(num_points=30, rand=lambda shape, device: points)
+    prediction, targets = predict(2, 6), [target(3), target(5)]
+    order = torch.randperm(6)
+    shuffled = Predictions(prediction.class_logits[:, order], prediction.mask_logits[:, order])
+    for straight, mixed in zip(matcher([prediction], targets)[0], matcher([shuffled], targets)[0], strict=True):
+        pairs = set(zip(order[mixed.queries].tolist(), mixed.segments.tolist(), strict=True))
+        assert pairs == set(zip(straight.queries.tolist(), straight.segments.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0), (0, 4), (6, 6), (9, 2)])
+def test_every_number_of_segments(counts: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matches = HungarianMatcher(num_points=16)([predict(2, 6), predict(2, 6)], [target(n) for n in counts])
+    assert [len(images) for images in matches] == [2, 2]
+    assert all(is_full(match, 6, n) for images in matches for match, n in zip(images, counts, strict=True))
+
+
+def test_segments_without_pixels_are_matched() -> None:
+    wanted = Target(torch.tensor([0, 1]), torch.zeros(2, 32, 48, dtype=torch.bool))
+    assert is_full(HungarianMatcher(num_points=16)([predict(1, 4)], [wanted])[0][0], 4, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_non_finite_predictions_warn_once_and_are_matched(value: float, everywhere: bool) -> None:
+    torch.manual_seed(0)
+    prediction = predict(2, 5)
+    for logits in prediction[:2]:
+        logits[slice(None) if everywhere else slice(1), 0 if everywhere else 2 :] = value
+    matcher, targets = HungarianMatcher(num_points=16), [target(4), target(5)]
+    with pytest.warns(RuntimeWarning, match="NaN or infinity"):
+        first = matcher([predict(2, 5), prediction], targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = matcher([prediction], targets)
+    assert all(is_full(m, 5, len(t.labels)) for images in first + second for m, t in zip(images, targets, strict=True))
+    with pytest.warns(RuntimeWarning, match="NaN or infinity"):
+        HungarianMatcher(num_points=16)([prediction], targets)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["class_logits", "mask_logits"])
+def test_one_kind_of_non_finite_logits_is_enough_to_warn(kind: int) -> None:
+    prediction = predict(1, 4)
+    prediction[kind][0, 0] = float("nan")
+    with pytest.warns(RuntimeWarning, match="NaN or infinity"):
+        HungarianMatcher(num_points=16)([prediction], [target(2)])
+
+
+def test_one_bad_query_does_not_disturb_the_others() -> None:
+    torch.manual_seed(0)
+    wanted = Target(torch.tensor([0, 3]), torch.zeros(2, 32, 48, dtype=torch.bool))
+    wanted.masks[0, :, :20] = True
+    wanted.masks[1, 10:] = True
+    class_logits = torch.full((1, 4, NUM_CLASSES + 1), -5.0)
+    mask_logits = torch.full((1, 4, 8, 12), -8.0)
+    for segment, query in enumerate((3, 1)):
+        class_logits[0, query, wanted.labels[segment]] = 5
+        mask_logits[0, query][wanted.masks[segment, ::4, ::4]] = 8
+    class_logits[0, 0] = mask_logits[0, 2] = float("nan")
+    with pytest.warns(RuntimeWarning):
+        match = HungarianMatcher(num_points=200)([Predictions(class_logits, mask_logits)], [wanted])[0][0]
+    assert (match.queries.tolist(), match.segments.tolist()) == ([1, 3], [1, 0])
+
+
+def test_huge_finite_predictions_do_not_overflow() -> None:
+    prediction = predict(1, 5, scale=1e37)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        match = HungarianMatcher(num_points=2000)([prediction], [target(5)])[0][0]
+    assert is_full(match, 5, 5)
+
+
+@pytest.fixture
+def host_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.Tensor]]:
+    """Every call, in order, that would make the host wait for an accelerator, and for which tensor."""
+    reads: list[tuple[str, torch.Tensor]] = []
+
+    def watch(name: str) -> None:
+        method = getattr(torch.Tensor, name)
+
+        def watched(tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
+            reads.append((name, tensor))
+            return method(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+
+    for name in ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__array__"):
+        watch(name)
+    return reads
+
+
+def test_one_transfer_for_all_layers_and_images(host_reads: list[tuple[str, torch.Tensor]]) -> None:
+    HungarianMatcher(num_points=16)([predict(3, 6) for _ in range(4)], [target(2), target(0), target(5)])
+    name, costs = host_reads[0]
+    assert name == "cpu"
+    assert costs.numel() == 4 * 3 * 6 * 5 + 1
+    assert [name for name, _ in host_reads].count("cpu") == 1
+
+
+def test_costs_are_float32_under_autocast(host_reads: list[tuple[str, torch.Tensor]]) -> None:
+    torch.manual_seed(0)
+    points = torch.rand(2, 2, 64, 2)
+    matcher = HungarianMatcher(num_points=64, rand=lambda shape, device: points)
+    layers, targets = [predict(2, 8), predict(2, 8)], [target(5), target(3)]
+    half = [Predictions(p.class_logits.bfloat16(), p.mask_logits.bfloat16()) for p in layers]
+    matcher(layers, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        matcher(layers, targets)
+        matcher(half, targets)
+    matcher([Predictions(p.class_logits.float(), p.mask_logits.float()) for p in half], targets)
+    plain, autocast, from_half, from_rounded = (tensor for name, tensor in host_reads if name == "cpu")
+    assert plain.dtype == autocast.dtype == from_half.dtype == torch.float32
+    assert torch.equal(plain, autocast)
+    assert torch.equal(from_half, from_rounded)

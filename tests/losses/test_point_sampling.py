@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pem_lightning.losses import choose_uncertain_points, sample_masks, sample_points
+
+
+def pixel_centres(height: int, width: int) -> torch.Tensor:
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    return torch.stack([x, y], -1).flatten(0, 1)
+
+
+def test_pixel_centres_give_pixels() -> None:
+    features = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    sampled = sample_points(features, pixel_centres(5, 7).expand(2, -1, -1))
+    torch.testing.assert_close(sampled, features.flatten(2), rtol=0, atol=1e-5)
+
+
+def test_points_are_x_then_y_and_outside_is_zero() -> None:
+    features = torch.tensor([[[[8.0, 0.0], [4.0, 0.0]]]])
+    points = torch.tensor([[[0.25, 0.75], [0.5, 0.25], [0.0, 0.0], [0.25, 0.5]]])
+    expected = torch.tensor([[[4.0, 4.0, 2.0, 6.0]]])  # at the corner three of the four neighbours lie outside
+    torch.testing.assert_close(sample_points(features, points), expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**16),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    segments=st.integers(1, 4),
+    rows=st.integers(0, 6),
+)
+def test_masks_are_sampled_like_floats(seed: int, height: int, width: int, segments: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(segments, height, width, generator=generator) < 0.5
+    chosen = torch.randint(segments, (rows,), generator=generator)
+    points = torch.rand(rows, 9, 2, generator=generator)
+    points[:, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.5]])
+    expected = sample_points(masks[chosen][:, None].float(), points).squeeze(1)
+    torch.testing.assert_close(sample_masks(masks, chosen, points), expected, rtol=0, atol=2e-5)
+
+
+def test_no_mask_at_all() -> None:
+    nothing = torch.zeros(0, dtype=torch.long)
+    sampled = sample_masks(torch.zeros(0, 8, 8, dtype=torch.bool), nothing, torch.zeros(0, 5, 2))
+    assert sampled.shape == (0, 5)
+
+
+@pytest.mark.parametrize(("ratio", "num_uncertain"), [(0.0, 0), (0.75, 15), (1.0, 20)])
+def test_most_uncertain_candidates_come_first(ratio: float, num_uncertain: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 6, 10)
+    draws = []
+
+    def rand(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        draws.append(torch.rand(shape, device=device))
+        return draws[-1]
+
+    points = choose_uncertain_points(logits, 20, importance_sample_ratio=ratio, rand=rand)
+    candidates, others = draws
+    assert points.shape == (3, 20, 2)
+    assert candidates.shape == (3, 60, 2)
+    assert torch.equal(points[:, num_uncertain:], others)
+    certainty = sample_points(logits[:, None], candidates).squeeze(1).abs().sort().values[:, :num_uncertain]
+    chosen = sample_points(logits[:, None], points[:, :num_uncertain]).squeeze(1).abs().sort().values
+    assert torch.equal(chosen, certainty)
+
+
+def test_points_carry_no_gradient() -> None:
+    assert not choose_uncertain_points(torch.randn(2, 4, 4, requires_grad=True), 8).requires_grad

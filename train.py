@@ -1,0 +1,6 @@
+"""Train PEM: `python train.py task=panoptic dataset=cityscapes`. `--help` lists the choices, `--cfg job` the experiment."""
+
+from pem_lightning.run import main
+
+if __name__ == "__main__":
+    main("train")
