@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `python evaluate.py checkpoint=PATH`. Everything else is known from it and can be overridden."""
+"""Evaluate a checkpoint: `python evaluate.py checkpoint=PATH`. It knows everything else; overrides win."""
 
 from pem_lightning.run import main
 

@@ -1,4 +1,4 @@
-"""Segment images: `python predict.py checkpoint=PATH input=photo.jpg output=DIR`. The input can be a folder or a glob."""
+"""Segment images: `python predict.py checkpoint=PATH input=photo.jpg output=DIR`. Folders and globs work, too."""
 
 from pem_lightning.run import main
 

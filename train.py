@@ -1,4 +1,4 @@
-"""Train PEM: `python train.py task=panoptic dataset=cityscapes`. `--help` lists the choices, `--cfg job` the experiment."""
+"""Train PEM: `python train.py task=panoptic dataset=cityscapes`. `--help` lists choices, `--cfg job` the experiment."""
 
 from pem_lightning.run import main
 

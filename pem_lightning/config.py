@@ -75,7 +75,8 @@ def _explain(error: Exception, job: str) -> str:
         wrong = match[1]
         if options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text):
             choices = options[1].split()
-            return f"there is no {wrong.replace('/', '=', 1)}{_nearest(wrong.split('/')[-1], choices)}; choose one of: {', '.join(choices)}"
+            hint = _nearest(wrong.split("/")[-1], choices)
+            return f"there is no {wrong.replace('/', '=')}{hint}; choose one of: {', '.join(choices)}"
         return f"there is no key {wrong}{_nearest(wrong, _all_keys(hydra.compose(job)))}; see them all with --cfg job"
     return " ".join(text.split())
 

@@ -20,7 +20,7 @@ class Evaluation(NamedTuple):
 
     def scalars(self) -> dict[str, float]:
         """The headline numbers by the names that loggers use, in percent."""
-        values = {}
+        values: dict[str, float] = {}
         if self.panoptic is not None:
             for suffix, average in (
                 ("", self.panoptic.all),
@@ -64,9 +64,11 @@ class Evaluator(nn.Module):
         self.panoptic_quality = PanopticQuality(info.num_classes, info.thing_classes) if task == "panoptic" else None
 
     def update(self, result: Result, sample: Sample) -> None:
-        """Add one image; result and annotation have the annotation's size."""
+        """Add one image; the result has the annotation's size and everything that the task's metrics look at."""
+        assert result.semantic is not None
         self.mean_iou.update(result.semantic, class_map(sample))
         if self.panoptic_quality is not None:
+            assert result.panoptic is not None
             self.panoptic_quality.update(result.panoptic, result.segments, sample.panoptic, sample.segments)
 
     def compute(self) -> Evaluation:

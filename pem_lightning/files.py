@@ -5,10 +5,24 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pem_lightning.errors import UserError
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: it is there whole, or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(text)
-    temporary.replace(path)
+
+def write_file(path: Path, content: bytes | str) -> Path:
+    """Write a file at once: readers never see half of it, and a crash leaves what was there before.
+
+    Args:
+        path: its folder is made if need be.
+        content: text is written as UTF-8.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another output folder or make room") from error
+    return path

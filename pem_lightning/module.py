@@ -63,15 +63,15 @@ class PEMModule(LightningModule):
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> list[Result]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Result]]:
         """Predict one image after the other, each at its own size, and compare. The results are for callbacks."""
         results = []
         for image, sample in zip(batch.images, batch.samples, strict=True):
             predictions = self.network(normalize(image)[None])
-            result = self.inference(predictions, image_size=size_of(image), output_size=size_of(sample.panoptic))
+            result = self.inference(predictions, size_of(image), size_of(sample.panoptic), with_semantic=True)
             self.evaluator.update(result, sample)
             results.append(result)
-        return results
+        return {"results": results}
 
     def on_validation_epoch_end(self) -> None:
         """Log the data set's metrics, in percent."""

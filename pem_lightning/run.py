@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.progress import track
 
@@ -22,7 +23,7 @@ from pem_lightning.checkpoints import Checkpoint, check_fits, load_network, read
 from pem_lightning.config import CONF, check_composes, take_over_choices, user_error_behind
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.errors import UserError
-from pem_lightning.inference import find_images, write_coco_panoptic
+from pem_lightning.inference import SegmentedImage, find_images, write_coco_panoptic
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.inference.task import TaskInference
 from pem_lightning.module import PEMModule
@@ -43,8 +44,8 @@ def train(cfg: DictConfig) -> float:
         log.info("resuming %s at step %d", checkpoint.path, checkpoint.step)
     # Lightning's own records of a checkpoint are plain data, too, so that nothing needs to be trusted.
     trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
-    best = [c.best_model_score for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == cfg.task.monitor]
-    score = best[0] if best and best[0] is not None else trainer.callback_metrics.get(cfg.task.monitor)
+    scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+    score = next((s for s in scores if s is not None), trainer.callback_metrics.get(cfg.task.monitor))
     return float("nan") if score is None else float(score)
 
 
@@ -62,33 +63,38 @@ def evaluate(cfg: DictConfig) -> float:
 
 
 def predict(cfg: DictConfig) -> float:
-    """Segment images; returns the number of files that could not be read."""
+    """Segment images and write the results; a file that cannot be read is named and skipped, then fails the job.
+
+    Raises:
+        UserError: there are no images, two have the same name, or some could not be read.
+    """
     checkpoint = _take_network(cfg)
     paths = find_images(cfg.input)
-    predictor = predictor_from(cfg, checkpoint)
-    output = Path(cfg.output)
-    failures = 0
+    if len({path.stem for path in paths}) < len(paths):
+        raise UserError(f"input={cfg.input} has images of the same name, whose results would overwrite one another")
+    predictor = build_predictor(cfg, checkpoint)
+    output, unreadable = Path(cfg.output), []
 
-    def results() -> Any:
-        nonlocal failures
+    def results() -> Iterator[SegmentedImage]:
         for path in track(paths, f"Segmenting {len(paths)} images", disable=len(paths) == 1):
             try:
                 result = predictor(path)
             except UserError as error:
-                failures += 1
+                unreadable.append(path)
                 print(f"skipped: {error}", file=sys.stderr)
-                continue
-            result.save(output)
-            yield result
+            else:
+                yield result
 
     if cfg.task.name == "panoptic":
-        write_coco_panoptic(results(), output, checkpoint.info)
+        write_coco_panoptic(results(), output, checkpoint.info, overlays=True)
     else:
-        for _ in results():
-            pass
-    print(f"{len(paths) - failures} of {len(paths)} images segmented, results in {output}")
-    if failures:
-        raise UserError(f"{failures} of {len(paths)} files could not be read (named above): repair or remove them")
+        for result in results():
+            result.save(output)
+    print(f"{len(paths) - len(unreadable)} of {len(paths)} images segmented, results in {output}")
+    if unreadable:
+        raise UserError(
+            f"{len(unreadable)} of {len(paths)} files could not be read: repair or remove those named above"
+        )
     return 0.0
 
 
@@ -131,7 +137,7 @@ def build_module(cfg: DictConfig, info: DatasetInfo) -> PEMModule:
     )
 
 
-def predictor_from(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
+def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
     """Make a predictor for a checkpoint."""
     network = instantiate(cfg.network, num_classes=checkpoint.info.num_classes)
     load_network(network, checkpoint)

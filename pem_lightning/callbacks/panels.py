@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
@@ -14,16 +15,17 @@ from torch import Tensor
 from pem_lightning.data.targets import class_map
 from pem_lightning.inference.task import Result
 from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic, side_by_side
+from pem_lightning.module import PEMModule
 from pem_lightning.types import Batch, DatasetInfo, Sample
-
 
 LEGIBLE_HEIGHT = 256
 """Smaller images are enlarged, so that the names on them can be read."""
 
 
 def draw_panel(sample: Sample, result: Result, info: DatasetInfo) -> np.ndarray:
-    """Image, truth and prediction side by side, as uint8 [H, W, 3]. The sample's image has its map's size."""
-    sample, result = _enlarge(sample, result)
+    """Image, truth and prediction side by side, as uint8 [H, W, 3]."""
+    sample, result = _enlarge(sample, result.cpu())
+    assert result.semantic is not None
     if result.panoptic is None:
         truth = overlay_semantic(sample.image, class_map(sample), info)
         prediction = overlay_semantic(sample.image, result.semantic, info)
@@ -35,16 +37,19 @@ def draw_panel(sample: Sample, result: Result, info: DatasetInfo) -> np.ndarray:
 
 
 def _enlarge(sample: Sample, result: Result) -> tuple[Sample, Result]:
-    """Whole multiples of the size, up to `LEGIBLE_HEIGHT` or just above."""
-    factor = -(-LEGIBLE_HEIGHT // sample.image.shape[1])
+    """Everything at the annotation's size, or at the least multiple of it that is legible."""
+    height, width = sample.panoptic.shape
+    factor = -(-LEGIBLE_HEIGHT // height)
+    image = sample.image.cpu().permute(1, 2, 0).numpy()
+    image = np.array(Image.fromarray(image).resize((factor * width, factor * height), Image.Resampling.BICUBIC))
 
-    def repeat(x: Tensor) -> Tensor:
-        return x.cpu().repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    def repeat(ids: Tensor) -> Tensor:
+        return ids.cpu().repeat_interleave(factor, 0).repeat_interleave(factor, 1)
 
-    panoptic = None if result.panoptic is None else repeat(result.panoptic)
-    return (
-        sample._replace(image=repeat(sample.image), panoptic=repeat(sample.panoptic)),
-        result._replace(semantic=repeat(result.semantic), panoptic=panoptic),
+    enlarged = sample._replace(image=torch.from_numpy(image).permute(2, 0, 1), panoptic=repeat(sample.panoptic))
+    return enlarged, result._replace(
+        semantic=None if result.semantic is None else repeat(result.semantic),
+        panoptic=None if result.panoptic is None else repeat(result.panoptic),
     )
 
 
@@ -72,9 +77,9 @@ class PredictionPanels(Callback):
     ) -> None:
         """Draw while images are wanted."""
         first = batch_idx * len(batch.samples)
-        for i, (sample, result) in enumerate(zip(batch.samples, outputs, strict=True), first):
-            if i >= self.num_images or sample.image.shape[1:] != sample.panoptic.shape:
-                continue
+        for i, (sample, result) in enumerate(zip(batch.samples, outputs["results"], strict=True), first):
+            if i >= self.num_images:
+                return
             self.directory.mkdir(parents=True, exist_ok=True)
-            panel = draw_panel(sample, result, pl_module.info)
+            panel = draw_panel(sample, result, cast(PEMModule, pl_module).info)
             Image.fromarray(panel).save(self.directory / f"step_{trainer.global_step:06d}_{sample.name}.png")

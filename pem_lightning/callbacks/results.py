@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pem_lightning.evaluation import Evaluation
-from pem_lightning.files import write_text
+from pem_lightning.files import write_file
+from pem_lightning.module import PEMModule
 from pem_lightning.types import DatasetInfo
 
 
@@ -69,16 +71,18 @@ class Results(Callback):
 
     @rank_zero_only
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        evaluation, info = pl_module.evaluation, pl_module.info
+        module = cast(PEMModule, pl_module)
+        evaluation, info = module.evaluation, module.info
         if evaluation is None:  # stopped before the first validation
             return
         rows = evaluation.per_class(info)
         metrics = {"step": trainer.global_step, **evaluation.scalars(), "per_class": rows}
-        write_text(self.directory / "metrics.json", json.dumps(_without_nan(metrics), indent=2) + "\n")
-        with (self.directory / "per_class.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_file(self.directory / "metrics.json", json.dumps(_without_nan(metrics), indent=2) + "\n")
+        table = io.StringIO()
+        writer = csv.DictWriter(table, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(self.directory / "per_class.csv", table.getvalue())
         console = Console()
         console.print(class_table(evaluation, info))
         console.print(summary(evaluation), highlight=False)

@@ -72,8 +72,7 @@ def generate_synthetic(
         for split, index in track(jobs, f"Drawing {len(jobs)} street scenes", transient=True):
             _write_sample(new, split, index, height, width, seed)
         (new / _MANIFEST).write_text(json.dumps({**manifest, "done": True}, indent=2))
-        if not _is_complete(root, manifest):  # another process may have been faster
-            _replace(new, root, old)
+        _put_in_place(new, root, old, manifest)
     return root
 
 
@@ -107,15 +106,17 @@ def _is_replaceable(root: Path) -> bool:
     return all(path.is_dir() or path.name.startswith(f"{_CITY}_") for path in root.rglob("*"))
 
 
-def _replace(new: Path, root: Path, old: Path) -> None:
+def _put_in_place(new: Path, root: Path, old: Path, manifest: dict[str, Any]) -> None:
+    """Swap the finished folder in, unless another process has been faster."""
+    if _is_complete(root, manifest):
+        return
     try:
         if root.exists():
             root.rename(old)
         new.rename(root)
     except OSError:
-        if not root.exists():
+        if not _is_complete(root, manifest):
             raise
-        # Another process put its own finished folder there between our two steps.
 
 
 class SyntheticDataModule(CityscapesDataModule):

@@ -158,7 +158,7 @@ class TrainTransform:
         flip: float = 0.5,
         pad: bool = False,
     ) -> None:
-        if len(crop_size) != 2 or not shortest_edges or min(*crop_size, *shortest_edges, max_size or 1) < 1:
+        if len(crop_size) != 2 or not shortest_edges or not _positive(*crop_size, *shortest_edges, max_size):
             raise UserError("crop_size must be two positive lengths, shortest_edges and max_size positive lengths")
         if not 0 <= flip <= 1:
             raise UserError(f"flip={flip} is no probability: give a number from 0 to 1")
@@ -194,7 +194,7 @@ class EvalTransform:
     def __init__(self, shortest_edge: int | None = None, max_size: int | None = None) -> None:
         if shortest_edge is None and max_size is not None:
             raise UserError("max_size has no effect without shortest_edge: give both or none")
-        if min(shortest_edge or 1, max_size or 1) < 1 or 0 in (shortest_edge, max_size):
+        if not _positive(shortest_edge, max_size):
             raise UserError("shortest_edge and max_size must be positive lengths, or null for the native size")
         self.shortest_edge = shortest_edge
         self.max_size = max_size
@@ -207,6 +207,10 @@ class EvalTransform:
         size = resized_size(image.shape[0], image.shape[1], self.shortest_edge, self.max_size)
         resized = torch.from_numpy(_resize(image, size, Image.Resampling.BILINEAR))
         return sample._replace(image=resized.permute(2, 0, 1).contiguous())
+
+
+def _positive(*lengths: int | None) -> bool:
+    return all(length is None or length > 0 for length in lengths)
 
 
 def _resize(array: np.ndarray, size: tuple[int, int], resampling: Image.Resampling) -> np.ndarray:

@@ -12,11 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pem_lightning.inference.images import read_image
-from pem_lightning.inference.postprocess import instances
 from pem_lightning.inference.results import SegmentedImage
 from pem_lightning.inference.task import TaskInference, size_of
 from pem_lightning.preprocess import normalize
-from pem_lightning.types import VOID_ID, DatasetInfo, Predictions, Sample
+from pem_lightning.types import VOID_ID, DatasetInfo, Sample
 
 
 class Predictor:
@@ -26,8 +25,7 @@ class Predictor:
         model: takes normalised images [B, 3, H, W] of any size and returns `Predictions`. Is put into evaluation
             mode and moved to `device`.
         info: the classes it knows.
-        inference: the task and its thresholds. With the task "instance", objects are found by
-            `postprocess.instances`.
+        inference: the task and its thresholds.
         resize: what evaluation does to an image before the model sees it, such as `EvalTransform(640, 2560)`; None
             leaves it as it is. Results are always at the image's own size.
         device: where the model runs. Results are on the CPU.
@@ -63,7 +61,17 @@ class Predictor:
         if name is None:
             name = Path(image).stem if isinstance(image, str | Path) else "image"
         inputs = self._prepare(photo)
-        return self._interpret(self.model(inputs), inputs, photo, name)
+        height, width = photo.shape[:2]
+        result = self.inference(self.model(inputs), size_of(inputs), (height, width)).cpu()
+        return SegmentedImage(
+            name,
+            photo,
+            self.info,
+            panoptic=result.panoptic,
+            segments=result.segments,
+            semantic=None if result.semantic is None else result.semantic.int(),
+            instances=result.instances if self.inference.task == "instance" else None,
+        )
 
     def _prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "1 3 height width"]:
         """Resized exactly as in evaluation, then normalised."""
@@ -72,23 +80,3 @@ class Predictor:
         if self.resize is not None:
             sample = self.resize(sample)
         return normalize(sample.image.to(self.device))[None]
-
-    def _interpret(
-        self, predictions: Predictions, inputs: Tensor, photo: UInt8[np.ndarray, "_ _ 3"], name: str
-    ) -> SegmentedImage:
-        height, width = photo.shape[:2]
-        if self.inference.task == "instance":
-            mask_height, mask_width = size_of(predictions.mask_logits)
-            found = instances(
-                predictions.class_logits[0],
-                predictions.mask_logits[0],
-                padded_size=(4 * mask_height, 4 * mask_width),
-                image_size=size_of(inputs),
-                output_size=(height, width),
-                thing_classes=self.inference.thing_classes,
-            )
-            return SegmentedImage(name, photo, self.info, instances=tuple(i._replace(mask=i.mask.cpu()) for i in found))
-        result = self.inference(predictions, image_size=size_of(inputs), output_size=(height, width))
-        if result.panoptic is None:
-            return SegmentedImage(name, photo, self.info, semantic=result.semantic.int().cpu())
-        return SegmentedImage(name, photo, self.info, panoptic=result.panoptic.cpu(), segments=result.segments)

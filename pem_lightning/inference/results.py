@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from pem_lightning.errors import UserError
+from pem_lightning.files import write_file
 from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic
 from pem_lightning.metrics.coco_panoptic import id_to_rgb
@@ -76,7 +76,7 @@ class SegmentedImage:
             UserError: a file cannot be written.
         """
         stem = Path(directory) / (name or self.name)
-        files: dict[str, bytes] = {"_overlay.png": _png(self.overlay())}
+        files: dict[str, bytes] = {}
         if self.panoptic is not None:
             files["_panoptic.png"] = _png(id_to_rgb(self.panoptic.numpy()))
             files["_segments.json"] = _json(_segments_info(self))
@@ -86,16 +86,24 @@ class SegmentedImage:
             files["_semantic.png"] = _png(official.astype(small)[self.semantic.numpy()])
         if self.instances is not None:
             files["_instances.json"] = _json([_coco_instance(i, self) for i in self.instances])
-        return [_write(stem.with_name(stem.name + ending), content) for ending, content in files.items()]
+        written = [write_file(stem.with_name(stem.name + ending), content) for ending, content in files.items()]
+        return [self.save_overlay(directory, name), *written]
+
+    def save_overlay(self, directory: str | Path, name: str | None = None) -> Path:
+        """Writes `<name>_overlay.png` alone; arguments and errors as of `save`."""
+        return write_file(Path(directory) / f"{name or self.name}_overlay.png", _png(self.overlay()))
 
 
-def write_coco_panoptic(results: Iterable[SegmentedImage], directory: str | Path, info: DatasetInfo) -> Path:
+def write_coco_panoptic(
+    results: Iterable[SegmentedImage], directory: str | Path, info: DatasetInfo, *, overlays: bool = False
+) -> Path:
     """Writes panoptic results in COCO's format, as the official evaluators read it.
 
     Args:
         results: of the panoptic task, with unique names; consumed one by one, so a generator saves memory.
         directory: gets `panoptic.json` and `panoptic/<name>.png`.
         info: names and official ids of the classes.
+        overlays: write `<name>_overlay.png`, too.
 
     Returns:
         The JSON file, which is written last.
@@ -113,7 +121,9 @@ def write_coco_panoptic(results: Iterable[SegmentedImage], directory: str | Path
         if result.name in images:
             raise UserError(f"two images are named {result.name}: rename one of them, or write to two folders")
         file_name = f"{result.name}.png"
-        _write(directory / "panoptic" / file_name, _png(id_to_rgb(result.panoptic.numpy())))
+        write_file(directory / "panoptic" / file_name, _png(id_to_rgb(result.panoptic.numpy())))
+        if overlays:
+            result.save_overlay(directory)
         height, width = result.panoptic.shape
         images[result.name] = {"id": result.name, "file_name": file_name, "height": height, "width": width}
         annotations.append(
@@ -123,7 +133,7 @@ def write_coco_panoptic(results: Iterable[SegmentedImage], directory: str | Path
         {"id": c.official_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
     ]
     content = {"images": list(images.values()), "annotations": annotations, "categories": categories}
-    return _write(directory / "panoptic.json", _json(content))
+    return write_file(directory / "panoptic.json", _json(content))
 
 
 def _segments_info(result: SegmentedImage) -> list[dict[str, Any]]:
@@ -178,15 +188,3 @@ def _png(array: np.ndarray) -> bytes:
 
 def _json(content: Any) -> bytes:
     return json.dumps(content).encode()
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Writes a file at once: readers never see half of it, and a crash leaves none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another output folder or make room") from error
-    return path

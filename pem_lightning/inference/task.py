@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-from pem_lightning.inference.postprocess import Size, panoptic, semantic
+from pem_lightning.inference.postprocess import Instance, Size, instances, panoptic, semantic
 from pem_lightning.types import Predictions, Segment
+
+
+class Sizes(TypedDict):
+    """The sizes between which post-processing moves masks."""
+
+    padded_size: Size
+    image_size: Size
+    output_size: Size
 
 
 def size_of(x: Tensor) -> Size:
@@ -19,24 +27,34 @@ def size_of(x: Tensor) -> Size:
 
 
 class Result(NamedTuple):
-    """What was found in one image; `panoptic` is None where the task has no segments.
+    """What was found in one image; fields that the task does not fill are empty.
 
     Attributes:
         semantic: class index of every pixel.
         panoptic: segment id of every pixel, `VOID_ID` where no segment is.
         segments: what the ids mean.
+        instances: objects, which may overlap.
     """
 
-    semantic: Int64[Tensor, "height width"]
+    semantic: Int64[Tensor, "height width"] | None = None
     panoptic: Int32[Tensor, "height width"] | None = None
     segments: tuple[Segment, ...] = ()
+    instances: tuple[Instance, ...] = ()
+
+    def cpu(self) -> Result:
+        """The same on the CPU."""
+        return self._replace(
+            semantic=None if self.semantic is None else self.semantic.cpu(),
+            panoptic=None if self.panoptic is None else self.panoptic.cpu(),
+            instances=tuple(i._replace(mask=i.mask.cpu()) for i in self.instances),
+        )
 
 
 class TaskInference:
     """Post-processing with a task's settings.
 
     Args:
-        task: "panoptic" or "semantic".
+        task: "panoptic", "semantic" or "instance".
         thing_classes: the classes whose objects are separate segments.
         resize_first: see `postprocess.semantic`.
         object_mask_threshold: see `postprocess.panoptic`.
@@ -58,26 +76,35 @@ class TaskInference:
         self.object_mask_threshold = object_mask_threshold
         self.overlap_threshold = overlap_threshold
 
-    def __call__(self, predictions: Predictions, image_size: Size, output_size: Size) -> Result:
+    def __call__(
+        self, predictions: Predictions, image_size: Size, output_size: Size, *, with_semantic: bool = False
+    ) -> Result:
         """Process one image.
 
         Args:
             predictions: of a batch of one image.
             image_size: height and width of what the network was given.
             output_size: height and width of the wanted result.
+            with_semantic: fill `Result.semantic` whatever the task.
         """
         class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]
         height, width = size_of(mask_logits)
-        sizes = {"padded_size": (4 * height, 4 * width), "image_size": image_size, "output_size": output_size}
-        scores = semantic(class_logits, mask_logits, resize_first=self.resize_first, **sizes)
-        if self.task == "semantic":
-            return Result(scores.argmax(0))
-        panoptic_map, segments = panoptic(
-            class_logits,
-            mask_logits,
-            thing_classes=self.thing_classes,
-            object_mask_threshold=self.object_mask_threshold,
-            overlap_threshold=self.overlap_threshold,
-            **sizes,
-        )
-        return Result(scores.argmax(0), panoptic_map, tuple(segments))
+        at = Sizes(padded_size=(4 * height, 4 * width), image_size=image_size, output_size=output_size)
+        result = Result()
+        if with_semantic or self.task == "semantic":
+            scores = semantic(class_logits, mask_logits, resize_first=self.resize_first, **at)
+            result = result._replace(semantic=scores.argmax(0))
+        if self.task == "panoptic":
+            id_map, segments = panoptic(
+                class_logits,
+                mask_logits,
+                thing_classes=self.thing_classes,
+                object_mask_threshold=self.object_mask_threshold,
+                overlap_threshold=self.overlap_threshold,
+                **at,
+            )
+            result = result._replace(panoptic=id_map, segments=tuple(segments))
+        if self.task == "instance":
+            found = instances(class_logits, mask_logits, thing_classes=self.thing_classes, **at)
+            result = result._replace(instances=tuple(found))
+        return result

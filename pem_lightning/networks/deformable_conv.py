@@ -62,11 +62,14 @@ def _corners(
     and gets weight 0.
     """
     B, T, H, W = mask.shape
-    kwargs = {"device": offsets.device, "dtype": offsets.dtype}
-    taps = torch.arange(k, **kwargs) - k // 2
+
+    def count(n: int) -> Float[Tensor, " n"]:
+        return torch.arange(n, device=offsets.device, dtype=offsets.dtype)
+
+    taps = count(k) - k // 2
     offsets = offsets.view(B, T, 2, H, W).permute(2, 0, 3, 4, 1)
-    y = offsets[0] + (torch.arange(H, **kwargs)[:, None, None] + taps.repeat_interleave(k))
-    x = offsets[1] + (torch.arange(W, **kwargs)[:, None] + taps.repeat(k))
+    y = offsets[0] + (count(H)[:, None, None] + taps.repeat_interleave(k))
+    x = offsets[1] + (count(W)[:, None] + taps.repeat(k))
     # Far outside nothing is read; the clamp keeps the integer conversion below defined.
     y, x = y.clamp(-2, H + 1), x.clamp(-2, W + 1)
     y0, x0 = y.detach().floor(), x.detach().floor()
@@ -134,8 +137,8 @@ class DeformableConv(nn.Module):
         self.offset = nn.Conv2d(in_channels, 27, 3, padding=1)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
         self.kernel = get_kernel(kernel)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H W"]:

@@ -1,7 +1,7 @@
 """PEM-CA: prototype-based masked cross-attention, the paper's contribution (section 3.2, figure 3).
 
-Dot-product attention mixes all features of a query's mask. Those features are much alike, so PEM-CA keeps, per query and
-head, only the one most similar to the query, its *prototype*, and lets the two interact by an element-wise product.
+Dot-product attention mixes all features of a query's mask. Those features are much alike, so PEM-CA keeps, per query
+and head, only the one most similar to the query, its *prototype*, and lets the two interact by an element-wise product.
 
 Legend: B batch, Q queries, C channels, M heads, D channels of a head, H W spatial, P positions (H * W).
 """

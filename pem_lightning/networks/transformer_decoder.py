@@ -111,14 +111,11 @@ class TransformerDecoder(nn.Module):
         self.query_features = nn.Embedding(num_queries, channels)
         self.query_positions = nn.Embedding(num_queries, channels)
         self.level_embedding = nn.Embedding(NUM_LEVELS, channels)
-        self.input_projections = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(NUM_LEVELS))
+        self.input_projections = nn.ModuleList(_projection(in_channels, channels) for _ in range(NUM_LEVELS))
         self.layers = nn.ModuleList(DecoderLayer(channels, num_heads, hidden_channels) for _ in range(num_layers))
         self.norm = nn.LayerNorm(channels)
         self.class_head = nn.Linear(channels, num_classes + 1)
         self.mask_head = MLP(channels, channels, mask_channels, 3)
-        for projection in self.input_projections:
-            nn.init.kaiming_uniform_(projection.weight, a=1)
-            nn.init.zeros_(projection.bias)
 
     def forward(
         self, mask_features: Float[Tensor, "B C_mask H W"], levels: list[Float[Tensor, "B C_in _ _"]]
@@ -130,7 +127,9 @@ class TransformerDecoder(nn.Module):
                 self.input_projections, levels, self.level_embedding.weight, strict=True
             )
         ]
-        positions = [sine_position_encoding(*x.shape[-2:], self.channels, device=x.device).to(x.dtype) for x in inputs]
+        positions = [
+            sine_position_encoding(x.shape[2], x.shape[3], self.channels, device=x.device).to(x.dtype) for x in inputs
+        ]
         queries = self.query_features.weight.expand(len(mask_features), -1, -1)
         predictions = [self._predict(queries, mask_features)]
         for i, layer in enumerate(self.layers):
@@ -147,3 +146,11 @@ class TransformerDecoder(nn.Module):
         normed = self.norm(queries)
         mask_logits = (self.mask_head(normed) @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         return Predictions(self.class_head(normed), mask_logits)
+
+
+def _projection(in_channels: int, channels: int) -> nn.Conv2d:
+    projection = nn.Conv2d(in_channels, channels, 1)
+    nn.init.kaiming_uniform_(projection.weight, a=1)
+    assert projection.bias is not None
+    nn.init.zeros_(projection.bias)
+    return projection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
@@ -14,7 +15,7 @@ from pem_lightning.networks.layers import FrozenBatchNorm2d, NormFactory
 
 NORMS: dict[str, NormFactory] = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d}
 
-BACKBONES = {
+BACKBONES: dict[str, Callable[..., Backbone]] = {
     "resnet18": partial(ResNet, 18),
     "resnet34": partial(ResNet, 34),
     "resnet50": partial(ResNet, 50),

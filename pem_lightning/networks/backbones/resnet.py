@@ -61,32 +61,35 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, norm: NormFactor
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
 
 
+STAGES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+}
+"""Block and blocks per stage, by depth."""
+
+
 class ResNet(Backbone):
     """ResNet-18, -34, -50 or -101 without its classification head."""
 
-    stages = {
-        18: (BasicBlock, (2, 2, 2, 2)),
-        34: (BasicBlock, (3, 4, 6, 3)),
-        50: (Bottleneck, (3, 4, 6, 3)),
-        101: (Bottleneck, (3, 4, 23, 3)),
-    }
-
     def __init__(self, depth: int = 50, norm: NormFactory = nn.BatchNorm2d) -> None:
         super().__init__()
-        block, repeats = self.stages[depth]
+        block, repeats = STAGES[depth]
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = norm(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        widths = (64, 128, 256, 512)
-        channels = 64
-        for i, (width, repeat) in enumerate(zip(widths, repeats, strict=True)):
-            blocks = []
-            for j in range(repeat):
-                blocks.append(block(channels, width, 2 if i > 0 and j == 0 else 1, norm))
-                channels = width * block.expansion
-            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
-        c4, c8, c16, c32 = (width * block.expansion for width in widths)
+        c4, c8, c16, c32 = (width * block.expansion for width in (64, 128, 256, 512))
         self.channels = (c4, c8, c16, c32)
+
+        def stage(in_channels: int, width: int, repeat: int, stride: int) -> nn.Sequential:
+            rest = (block(width * block.expansion, width, 1, norm) for _ in range(repeat - 1))
+            return nn.Sequential(block(in_channels, width, stride, norm), *rest)
+
+        self.layer1 = stage(64, 64, repeats[0], 1)
+        self.layer2 = stage(c4, 128, repeats[1], 2)
+        self.layer3 = stage(c8, 256, repeats[2], 2)
+        self.layer4 = stage(c16, 512, repeats[3], 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
