@@ -1,5 +1,7 @@
 """Switches on runtime checking of every annotated tensor shape before anything of the package is imported."""
 
+import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -20,3 +22,17 @@ torch.set_num_threads(2)
 def reference() -> Path:
     """Frozen outputs of the authors' implementation and of official evaluators (see the README there)."""
     return Path(__file__).parent / "data" / "reference"
+
+
+@pytest.fixture(scope="session")
+def official_weights(reference: Path):
+    """Draws the weights behind a reference case: (name, seed) -> the authors' state dict."""
+    spec = importlib.util.spec_from_file_location("regenerate_weights", reference / "regenerate_weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def draw(name: str, seed: int) -> dict[str, torch.Tensor]:
+        manifest = json.loads((reference / "pem" / f"manifest_{name}.json").read_text())
+        return {key: torch.from_numpy(value) for key, value in module.weights(manifest, seed).items()}
+
+    return draw

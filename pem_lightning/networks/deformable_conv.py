@@ -72,7 +72,8 @@ def _corners(
     x = offsets[1] + (count(W)[:, None] + taps.repeat(k))
     # Far outside nothing is read; the clamp keeps the integer conversion below defined.
     y, x = y.clamp(-2, H + 1), x.clamp(-2, W + 1)
-    y0, x0 = y.detach().floor(), x.detach().floor()
+    # A NaN must come out as NaN and not as an index error, hence it is kept out of the integer part only.
+    y0, x0 = y.detach().floor().nan_to_num(), x.detach().floor().nan_to_num()
     fy, fx = y - y0, x - x0
     modulation = mask.permute(0, 2, 3, 1).to(offsets.dtype)
     row_starts = torch.arange(B, device=offsets.device).view(B, 1, 1, 1) * (H * W)

@@ -151,14 +151,17 @@ def test_same_seed_same_sample():
     assert not torch.equal(first[0].image, first[1].image)
 
 
-def test_scale_and_flip_are_independent():
-    transform = TrainTransform((1000, 1000), [10, 20], None, color_jitter=False)
+def test_scale_place_and_flip_are_independent():
+    transform = TrainTransform((10, 20), [11, 80], None, color_jitter=False)
     torch.manual_seed(0)
-    table = np.zeros((2, 2), int)
+    table = np.zeros((2, 2, 2), int)
     for _ in range(400):
-        out = transform(coded_sample(10, 20))
-        table[int(out.image.shape[1] == 20), int(out.image[1, 0, 0] > out.image[1, 0, -1])] += 1
-    assert table.min() > 70
+        rows, columns, _ = transform(coded_sample(80, 160)).image.float()
+        large_scale = rows.max() - rows.min() < 30  # few source rows fill the crop
+        below = rows.mean() > 40
+        flipped = columns[0, 0] > columns[0, -1]
+        table[int(large_scale), int(below), int(flipped)] += 1
+    assert table.min() > 25
 
 
 NEUTRAL = {"brightness": 0.0, "contrast": 1.0, "saturation": 1.0, "hue": 0, "contrast_first": True}

@@ -68,6 +68,14 @@ def test_is_an_ordinary_convolution_without_offsets():
     torch.testing.assert_close(deform_conv_torch(x, offsets, mask, weight), F.conv2d(x, weight, padding=1))
 
 
+def test_nan_comes_out_as_nan():
+    x, offsets, mask, weight = (t.detach() for t in inputs(0))
+    offsets[0, :, 2, 3] = float("nan")
+    out = deform_conv_torch(x, offsets, mask, weight)
+    assert out[0, :, 2, 3].isnan().all()
+    assert out.isnan().sum() == 4
+
+
 def test_whole_offsets_shift_the_image():
     """An offset is (dy, dx): one row down reads one row further down."""
     x = torch.arange(25.0).view(1, 1, 5, 5)

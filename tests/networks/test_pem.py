@@ -1,9 +1,5 @@
 """The network against the authors' frozen outputs, and its published size."""
 
-import importlib.util
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,22 +15,14 @@ from pem_lightning.preprocess import normalize
 CASES = ["city_pan_r50_96x160", "city_pan_r50_90x150", "city_pan_stdc1_96x160", "city_pan_stdc1_90x150"]
 
 
-def official_weights(reference: Path, name: str, seed: int) -> dict[str, torch.Tensor]:
-    spec = importlib.util.spec_from_file_location("regenerate_weights", reference / "regenerate_weights.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    manifest = json.loads((reference / "pem" / f"manifest_{name}.json").read_text())
-    return {key: torch.from_numpy(value) for key, value in module.weights(manifest, seed).items()}
-
-
 @pytest.fixture(scope="module")
-def models(reference):
+def models(official_weights):
     """The authors' two networks with the reference weights, in evaluation mode."""
 
     def load(name: str):
         backbone = {"city_pan_r50": "resnet50", "city_pan_stdc1": "stdc1"}[name]
         model = build_pem(backbone=backbone, num_classes=19, auxiliary="always").eval()
-        model.load_state_dict(checkpoints.from_official(official_weights(reference, name, seed=1)), strict=True)
+        model.load_state_dict(checkpoints.from_official(official_weights(name, seed=1)), strict=True)
         return model
 
     return {name: load(name) for name in ("city_pan_r50", "city_pan_stdc1")}
