@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -71,6 +71,8 @@ def check_composes(job: str, arguments: Sequence[str]) -> None:
 def _explain(error: Exception, job: str) -> str:
     """One line for one of Hydra's errors, with the nearest key or choice where one is near."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r} ({text.splitlines()[0]}): write key=value, and quote special characters"
     if match := re.search(r"Could not (?:override|find) '([^']+)'", text):
         wrong = match[1]
         if options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text):
@@ -100,7 +102,8 @@ def user_error_behind(error: BaseException | None) -> str | None:
     """The one line to show if the cause of an error is a user's, None if it is a bug."""
     while error is not None:
         if isinstance(error, UserError):
-            return str(error)
+            # From a loader's worker it comes with the worker's traceback before it.
+            return str(error).strip().splitlines()[-1].split("UserError: ")[-1]
         if isinstance(error, MisconfigurationException | OmegaConfBaseException):
             return " ".join(str(error).split())
         error = error.__cause__ or error.__context__

@@ -67,7 +67,9 @@ def test_equals_the_authors_step(reference, network):
     parameters = dict(network.named_parameters())
     assert names.keys() == parameters.keys()
     for name, key in names.items():
-        assert parameters[name].grad.norm().item() == pytest.approx(expected["grad_norms"][key], rel=1e-4, abs=1e-6), name
+        assert parameters[name].grad.norm().item() == pytest.approx(expected["grad_norms"][key], rel=1e-4, abs=1e-6), (
+            name
+        )
     for key in (k for k in arrays if k.startswith("grad/")):
         grad = parameters[checkpoints.rename_official_key(key.removeprefix("grad/"))].grad
         wanted = torch.from_numpy(arrays[key])

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Int32, UInt
 from PIL import Image
-from torch.utils.data import Dataset
 
-from pem_lightning.data.datamodule import SampleTransform, SegmentationDataModule
+from pem_lightning.data.datamodule import SegmentationDataModule
+from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDataset
 from pem_lightning.data.targets import Task
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
 from pem_lightning.errors import UserError
@@ -53,45 +53,46 @@ _CURE = (
 )
 
 
-class CityscapesDataset(Dataset[Sample]):
+class CityscapesDataset(SegmentationDataset):
     """The images of one split with their panoptic annotation, in the order of their names.
 
     Args:
         root: the folder that holds `leftImg8bit` and `gtFine`.
         split: "train" or "val".
         transform: applied to every sample.
+        on_error: what an unreadable file does, see `SegmentationDataset`.
 
     Raises:
         UserError: a folder is missing or empty, or an image and an annotation lack their counterpart.
     """
 
-    def __init__(self, root: str | Path, split: str, transform: SampleTransform | None = None) -> None:
+    def __init__(
+        self, root: str | Path, split: str, transform: SampleTransform | None = None, on_error: OnError = "stop"
+    ) -> None:
         images = _find(Path(root) / "leftImg8bit" / split, _IMAGE_SUFFIX)
         labels = _find(Path(root) / "gtFine" / split, _LABEL_SUFFIX)
         if unpaired := sorted(images.keys() ^ labels.keys()):
             path, missing = (images, "annotation") if unpaired[0] in images else (labels, "image")
             raise UserError(f"{path[unpaired[0]]} has no {missing} ({len(unpaired)} such files): {_CURE}")
-        self.files = [(name, images[name], labels[name]) for name in sorted(images)]
-        self.transform = transform
+        super().__init__(CITYSCAPES, sorted(images), transform, on_error)
+        self._files = [(images[name], labels[name]) for name in self.names]
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def files(self, index: int) -> tuple[Path, ...]:
+        """Photograph and `instanceIds` map."""
+        return self._files[index]
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read and transform one sample.
-
-        Raises:
-            UserError: a file cannot be read, or image and annotation differ in size.
-        """
-        name, image_path, label_path = self.files[index]
+    def read(self, index: int) -> Sample:
+        """Decode one item; a segment's id is its value in the file."""
+        image_path, label_path = self._files[index]
         image = _read(image_path, lambda file: np.array(file.convert("RGB")))
         values = _read(label_path, np.array)
         if values.shape != image.shape[:2]:
-            raise UserError(f"{label_path} has not the size of {image_path}: unzip gtFine_trainvaltest.zip again")
+            raise UserError(
+                f"{label_path} is no single-channel map of its image's size: unzip gtFine_trainvaltest.zip again"
+            )
         panoptic, segments = panoptic_from_instance_ids(values)
         # The channels are a view on the file's own pixel order, which spares a copy of the full image.
-        sample = Sample(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(panoptic), segments, name)
-        return self.transform(sample) if self.transform else sample
+        return Sample(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(panoptic), segments, self.names[index])
 
 
 def panoptic_from_instance_ids(

@@ -9,13 +9,12 @@ from typing import ClassVar
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from pem_lightning.data.dataset import SampleTransform, SegmentationDataset
 from pem_lightning.data.targets import Task, build_target, check_task
 from pem_lightning.errors import UserError
 from pem_lightning.types import Batch, DatasetInfo, Sample
-
-SampleTransform = Callable[[Sample], Sample]
 
 
 def collate_train(samples: Sequence[Sample], task: Task) -> Batch:
@@ -68,11 +67,11 @@ class SegmentationDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.train_transform = train_transform
         self.eval_transform = eval_transform
-        self._datasets: dict[str, Dataset[Sample]] = {}
+        self._datasets: dict[str, SegmentationDataset] = {}
 
     @abstractmethod
-    def make_dataset(self, split: str, transform: SampleTransform) -> Dataset[Sample]:
-        """One split, "train" or "val", as a sized dataset."""
+    def make_dataset(self, split: str, transform: SampleTransform) -> SegmentationDataset:
+        """One split, "train" or "val", as a dataset."""
 
     def setup(self, stage: str | None = None) -> None:
         """Find the files of the splits that the stage needs.
@@ -82,8 +81,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
         """
         if stage in (None, "fit") and "train" not in self._datasets:
             dataset = self.make_dataset("train", self.train_transform)
-            if (count := len(dataset)) < self.batch_size:  # type: ignore[arg-type]
-                raise UserError(f"{count} training images make no batch of {self.batch_size}: lower dataset.batch_size")
+            if (count := len(dataset)) < self.batch_size:
+                raise UserError(f"{count} training images make no batch of {self.batch_size}: lower recipe.batch_size")
             self._datasets["train"] = dataset
         if "val" not in self._datasets:
             self._datasets["val"] = self.make_dataset("val", self.eval_transform)

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.progress import track
 
 from pem_lightning.data.cityscapes import CityscapesDataModule
-from pem_lightning.data.datamodule import SampleTransform
+from pem_lightning.data.dataset import SampleTransform
 from pem_lightning.data.street.scene import draw_street
 from pem_lightning.data.targets import Task
 from pem_lightning.data.transforms import EvalTransform, TrainTransform

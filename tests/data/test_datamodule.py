@@ -147,7 +147,7 @@ def test_validation_needs_no_training_images(root):
 
 
 def test_too_few_images_for_one_batch(root):
-    with pytest.raises(UserError, match=r"5 training images make no batch of 8: lower dataset\.batch_size"):
+    with pytest.raises(UserError, match=r"5 training images make no batch of 8: lower recipe\.batch_size"):
         make_data(root, batch_size=8)
 
 

@@ -12,7 +12,7 @@ from pem_lightning.networks.deformable_conv import DeformableConv, deform_conv_t
 
 def by_grid_sample(x, offsets, mask, weight):
     """The definition, tap by tap, on PyTorch's own bilinear sampling."""
-    B, _, H, W = x.shape
+    H, W = x.shape[2:]
     y, x0 = torch.meshgrid(torch.arange(H, dtype=x.dtype), torch.arange(W, dtype=x.dtype), indexing="ij")
     out = 0
     for tap in range(9):

@@ -111,7 +111,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_unknown_names_are_refused_with_the_choices():
-    with pytest.raises(UserError, match="resnet99.*resnet50"):
+    with pytest.raises(UserError, match=r"resnet99.*resnet50"):
         build_pem("resnet99", num_classes=3)
-    with pytest.raises(UserError, match="nrm.*frozen"):
+    with pytest.raises(UserError, match=r"nrm.*frozen"):
         build_pem("resnet18", num_classes=3, backbone_norm="nrm")

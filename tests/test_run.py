@@ -1,0 +1,253 @@
+"""The three jobs from the command line, end to end, on a tiny drawn data set."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pem_lightning import run
+from pem_lightning.checkpoints import read_checkpoint
+from pem_lightning.metrics.coco_panoptic import rgb_to_id
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+def call(job, *arguments, monkeypatch=None):
+    """Run a job in this process, as its entry point does; returns the exit code."""
+    before = sys.argv
+    sys.argv = [f"{job}.py", *arguments]
+    try:
+        run.main(job)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with drawn images; jobs run inside it."""
+    folder = tmp_path_factory.mktemp("run")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+TINY = (
+    "dataset.root=drawn",
+    "dataset.datamodule.num_train=8",
+    "dataset.datamodule.num_val=3",
+    "dataset.datamodule.height=64",
+    "dataset.datamodule.width=128",
+    "dataset.num_workers=0",
+    "recipe.batch_size=2",
+    "recipe.num_points=64",
+    "recipe.train_transform.crop_size=[64,128]",
+    "recipe.train_transform.shortest_edges=[64]",
+    "network.num_layers=2",
+    "network.num_queries=20",
+    "task.inference.object_mask_threshold=0.05",
+    "task.inference.overlap_threshold=0.05",
+    "trainer=cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(work):
+    """Folder of a finished run of four steps."""
+    code = call(
+        "train",
+        *TINY,
+        "recipe.max_steps=4",
+        "recipe.val_interval=2",
+        "recipe.checkpoint_interval=1",
+        "hydra.run.dir=trained",
+    )
+    assert code == 0
+    return work / "trained"
+
+
+def last_metrics(folder, prefix="val/"):
+    with (folder / "csv" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/mIoU"]]
+    return {name: value for name, value in rows[-1].items() if name.startswith(prefix)}
+
+
+def test_training_leaves_everything_behind(trained):
+    for name in (
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "curves.png",
+        "metrics.json",
+        "per_class.csv",
+        "csv/metrics.csv",
+    ):
+        assert (trained / name).is_file(), name
+    assert len(list((trained / "panels").glob("step_000004_*.png"))) == 3
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["step"] == 4
+    assert {"val/PQ", "val/SQ_things", "val/RQ_stuff", "val/mIoU"} <= metrics.keys()
+    assert len(metrics["per_class"]) == 19
+    with (trained / "csv" / "metrics.csv").open() as file:
+        assert {"train/loss", "train/loss_dice_1", "val/PQ"} <= set(next(csv.reader(file)))
+
+
+def test_a_checkpoint_knows_its_experiment(trained):
+    checkpoint = read_checkpoint(trained / "checkpoints" / "last.ckpt")
+    assert checkpoint.step == 4
+    assert checkpoint.config["network"]["num_queries"] == 20
+    assert checkpoint.config["recipe"]["max_steps"] == 4
+    assert checkpoint.info.num_classes == 19
+    assert "network.num_layers=2" in checkpoint.overrides
+
+
+def test_evaluation_repeats_the_runs_numbers_to_the_last_digit(trained):
+    assert call("evaluate", f"checkpoint={trained}/checkpoints/last.ckpt", "hydra.run.dir=evaluated") == 0
+    repeated = json.loads(Path("evaluated/metrics.json").read_text())
+    original = json.loads((trained / "metrics.json").read_text())
+    assert repeated["per_class"] == original["per_class"]
+    assert {k: v for k, v in repeated.items() if k.startswith("val/")} == {
+        k: v for k, v in original.items() if k.startswith("val/")
+    }
+
+
+def test_evaluation_takes_overrides(trained, capsys):
+    code = call(
+        "evaluate", f"checkpoint={trained}/checkpoints/last.ckpt", "task=semantic", "hydra.run.dir=evaluated_semantic"
+    )
+    assert code == 0
+    metrics = json.loads(Path("evaluated_semantic/metrics.json").read_text())
+    assert "val/mIoU" in metrics
+    assert "val/PQ" not in metrics
+
+
+def test_prediction_of_any_image(trained, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (45, 70, 3), np.uint8)).save(folder / "wide.jpg")
+    Image.fromarray(rng.integers(0, 256, (90, 33), np.uint8)).save(folder / "tall_grey.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert call("predict", f"checkpoint={trained}/checkpoints/last.ckpt", f"input={folder}", f"output={out}") == 2
+    printed = capsys.readouterr()
+    assert "broken.png" in printed.err
+    assert "1 of 3 files could not be read" in printed.err
+    content = json.loads((out / "panoptic.json").read_text())
+    assert {a["image_id"] for a in content["annotations"]} == {"wide", "tall_grey"}
+    for annotation in content["annotations"]:
+        ids = rgb_to_id(np.array(Image.open(out / "panoptic" / annotation["file_name"])))
+        assert {s["id"] for s in annotation["segments_info"]} == set(np.unique(ids).tolist()) - {0}
+    assert Image.open(out / "wide_overlay.png").size == (70, 45)
+    assert Image.open(out / "tall_grey_overlay.png").size == (33, 90)
+
+
+def test_semantic_prediction(trained, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(photo)
+    arguments = (f"checkpoint={trained}/checkpoints/best.ckpt", f"input={photo}", f"output={tmp_path}/out")
+    assert call("predict", *arguments, "task=semantic") == 0
+    assert Image.open(tmp_path / "out" / "photo_semantic.png").size == (50, 40)
+
+
+def test_resume_last_goes_on_where_the_run_ended(trained):
+    """Started anew with more steps: steps, schedule and curves go on, and earlier ones are not lost."""
+    shutil.copytree(trained, "chain/first")
+    more = (*TINY, "recipe.max_steps=6", "recipe.val_interval=2", "resume=last", "hydra.run.dir=chain/second")
+    assert call("train", *more) == 0
+    assert read_checkpoint("chain/second/checkpoints/best.ckpt").step in (4, 6)
+    assert json.loads(Path("chain/second/metrics.json").read_text())["step"] == 6
+    history = read_checkpoint("chain/second/checkpoints/best.ckpt").config["callbacks"]["curves"]["history"]
+    assert [Path(path).parts[-3:] for path in history] == [("first", "csv", "metrics.csv")]
+
+
+def test_a_finished_run_is_not_resumed(trained, capsys):
+    code = call("train", *TINY, "recipe.max_steps=4", f"resume={trained}/checkpoints/last.ckpt", "hydra.run.dir=again")
+    assert code == 2
+    assert "raise recipe.max_steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "message"),
+    [
+        ("train", ["dataset=cityscapes", "trainer=cpu"], "leftImg8bit_trainvaltest.zip"),
+        ("train", ["resume=nothing.ckpt"], "nothing.ckpt does not exist"),
+        ("train", [*TINY, "resume=last", "hydra.run.dir=lonely/run"], "start without resume"),
+        ("train", [*TINY, "trainer=gpu"], "GPU"),
+        ("train", [*TINY, "recipe.batch_size=9"], "9"),
+        ("evaluate", [], "checkpoint"),
+        ("evaluate", ["checkpoint=nothing.ckpt"], "nothing.ckpt does not exist"),
+        ("evaluate", ["checkpoint={trained}/checkpoints/last.ckpt", "network.num_queries=7"], "does not fit"),
+        ("predict", ["checkpoint={trained}/checkpoints/last.ckpt", "input=nowhere.jpg"], "nowhere.jpg does not exist"),
+        ("predict", ["checkpoint={trained}/checkpoints/last.ckpt"], "input"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(trained, job, arguments, message, capsys):
+    if job == "train" and "trainer=gpu" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    capsys.readouterr()
+    assert call(job, *(a.format(trained=trained) for a in arguments)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_semantic_training(work):
+    arguments = (*TINY, "task=semantic", "recipe.max_steps=1", "recipe.val_interval=1", "backbone=resnet18")
+    assert call("train", *arguments, "hydra.run.dir=semantic") == 0
+    assert "val/PQ" not in json.loads(Path("semantic/metrics.json").read_text())
+
+
+def start(folder, *arguments):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_training_resumes_from_its_last_checkpoint(work):
+    limits = ("recipe.max_steps=200", "recipe.val_interval=200", "recipe.checkpoint_interval=2")
+    process = start(work, *TINY, *limits, "hydra.run.dir=killed/first")
+    last = work / "killed" / "first" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    step = read_checkpoint(last).step
+    assert 2 <= step < 200
+    arguments = (
+        *TINY,
+        f"recipe.max_steps={step + 2}",
+        "recipe.val_interval=2",
+        "resume=last",
+        "hydra.run.dir=killed/second",
+    )
+    assert call("train", *arguments) == 0
+    assert json.loads((work / "killed" / "second" / "metrics.json").read_text())["step"] == step + 2
+
+
+def test_a_users_mistake_shows_no_traceback(work):
+    out, err = (process := start(work, "dataset=cityscapes", "trainer=cpu")).communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Traceback" not in out + err
+    assert "dataset=synthetic to start now" in err
