@@ -71,10 +71,10 @@ class CityscapesDataset(SegmentationDataset):
     ) -> None:
         images = _find(Path(root) / "leftImg8bit" / split, _IMAGE_SUFFIX)
         labels = _find(Path(root) / "gtFine" / split, _LABEL_SUFFIX)
-        if unpaired := sorted(images.keys() ^ labels.keys()):
-            path, missing = (images, "annotation") if unpaired[0] in images else (labels, "image")
-            raise UserError(f"{path[unpaired[0]]} has no {missing} ({len(unpaired)} such files): {_CURE}")
-        super().__init__(CITYSCAPES, sorted(images), transform, on_error)
+        problems = [f"{images[name]} has no annotation: {_CURE}" for name in sorted(images.keys() - labels.keys())]
+        problems += [f"{labels[name]} has no image: {_CURE}" for name in sorted(labels.keys() - images.keys())]
+        names = sorted(images.keys() & labels.keys())
+        super().__init__(CITYSCAPES, names, problems, transform=transform, on_error=on_error)
         self._files = [(images[name], labels[name]) for name in self.names]
 
     def files(self, index: int) -> tuple[Path, ...]:

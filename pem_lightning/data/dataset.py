@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch.utils.data import Dataset
 
@@ -16,7 +16,7 @@ from pem_lightning.types import DatasetInfo, Sample
 log = logging.getLogger(__name__)
 
 SampleTransform = Callable[[Sample], Sample]
-OnError = Literal["stop", "skip"]
+OnError = Literal["stop", "skip", "collect"]
 
 
 class SegmentationDataset(Dataset[Sample], ABC):
@@ -27,23 +27,38 @@ class SegmentationDataset(Dataset[Sample], ABC):
     Attributes:
         info: the classes.
         names: of the items, unique.
+        problems: what is wrong with the files found, one message with its cure each (only with `on_error="collect"`).
 
     Args:
         info: the classes.
         names: of the items, unique.
+        problems: what the subclass found wrong, such as images without annotation.
         transform: applied to every sample that is read.
-        on_error: what an unreadable file does: "stop" raises its error, "skip" logs it and takes the next item.
+        on_error: what `problems` and unreadable files do: "stop" raises the first, "skip" logs them and takes the next
+            item instead, "collect" keeps `problems` for whoever asks and raises on reading.
+
+    Raises:
+        UserError: there are problems, and `on_error` says "stop".
     """
 
     def __init__(
         self,
         info: DatasetInfo,
         names: Sequence[str],
+        problems: Sequence[str] = (),
+        *,
         transform: SampleTransform | None = None,
         on_error: OnError = "stop",
     ) -> None:
-        if on_error not in ("stop", "skip"):
-            raise UserError(f"dataset.on_error={on_error}: choose stop or skip")
+        if on_error not in get_args(OnError):
+            raise UserError(f"dataset.on_error={on_error}: choose {' or '.join(get_args(OnError))}")
+        if problems and on_error == "stop":
+            more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
+            raise UserError(problems[0] + more)
+        if on_error == "skip":
+            for problem in problems:
+                log.warning("left out: %s", problem)
+        self.problems = list(problems)
         self.info = info
         self.names = list(names)
         self.transform = transform
@@ -77,7 +92,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
             try:
                 sample = self.read((index + shift) % len(self))
             except UserError as error:
-                if self.on_error == "stop":
+                if self.on_error != "skip":
                     raise
                 log.warning("skipped: %s", error)
             else:
