@@ -51,8 +51,38 @@ def take_over_choices(arguments: Sequence[str]) -> list[str]:
     return [*taken, *arguments]
 
 
-def check_composes(job: str, arguments: Sequence[str]) -> None:
+def stay_in_resumed_run(cfg: DictConfig, arguments: Sequence[str]) -> list[str]:
+    """Let a resumed run go on in its own folder: find what `resume=last` means, and choose Hydra's folder accordingly.
+
+    Args:
+        cfg: the composed experiment, Hydra's own part included.
+        arguments: the command line.
+
+    Raises:
+        UserError: there is no last run.
+    """
+    if cfg.get("resume") is None:
+        return list(arguments)
+    if cfg.resume == "last":
+        runs = Path(cfg.hydra.run.dir).parent
+        found = sorted(runs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError(f"resume=last finds no */checkpoints/last.ckpt in {runs}: start without resume")
+        path = found[-1]
+    else:
+        path = Path(cfg.resume)
+    rest = [a for a in arguments if not (is_override(a) and key_of(a) == "resume")]
+    run = path.parent.parent
+    if (run / ".hydra").is_dir() and not any(key_of(a) == "hydra.run.dir" for a in rest if is_override(a)):
+        rest.append(f"hydra.run.dir='{run}'")
+    return [*rest, f"resume='{path}'"]
+
+
+def check_composes(job: str, arguments: Sequence[str]) -> DictConfig:
     """Compose the experiment once, so that a mistake on the command line becomes one clear line.
+
+    Returns:
+        The experiment, Hydra's own part included.
 
     Raises:
         UserError: a key or a choice does not exist, or an override cannot be parsed.
@@ -63,7 +93,7 @@ def check_composes(job: str, arguments: Sequence[str]) -> None:
         raise UserError(f"{stray!r} is no override: write key=value, e.g. task=panoptic")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            hydra.compose(job, overrides)
+            return hydra.compose(job, overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, job)) from error
 

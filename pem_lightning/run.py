@@ -20,7 +20,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.progress import track
 
 from pem_lightning.checkpoints import Checkpoint, check_fits, load_network, read_checkpoint
-from pem_lightning.config import CONF, check_composes, take_over_choices, user_error_behind
+from pem_lightning.config import (
+    CONF,
+    check_composes,
+    key_of,
+    stay_in_resumed_run,
+    take_over_choices,
+    user_error_behind,
+)
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.errors import UserError
 from pem_lightning.inference import SegmentedImage, find_images, write_coco_panoptic
@@ -99,11 +106,17 @@ def predict(cfg: DictConfig) -> float:
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:
-    """Make the trainer with its callbacks and loggers; `precision: auto` is decided here."""
+    """Make the trainer with its callbacks and loggers; `precision: auto` is decided here.
+
+    Raises:
+        UserError: a GPU is asked for where there is none.
+    """
     settings: dict[str, Any] = {}
+    has_gpu = torch.cuda.is_available()
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not has_gpu:
+        raise UserError("trainer.accelerator=gpu, but torch finds no GPU here: choose trainer=cpu or trainer=auto")
     if cfg.trainer.precision == "auto":
-        on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        settings["precision"] = "16-mixed" if on_gpu else "32-true"
+        settings["precision"] = "16-mixed" if has_gpu and cfg.trainer.accelerator != "cpu" else "32-true"
     loggers = _instantiate_all(cfg.logger)
     callbacks = _instantiate_all(cfg.callbacks)
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **settings)
@@ -147,11 +160,13 @@ def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
 
 
 def _take_network(cfg: DictConfig) -> Checkpoint:
-    """Read the checkpoint; the network is the trained one, whatever conf/ says today."""
+    """Read the checkpoint; the network is the trained one, whatever conf/ says today, unless the command line does."""
     checkpoint = read_checkpoint(cfg.checkpoint)
-    with open_dict(cfg):
-        cfg.network = checkpoint.config["network"]
-        cfg.backbone = checkpoint.config["backbone"]
+    asked_for = {key_of(o).split(".")[0] for o in set(_overrides()) - set(checkpoint.overrides)}
+    if not asked_for & {"network", "backbone"}:
+        with open_dict(cfg):
+            cfg.network = checkpoint.config["network"]
+            cfg.backbone = checkpoint.config["backbone"]
     return checkpoint
 
 
@@ -164,26 +179,19 @@ def _check_classes(checkpoint: Checkpoint, info: DatasetInfo) -> None:
 
 
 def _checkpoint_to_resume(cfg: DictConfig) -> Checkpoint | None:
-    """Resolve `resume`, and let the curves go on where the resumed run's ended."""
+    """Read the checkpoint to go on from, and put its run's log out of the way of the new one."""
     if cfg.resume is None:
         return None
-    if cfg.resume == "last":
-        runs = Path(cfg.output_dir).resolve().parent
-        found = sorted(runs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise UserError(f"resume=last found no */checkpoints/last.ckpt in {runs}: start without resume")
-        cfg.resume = str(found[-1])
     checkpoint = read_checkpoint(cfg.resume)
     if checkpoint.step >= cfg.trainer.max_steps > 0:
         raise UserError(
             f"{checkpoint.path} is trained to step {checkpoint.step} of {cfg.trainer.max_steps} already: "
             "raise recipe.max_steps to train on"
         )
-    if cfg.callbacks.get("curves"):
-        before = checkpoint.path.resolve().parents[1] / "csv" / "metrics.csv"
-        earlier = OmegaConf.select(OmegaConf.create(checkpoint.config), "callbacks.curves.history") or []
-        with open_dict(cfg):
-            cfg.callbacks.curves.history = [*earlier, str(before)]
+    # Lightning's logger starts its file anew; the curves are drawn from all of them.
+    log_file = Path(cfg.output_dir) / "csv" / "metrics.csv"
+    if log_file.exists():
+        log_file.replace(log_file.with_name(f"metrics_before_step_{checkpoint.step:07d}.csv"))
     return checkpoint
 
 
@@ -220,7 +228,7 @@ def main(job: str) -> None:
         if job != "train":
             sys.argv[1:] = take_over_choices(sys.argv[1:])
         if not {"-m", "--multirun"} & set(sys.argv[1:]):
-            check_composes(job, sys.argv[1:])
+            sys.argv[1:] = stay_in_resumed_run(check_composes(job, sys.argv[1:]), sys.argv[1:])
     except UserError as error:
         _fail(str(error))
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(task)()

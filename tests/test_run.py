@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from pem_lightning import run
+from pem_lightning.callbacks.curves import read_metrics
 from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.metrics.coco_panoptic import rgb_to_id
 
@@ -63,6 +64,7 @@ TINY = (
     "task.inference.object_mask_threshold=0.05",
     "task.inference.overlap_threshold=0.05",
     "trainer=cpu",
+    "trainer.log_every_n_steps=1",
 )
 
 
@@ -88,14 +90,9 @@ def last_metrics(folder, prefix="val/"):
 
 
 def test_training_leaves_everything_behind(trained):
-    for name in (
-        "checkpoints/best.ckpt",
-        "checkpoints/last.ckpt",
-        "curves.png",
-        "metrics.json",
-        "per_class.csv",
-        "csv/metrics.csv",
-    ):
+    for name in ("best.ckpt", "last.ckpt"):
+        assert (trained / "checkpoints" / name).is_file(), name
+    for name in ("curves.png", "metrics.json", "per_class.csv", "csv/metrics.csv"):
         assert (trained / name).is_file(), name
     assert len(list((trained / "panels").glob("step_000004_*.png"))) == 3
     metrics = json.loads((trained / "metrics.json").read_text())
@@ -120,9 +117,8 @@ def test_evaluation_repeats_the_runs_numbers_to_the_last_digit(trained):
     repeated = json.loads(Path("evaluated/metrics.json").read_text())
     original = json.loads((trained / "metrics.json").read_text())
     assert repeated["per_class"] == original["per_class"]
-    assert {k: v for k, v in repeated.items() if k.startswith("val/")} == {
-        k: v for k, v in original.items() if k.startswith("val/")
-    }
+    names = [name for name in original if name.startswith("val/")]
+    assert {name: repeated[name] for name in names} == {name: original[name] for name in names}
 
 
 def test_evaluation_takes_overrides(trained, capsys):
@@ -164,15 +160,20 @@ def test_semantic_prediction(trained, tmp_path):
     assert Image.open(tmp_path / "out" / "photo_semantic.png").size == (50, 40)
 
 
-def test_resume_last_goes_on_where_the_run_ended(trained):
-    """Started anew with more steps: steps, schedule and curves go on, and earlier ones are not lost."""
+def test_resume_last_goes_on_in_the_runs_own_folder(trained):
+    """Started anew with more steps: steps, schedule and curves go on, and the earlier log is not lost."""
     shutil.copytree(trained, "chain/first")
-    more = (*TINY, "recipe.max_steps=6", "recipe.val_interval=2", "resume=last", "hydra.run.dir=chain/second")
-    assert call("train", *more) == 0
-    assert read_checkpoint("chain/second/checkpoints/best.ckpt").step in (4, 6)
-    assert json.loads(Path("chain/second/metrics.json").read_text())["step"] == 6
-    history = read_checkpoint("chain/second/checkpoints/best.ckpt").config["callbacks"]["curves"]["history"]
-    assert [Path(path).parts[-3:] for path in history] == [("first", "csv", "metrics.csv")]
+    where = "hydra.run.dir=chain/unused"  # names the folder in which resume=last looks
+    limits = ("recipe.max_steps=6", "recipe.val_interval=2", "recipe.checkpoint_interval=1")
+    assert call("train", *TINY, *limits, "resume=chain/first/checkpoints/last.ckpt") == 0
+    assert json.loads(Path("chain/first/metrics.json").read_text())["step"] == 6
+    logs = [Path("chain/first/csv") / name for name in ("metrics_before_step_0000004.csv", "metrics.csv")]
+    steps = [step for step, _ in read_metrics(logs)["train/loss"]]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert read_checkpoint("chain/first/checkpoints/last.ckpt").step == 6
+    limits = ("recipe.max_steps=7", "recipe.val_interval=1", "recipe.checkpoint_interval=1")
+    assert call("train", *TINY, *limits, "resume=last", where) == 0
+    assert json.loads(Path("chain/unused/metrics.json").read_text())["step"] == 7
 
 
 def test_a_finished_run_is_not_resumed(trained, capsys):
@@ -187,7 +188,7 @@ def test_a_finished_run_is_not_resumed(trained, capsys):
         ("train", ["dataset=cityscapes", "trainer=cpu"], "leftImg8bit_trainvaltest.zip"),
         ("train", ["resume=nothing.ckpt"], "nothing.ckpt does not exist"),
         ("train", [*TINY, "resume=last", "hydra.run.dir=lonely/run"], "start without resume"),
-        ("train", [*TINY, "trainer=gpu"], "GPU"),
+        ("train", [*TINY, "trainer=gpu"], "choose trainer=cpu or trainer=auto"),
         ("train", [*TINY, "recipe.batch_size=9"], "9"),
         ("evaluate", [], "checkpoint"),
         ("evaluate", ["checkpoint=nothing.ckpt"], "nothing.ckpt does not exist"),
@@ -214,14 +215,9 @@ def test_semantic_training(work):
 
 def start(folder, *arguments):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
 def test_killed_training_resumes_from_its_last_checkpoint(work):

@@ -88,25 +88,23 @@ def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
 class Curves(Callback):
     """Redraws `curves.png` after every validation and at the end.
 
-    A resumed run goes on from the curves of the run it resumes.
+    A run that was resumed has several logs, `metrics*.csv`, of which one curve is made.
 
     Args:
         directory: where the picture goes.
-        history: csv logs of the runs before this one.
     """
 
-    def __init__(self, directory: str | Path, history: Iterable[str | Path] = ()) -> None:
+    def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.history = [Path(path) for path in history]
 
     @rank_zero_only
     def _draw(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()
-                draw_curves(
-                    read_metrics([*self.history, Path(logger.log_dir) / "metrics.csv"]), self.directory / "curves.png"
-                )
+                folder = Path(logger.log_dir)
+                logs = [*sorted(folder.glob("metrics_before_step_*.csv")), folder / "metrics.csv"]
+                draw_curves(read_metrics(logs), self.directory / "curves.png")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Redraw; not in the run's own evaluation, which has no curve."""

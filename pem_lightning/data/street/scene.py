@@ -27,15 +27,15 @@ Span = tuple[Number, Number]
 _FAR = 70.0
 # Label, drawing, relative frequency, depth and lateral range in metres.
 _THINGS: tuple[tuple[str, Draw, Number, Span, Span], ...] = (
-    ("car", objects.car_front, 16, (4.5, 12), (-3.4, 3.4)),
-    ("car", objects.car_side, 8, (6, 11), (-6, 6)),
-    ("person", objects.person, 20, (4.2, 8.5), (-6.5, 6.5)),
-    ("rider", objects.rider, 14, (4.2, 7.5), (-5, 5)),
-    ("bicycle", objects.bicycle, 8, (4.2, 7), (-6, 6)),
-    ("motorcycle", objects.motorcycle, 12, (4.2, 7.5), (-5, 5)),
-    ("truck", objects.truck, 8, (7, 13), (-6, 6)),
-    ("bus", objects.bus, 8, (7.5, 13), (-6, 6)),
-    ("train", objects.train, 6, (12, 17), (-6, 6)),
+    ("car", objects.car_front, 16, (4, 8.5), (-3.4, 3.4)),
+    ("car", objects.car_side, 8, (5, 8.5), (-5, 5)),
+    ("person", objects.person, 20, (3.4, 6), (-5, 5)),
+    ("rider", objects.rider, 14, (3.6, 5.5), (-4.5, 4.5)),
+    ("bicycle", objects.bicycle, 8, (3.4, 5), (-5, 5)),
+    ("motorcycle", objects.motorcycle, 12, (3.4, 5.5), (-4.5, 4.5)),
+    ("truck", objects.truck, 8, (6.5, 10), (-5, 5)),
+    ("bus", objects.bus, 8, (7, 10.5), (-5, 5)),
+    ("train", objects.train, 6, (11, 15), (-6, 6)),
 )
 # Label, drawing, chance per picture and distance of neighbours in metres.
 _CROWDS: tuple[tuple[str, Draw, float, float], ...] = (
@@ -177,7 +177,7 @@ class _Street:
         """Masts with traffic lights, signs or nothing on them, and litter bins."""
         for side in (-1, 1):
             x = side * (self.kerb + 0.45)
-            for z in np.arange(self.draw(4.5, 8), 26, self.draw(5, 8)).tolist():
+            for z in np.arange(self.draw(4, 7), 15, self.draw(4, 6)).tolist():
                 kind = self.rng.random()
                 height = self.draw(3.2, 4.2) if kind < 0.75 else 6.0
                 yield self.placed(z, objects.pole, self.sprite(x, z, LABELS["pole"]), height)
@@ -195,7 +195,7 @@ class _Street:
         """Groups that are not told apart, people waiting or bicycles leaning together: their id is the bare label."""
         for label, draw, chance, distance in _CROWDS:
             if self.rng.random() < chance:
-                nearest, side = self.draw(6.5, 10), int(self.rng.choice((-1, 1)))
+                nearest, side = self.draw(5.5, 8), int(self.rng.choice((-1, 1)))
                 for i in range(self.rng.integers(4, 7)):
                     x, z = side * (self.kerb + 0.5 + distance * i), nearest + 0.05 * i
                     yield self.placed(z, draw, self.sprite(x, z, LABELS[label]))
