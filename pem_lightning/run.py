@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from pem_lightning.inference import SegmentedImage, find_images, write_coco_pano
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.inference.task import TaskInference
 from pem_lightning.module import PEMModule
+from pem_lightning.networks.complexity import count_parameters
 from pem_lightning.types import DatasetInfo
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,14 @@ def train(cfg: DictConfig) -> float:
     if checkpoint is not None:
         check_fits(module.network, checkpoint)
         log.info("resuming %s at step %d", checkpoint.path, checkpoint.step)
+    size = count_parameters(module.network) / 1e6
+    log.info(
+        "PEM, %s, %.2f M parameters, on %s in %s",
+        cfg.backbone.name,
+        size,
+        trainer.strategy.root_device,
+        trainer.precision,
+    )
     # Lightning's own records of a checkpoint are plain data, too, so that nothing needs to be trusted.
     trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
@@ -224,6 +234,8 @@ def main(job: str) -> None:
             _fail(message)
             raise AssertionError from None
 
+    # Lightning calls a function of PyTorch's that PyTorch has renamed; nobody else can mend it.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning.*")
     try:
         if job != "train":
             sys.argv[1:] = take_over_choices(sys.argv[1:])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import netrc
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger
 
@@ -19,13 +21,23 @@ def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
         save_dir: where the run's files go.
         kwargs: of `WandbLogger`; `offline` decides by itself when it is not given.
     """
-    import wandb
-
     offline = kwargs.pop("offline", None)
     if offline is None:
-        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled") or not wandb.login(prompt=False, verify=False)
+        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled") or not _has_key()
     if offline:
+        os.environ.setdefault("WANDB_MODE", "offline")
         log.warning(
             "wandb: nobody is logged in, so the run is kept offline; upload it with: wandb sync %s/wandb/*", save_dir
         )
     return WandbLogger(save_dir=save_dir, offline=offline, **kwargs)
+
+
+def _has_key() -> bool:
+    """Whether wandb will find a key. Asking `wandb.login` would start a session that cannot go offline any more."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

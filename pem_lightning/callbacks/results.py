@@ -32,15 +32,13 @@ def class_table(evaluation: Evaluation, info: DatasetInfo) -> Table:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The headline numbers in one or two lines."""
+    """The headline numbers in percent, a line each."""
     lines = []
     if (panoptic := evaluation.panoptic) is not None:
-        groups = (("all", panoptic.all), ("things", panoptic.things), ("stuff", panoptic.stuff))
-        lines.append(
-            "   ".join(f"{name}: PQ {100 * g.pq:.1f} SQ {100 * g.sq:.1f} RQ {100 * g.rq:.1f}" for name, g in groups)
-        )
+        for name, group in (("all", panoptic.all), ("things", panoptic.things), ("stuff", panoptic.stuff)):
+            lines.append(f"{name:12} PQ {100 * group.pq:.1f}   SQ {100 * group.sq:.1f}   RQ {100 * group.rq:.1f}")
     semantic = evaluation.semantic
-    lines.append(f"mIoU {100 * semantic.miou:.1f}   pixel accuracy {100 * semantic.pixel_accuracy:.1f}")
+    lines.append(f"{'pixels':12} mIoU {100 * semantic.miou:.1f}   accuracy {100 * semantic.pixel_accuracy:.1f}")
     return "\n".join(lines)
 
 

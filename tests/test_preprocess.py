@@ -1,0 +1,32 @@
+import torch
+
+from pem_lightning.preprocess import IMAGE_MEAN, IMAGE_STD, normalize, pad_batch
+from pem_lightning.types import Target
+
+
+def test_normalisation_is_imagenets():
+    image = torch.tensor(IMAGE_MEAN).round().to(torch.uint8)[:, None, None].expand(3, 2, 2)
+    assert normalize(image).abs().max() < 0.01
+    shifted = normalize(image + 50) - normalize(image)
+    torch.testing.assert_close(shifted[:, 0, 0], 50 / torch.tensor(IMAGE_STD))
+
+
+def test_normalised_first_then_padded_with_zero():
+    images = [torch.full((3, 20, 40), 7, dtype=torch.uint8), torch.full((3, 33, 30), 9, dtype=torch.uint8)]
+    targets = [Target(torch.tensor([1]), torch.ones(1, *x.shape[1:], dtype=torch.bool)) for x in images]
+    batch, padded = pad_batch(images, targets)
+    assert batch.shape == (2, 3, 64, 64)
+    torch.testing.assert_close(batch[0, :, :20, :40], normalize(images[0]))
+    assert (batch[0, :, 20:] == 0).all()
+    assert (batch[0, :, :, 40:] == 0).all()
+    assert [int(t.masks.sum()) for t in padded] == [20 * 40, 33 * 30]  # padding is background
+    assert padded[1].masks[0, :33, :30].all()
+
+
+def test_no_targets():
+    batch, padded = pad_batch(
+        [torch.zeros(3, 32, 32, dtype=torch.uint8)],
+        [Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 32, 32, dtype=torch.bool))],
+    )
+    assert batch.shape == (1, 3, 32, 32)
+    assert padded[0].masks.shape == (0, 32, 32)
