@@ -201,16 +201,16 @@ class _Street:
                     yield self.placed(z, draw, self.sprite(x, z, LABELS[label]))
 
     def things(self) -> Iterator[Placed]:
-        """Up to six single things, spread over the picture; a rider brings a bicycle, a train its track."""
+        """Up to five single things, spread over the picture; a rider brings a bicycle, a train its track."""
         frequency = np.array([thing[2] for thing in _THINGS])
         columns: list[float] = []
-        for _ in range(self.rng.integers(3, 7)):
+        for _ in range(self.rng.integers(3, 6)):
             label, draw, _, depths, xs = _THINGS[self.rng.choice(len(_THINGS), p=frequency / frequency.sum())]
             for _ in range(12):
                 x, z = self.draw(*xs), self.draw(*depths)
                 column = self.camera.project(x, 0, z)[0]
                 inside = 0.12 < column < self.canvas.aspect - 0.12
-                if inside and all(abs(column - other) > 0.24 for other in columns):
+                if inside and all(abs(column - other) > 0.3 for other in columns):
                     break
             else:
                 continue  # no place left
