@@ -15,7 +15,8 @@ install_import_hook("pem_lightning", "beartype.beartype")
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# Several workers on few cores run best with a thread each.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
