@@ -105,12 +105,28 @@ def _explain(error: Exception, job: str) -> str:
         return f"cannot read {error.override!r} ({text.splitlines()[0]}): write key=value, and quote special characters"
     if match := re.search(r"Could not (?:override|find) '([^']+)'", text):
         wrong = match[1]
+        if pair := _impossible_pair(wrong):
+            return pair
         if options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text):
             choices = options[1].split()
             hint = _nearest(wrong.split("/")[-1], choices)
             return f"there is no {wrong.replace('/', '=')}{hint}; choose one of: {', '.join(choices)}"
         return f"there is no key {wrong}{_nearest(wrong, _all_keys(hydra.compose(job)))}; see them all with --cfg job"
     return " ".join(text.split())
+
+
+def _impossible_pair(recipe: str) -> str | None:
+    """What to say if `recipe/<dataset>_<task>` is missing: which tasks that data set has."""
+    for dataset in _choices("dataset"):
+        for task in _choices("task"):
+            if recipe == f"recipe/{dataset}_{task}":
+                known = [f"task={t}" for t in _choices("task") if f"{dataset}_{t}" in _choices("recipe")]
+                return f"dataset={dataset} has no task={task}: choose {' or '.join(known)}"
+    return None
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

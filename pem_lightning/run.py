@@ -136,9 +136,12 @@ def build_datamodule(cfg: DictConfig, world_size: int) -> SegmentationDataModule
     """Make the data module; the recipe's batch is shared out between devices.
 
     Raises:
-        UserError: it cannot be shared out evenly.
+        UserError: it cannot be shared out evenly, or leaves a device with less than two images.
     """
     total = cfg.recipe.batch_size
+    if total < 2 * world_size:
+        # Context-based self-modulation normalises one value per image and channel over the batch.
+        raise UserError(f"recipe.batch_size={total} is too small: batch normalisation needs two images per device")
     if total % world_size:
         raise UserError(
             f"recipe.batch_size={total} cannot be shared out between {world_size} devices: choose a multiple"

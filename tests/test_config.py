@@ -1,5 +1,6 @@
 """Every shipped config composes and instantiates; mistakes on the command line become one line that names the cure."""
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
 from pem_lightning.callbacks import Curves, PredictionPanels, Results
 from pem_lightning.config import CONF, check_composes, key_of, user_error_behind
@@ -25,7 +27,22 @@ def compose(job="train", *overrides):
         return hydra.compose(job, ["output_dir=unused", *overrides])
 
 
-PAIRS = list(product(choices("dataset"), choices("task")))
+PAIRS = [pair for pair in product(choices("dataset"), choices("task")) if "_".join(pair) in choices("recipe")]
+
+
+def root_of(dataset, folder):
+    """Where a data set's files are; those that describe its classes themselves get two."""
+    (folder / "classes.yaml").write_text("[road, car]")
+    categories = [{"id": 7, "name": "road", "isthing": 0}, {"id": 9, "name": "car", "isthing": 1}]
+    (folder / "annotations").mkdir()
+    content = {"images": [], "annotations": [], "categories": categories}
+    (folder / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
+    return f"dataset.root={folder}"
+
+
+def test_every_data_set_has_a_task_and_every_recipe_a_data_set():
+    assert {dataset for dataset, _ in PAIRS} == set(choices("dataset"))
+    assert {"_".join(pair) for pair in PAIRS} == set(choices("recipe"))
 
 
 def test_top_level_files_are_defaults_lists_and_nothing_else():
@@ -45,13 +62,18 @@ def test_every_network_instantiates(dataset, task, backbone):
 @pytest.mark.parametrize(("dataset", "task"), PAIRS)
 @pytest.mark.parametrize("job", ["train", "evaluate", "predict"])
 def test_every_experiment_instantiates(job, dataset, task, tmp_path):
-    cfg = compose(job, f"dataset={dataset}", f"task={task}", "backbone=resnet18", "network.num_layers=1")
+    root = root_of(dataset, tmp_path)
+    cfg = compose(job, f"dataset={dataset}", f"task={task}", "backbone=resnet18", "network.num_layers=1", root)
     cfg.output_dir = str(tmp_path)
     trainer = build_trainer(cfg)
     datamodule = build_datamodule(cfg, world_size=1)
     module = build_module(cfg, datamodule.info)
     assert trainer.max_steps == cfg.recipe.max_steps
     assert datamodule.task == task == module.inference.task
+    classes = datamodule.info.num_classes
+    assert classes == {"ade20k": 150, "coco_panoptic": 2, "semantic_folder": 2}.get(dataset, 19)
+    assert module.criterion.num_classes == classes
+    assert any(layer.out_features == classes + 1 for layer in module.modules() if isinstance(layer, nn.Linear))
     optimizer = module.optimizer(module.parameter_groups(module.network))
     scheduler = module.schedule(optimizer)
     rates = {round(group["lr"], 9) for group in optimizer.param_groups}
@@ -85,6 +107,19 @@ def test_recipe_and_backbone_follow_the_pair():
     assert compose("train", "task=semantic").task.inference.resize_first is False
 
 
+@pytest.mark.parametrize(("task", "edge"), [("panoptic", 640), ("semantic", 512)])
+def test_the_papers_numbers_for_ade20k(task, edge):
+    cfg = compose("train", "dataset=ade20k", f"task={task}")
+    recipe = cfg.recipe
+    assert (cfg.backbone.name, cfg.backbone.norm, recipe.batch_size) == ("resnet50", "frozen", 32)
+    assert (recipe.max_steps, recipe.optimizer.lr, recipe.schedule.end_lr) == (160000, 4e-4, 1e-6)
+    assert recipe.train_transform.crop_size == [edge, edge]
+    assert recipe.train_transform.shortest_edges == [int(x * 0.1 * edge) for x in range(5, 21)]
+    assert (recipe.train_transform.max_size, recipe.train_transform.pad) == (4 * edge, True)
+    assert (recipe.eval_transform.shortest_edge, recipe.eval_transform.max_size) == (edge, 4 * edge)
+    assert (recipe.gradient_clip, cfg.criterion.num_points) == (0.01, 12544)
+
+
 def test_a_callback_can_be_switched_off(tmp_path):
     cfg = compose("train", "callbacks.panels=null")
     cfg.output_dir = str(tmp_path)
@@ -99,7 +134,9 @@ def test_a_callback_can_be_switched_off(tmp_path):
             r"there is no key recipe\.max_step \(did you mean recipe\.max_steps\?\); see .* --cfg job",
         ),
         (["task=panoptc"], r"there is no task=panoptc \(did you mean panoptic\?\); choose one of: panoptic, semantic"),
-        (["dataset=nowhere"], r"there is no dataset=nowhere; choose one of: cityscapes, synthetic"),
+        (["dataset=nowhere"], r"there is no dataset=nowhere; choose one of: ade20k, cityscapes, .*, synthetic"),
+        (["dataset=semantic_folder"], r"dataset=semantic_folder has no task=panoptic: choose task=semantic$"),
+        (["recipe=ade20k_panotic"], r"there is no recipe=ade20k_panotic \(did you mean ade20k_panoptic\?\)"),
         (["bakbone=stdc1"], r"there is no key bakbone \(did you mean backbone\?\)"),
         (["panoptic"], r"'panoptic' is no override: write key=value"),
         (["task=[a"], r"cannot read 'task=\[a' \(.*\): write key=value"),
@@ -124,8 +161,10 @@ def test_key_of(override, key):
 
 def test_batch_is_shared_out_evenly():
     assert build_datamodule(compose(), world_size=2).batch_size == 2
-    with pytest.raises(UserError, match=r"recipe\.batch_size=4 .* 3 devices"):
-        build_datamodule(compose(), world_size=3)
+    with pytest.raises(UserError, match=r"two images per device"):
+        build_datamodule(compose("train", "recipe.batch_size=1"), world_size=1)
+    with pytest.raises(UserError, match=r"recipe\.batch_size=7 .* 3 devices"):
+        build_datamodule(compose("train", "recipe.batch_size=7"), world_size=3)
 
 
 def test_the_user_error_behind_a_chain_is_found():

@@ -18,7 +18,7 @@ from PIL import Image
 from pem_lightning import run
 from pem_lightning.callbacks.curves import read_metrics
 from pem_lightning.checkpoints import read_checkpoint
-from pem_lightning.metrics.coco_panoptic import rgb_to_id
+from pem_lightning.panoptic_png import rgb_to_id
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar
+from pathlib import Path
 
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from pem_lightning.data.dataset import SampleTransform, SegmentationDataset
+from pem_lightning.data.cache import CachedDataset
+from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDataset
+from pem_lightning.data.sampler import EvalSampler, SeededDataset, TrainSampler
 from pem_lightning.data.targets import Task, build_target, check_task
 from pem_lightning.errors import UserError
 from pem_lightning.types import Batch, DatasetInfo, Sample
 
 
-def collate_train(samples: Sequence[Sample], task: Task) -> Batch:
+def collate_train(samples: Sequence[Sample], task: Task, keep_empty: bool = True) -> Batch:
     """Images with the targets of a task. Runs in the loader's workers, so that cutting out masks costs no step time."""
-    return Batch([s.image for s in samples], [build_target(s, task) for s in samples], [])
+    return Batch([s.image for s in samples], [build_target(s, task, keep_empty) for s in samples], [])
 
 
 def collate_eval(samples: Sequence[Sample]) -> Batch:
@@ -30,8 +32,8 @@ def collate_eval(samples: Sequence[Sample]) -> Batch:
 class SegmentationDataModule(LightningDataModule, ABC):
     """Everything about loading that does not depend on the data set.
 
-    A subclass sets `info` and implements `make_dataset`; where files are made or fetched it also implements
-    `prepare_data`. Images stay uint8 in their own sizes: the model normalises and pads them.
+    A subclass sets `info` and implements `make_dataset`, which hands `on_error` on; where files are made or fetched it
+    also implements `prepare_data`. Images stay uint8 in their own sizes: the model normalises and pads them.
 
     Args:
         task: "panoptic", "semantic" or "instance"; decides the training targets.
@@ -40,12 +42,15 @@ class SegmentationDataModule(LightningDataModule, ABC):
         eval_transform: resizing of validation images.
         num_workers: loading processes per device; 0 loads in the main process.
         eval_batch_size: validation images per device.
+        on_error: what missing and unreadable files do, see `SegmentationDataset`.
+        cache: folder for uncompressed copies, see `CachedDataset`; None reads the files themselves.
+        keep_empty_targets: train on segments that the crop removed as empty masks, as the authors do, or drop them.
 
     Raises:
         UserError: the task is unknown, or a number is out of range.
     """
 
-    info: ClassVar[DatasetInfo]
+    info: DatasetInfo
 
     def __init__(
         self,
@@ -56,6 +61,9 @@ class SegmentationDataModule(LightningDataModule, ABC):
         eval_transform: SampleTransform,
         num_workers: int = 4,
         eval_batch_size: int = 1,
+        on_error: OnError = "stop",
+        cache: str | Path | None = None,
+        keep_empty_targets: bool = True,
     ) -> None:
         super().__init__()
         check_task(task)
@@ -65,6 +73,9 @@ class SegmentationDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
+        self.on_error = on_error
+        self.cache = cache
+        self.keep_empty_targets = keep_empty_targets
         self.train_transform = train_transform
         self.eval_transform = eval_transform
         self._datasets: dict[str, SegmentationDataset] = {}
@@ -80,34 +91,49 @@ class SegmentationDataModule(LightningDataModule, ABC):
             UserError: files are missing, or there are fewer training images than one batch takes.
         """
         if stage in (None, "fit") and "train" not in self._datasets:
-            dataset = self.make_dataset("train", self.train_transform)
+            dataset = self._open("train", self.train_transform)
             if (count := len(dataset)) < self.batch_size:
                 raise UserError(f"{count} training images make no batch of {self.batch_size}: lower recipe.batch_size")
             self._datasets["train"] = dataset
         if "val" not in self._datasets:
-            self._datasets["val"] = self.make_dataset("val", self.eval_transform)
+            self._datasets["val"] = self._open("val", self.eval_transform)
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches of equal length; yields `Batch` with targets."""
-        collate = partial(collate_train, task=self.task)
-        return self._loader("train", self.batch_size, collate, shuffle=True, drop_last=True)
+        """Shuffled batches of equal length; yields `Batch` with targets. `lightning.seed_everything` decides on all."""
+        seed = torch.initial_seed()
+        if self.trainer is not None:
+            seed = self.trainer.strategy.broadcast(seed)  # devices that were not seeded alike would share wrongly
+        sampler = TrainSampler(len(self._datasets["train"]), seed, *self._device())
+        collate = partial(collate_train, task=self.task, keep_empty=self.keep_empty_targets)
+        return self._loader("train", self.batch_size, sampler, collate, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """All validation images in order; yields `Batch` with samples."""
-        return self._loader("val", self.eval_batch_size, collate_eval)
+        count, (rank, world_size) = len(self._datasets["val"]), self._device()
+        if count < world_size:  # the devices would wait for one another for ever
+            raise UserError(f"{count} validation images are too few for {world_size} devices: lower trainer.devices")
+        return self._loader("val", self.eval_batch_size, EvalSampler(count, rank, world_size), collate_eval)
+
+    def _open(self, split: str, transform: SampleTransform) -> SegmentationDataset:
+        dataset = self.make_dataset(split, transform)
+        return dataset if self.cache is None else CachedDataset(dataset, self.cache, self.num_workers)
+
+    def _device(self) -> tuple[int, int]:
+        """Number of this device and of all devices."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _loader(
         self,
         split: str,
         batch_size: int,
+        sampler: TrainSampler | EvalSampler,
         collate: Callable[[Sequence[Sample]], Batch],
-        shuffle: bool = False,
         drop_last: bool = False,
     ) -> DataLoader[Sample]:
         return DataLoader(
-            self._datasets[split],
+            SeededDataset(self._datasets[split]),
             batch_size=batch_size,
-            shuffle=shuffle,
+            sampler=sampler,
             drop_last=drop_last,
             collate_fn=collate,
             num_workers=self.num_workers,

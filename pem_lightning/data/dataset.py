@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
+import torch
+from jaxtyping import Int32, UInt8
 from torch.utils.data import Dataset
 
+from pem_lightning.data.reading import read_map, read_rgb
 from pem_lightning.errors import UserError
-from pem_lightning.types import DatasetInfo, Sample
+from pem_lightning.types import DatasetInfo, Sample, Segment
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         info: the classes.
         names: of the items, unique.
         problems: what is wrong with the files found, one message with its cure each (only with `on_error="collect"`).
+        common_files: those that describe several items, such as one JSON for all.
 
     Args:
         info: the classes.
@@ -40,6 +45,8 @@ class SegmentationDataset(Dataset[Sample], ABC):
     Raises:
         UserError: there are problems, and `on_error` says "stop".
     """
+
+    common_files: tuple[Path, ...] = ()
 
     def __init__(
         self,
@@ -98,3 +105,64 @@ class SegmentationDataset(Dataset[Sample], ABC):
             else:
                 return self.transform(sample) if self.transform else sample
         raise UserError(f"none of the {len(self)} items can be read: look at the warnings above")
+
+
+def pair_files(
+    images: Mapping[str, Path], annotations: Mapping[str, Path], cure: str
+) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Bring images and annotations of the same name together.
+
+    Args:
+        images: by name.
+        annotations: by name.
+        cure: what the user can do about a file that lacks its counterpart.
+
+    Returns:
+        The pairs by name, in the order of their names, and one problem for every other file.
+    """
+    problems = [f"{images[name]} has no annotation: {cure}" for name in sorted(images.keys() - annotations.keys())]
+    problems += [f"{annotations[name]} has no image: {cure}" for name in sorted(annotations.keys() - images.keys())]
+    return {name: (images[name], annotations[name]) for name in sorted(images.keys() & annotations.keys())}, problems
+
+
+def read_pair(
+    image: Path, annotation: Path, cure: str, colored: bool = False
+) -> tuple[UInt8[np.ndarray, "height width 3"], np.ndarray]:
+    """Read an image with its annotation.
+
+    Args:
+        image: any photograph.
+        annotation: a map of the same size.
+        cure: what the user can do about a broken file.
+        colored: the map has RGB pixels instead of one number each.
+
+    Returns:
+        RGB, and the map's values as they are stored.
+
+    Raises:
+        UserError: a file cannot be read, or the map has another size or other channels.
+    """
+    pixels, values = read_rgb(image, cure), read_map(annotation, cure)
+    expected = pixels.shape if colored else pixels.shape[:2]
+    if values.shape != expected:
+        raise UserError(
+            f"{annotation} is {_described(values)}, its image {image.name} needs "
+            f"{_described(np.empty(expected, np.uint8))}: {cure}"
+        )
+    return pixels, values
+
+
+def make_sample(
+    image: UInt8[np.ndarray, "height width 3"],
+    panoptic: Int32[np.ndarray, "height width"],
+    segments: Sequence[Segment],
+    name: str,
+) -> Sample:
+    """A sample from arrays as they are decoded."""
+    # The channels are a view on the file's own pixel order, which spares a copy of the full image.
+    return Sample(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(panoptic), tuple(segments), name)
+
+
+def _described(values: np.ndarray) -> str:
+    height, width, *channels = values.shape
+    return f"a {width}x{height} map of {channels[0] if channels else 1} channel(s)"

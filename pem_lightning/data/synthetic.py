@@ -22,7 +22,7 @@ from pem_lightning.data.targets import Task
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
 from pem_lightning.errors import UserError
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raised whenever the pictures change, so that old folders are drawn anew."""
 
 _CITY = "synthetic"
@@ -133,8 +133,7 @@ class SyntheticDataModule(CityscapesDataModule):
         batch_size: training images per device.
         train_transform: by default the paper's augmentation, scaled to the images' size and with milder resizing.
         eval_transform: native size by default.
-        num_workers: loading processes per device.
-        eval_batch_size: validation images per device.
+        loading: how; see `SegmentationDataModule`.
     """
 
     def __init__(
@@ -149,9 +148,7 @@ class SyntheticDataModule(CityscapesDataModule):
         batch_size: int = 4,
         train_transform: SampleTransform | None = None,
         eval_transform: SampleTransform | None = None,
-        *,
-        num_workers: int = 2,
-        eval_batch_size: int = 1,
+        **loading: Any,
     ) -> None:
         super().__init__(
             root,
@@ -159,8 +156,7 @@ class SyntheticDataModule(CityscapesDataModule):
             batch_size,
             train_transform or TrainTransform((height, width), _mild_edges(min(height, width)), None),
             eval_transform or EvalTransform(),
-            num_workers=num_workers,
-            eval_batch_size=eval_batch_size,
+            **loading,
         )
         self.drawing = {"train": num_train, "val": num_val, "height": height, "width": width, "seed": seed}
 

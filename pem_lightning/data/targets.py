@@ -31,8 +31,13 @@ def check_task(task: str) -> None:
         raise UserError(f"unknown task {task!r}: choose one of {', '.join(get_args(Task))}")
 
 
-def build_target(sample: Sample, task: Task) -> Target:
+def build_target(sample: Sample, task: Task, keep_empty: bool = True) -> Target:
     """The target of one training sample.
+
+    Args:
+        sample: after augmentation.
+        task: decides what makes a mask.
+        keep_empty: see `panoptic_target`; a semantic target never has empty masks.
 
     Raises:
         UserError: the task is unknown.
@@ -40,7 +45,7 @@ def build_target(sample: Sample, task: Task) -> Target:
     check_task(task)
     if task == "semantic":
         return semantic_target(sample)
-    return panoptic_target(sample) if task == "panoptic" else instance_target(sample)
+    return panoptic_target(sample, keep_empty) if task == "panoptic" else instance_target(sample, keep_empty)
 
 
 def panoptic_target(sample: Sample, keep_empty: bool = True) -> Target:

@@ -2,9 +2,9 @@
 
 The annotation travels as one integer id map beside the image; masks are cut out of it afterwards.
 
-Reproducible by `lightning.seed_everything(seed, workers=True)`: each sample draws one seed from PyTorch's generator,
-which the loader seeds differently in every worker. albumentations' own generators ignore that, and `set_random_seed`
-hands every transform the same stream, which correlates, say, scale and flip. Here all draw from one generator in turn.
+Each sample draws one seed from PyTorch's generator, which the data module sets anew for every sample. albumentations'
+own generators ignore that, and `set_random_seed` hands every transform the same stream, which correlates, say, scale
+and flip. Here all draw from one generator in turn.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 
+from pem_lightning.data.resizing import Window, pick_window, resize, resize_window, resized_size
 from pem_lightning.errors import UserError
 from pem_lightning.types import VOID_ID, Sample
 
@@ -33,80 +33,89 @@ PAD_VALUE = 128
 """Grey of padded image pixels."""
 
 
-def resized_size(height: int, width: int, shortest_edge: int, max_size: int | None = None) -> tuple[int, int]:
-    """Height and width after bringing the shortest edge to a length, as far as the longest stays within `max_size`."""
-    scale = shortest_edge / min(height, width)
-    if max_size is not None:
-        scale = min(scale, max_size / max(height, width))
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+_NEUTRAL = np.arange(256, dtype=np.uint8)
 
 
-class ResizeShortestEdge(A.DualTransform):
-    """Resize to a random one of some shortest edges: image antialiased bilinear, map nearest, both by Pillow.
+class RandomResizedCrop(A.DualTransform):
+    """Resize to a random one of some shortest edges and crop at a uniformly random place.
 
-    albumentations resizes by OpenCV, whose bilinear mode aliases when it shrinks.
+    Size and place are drawn first, and only the crop is computed: enlarging all of a large image to keep a small part
+    would take most of the time. Image antialiased bilinear, map nearest, both as Pillow does it; albumentations resizes
+    by OpenCV, whose bilinear mode aliases when it shrinks. An edge shorter than the crop stays whole.
     """
 
-    def __init__(self, shortest_edges: Sequence[int], max_size: int | None) -> None:
+    def __init__(self, height: int, width: int, shortest_edges: Sequence[int], max_size: int | None) -> None:
         super().__init__(p=1.0)
+        self.height = height
+        self.width = width
         self.shortest_edges = tuple(shortest_edges)
         self.max_size = max_size
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draw the size."""
+        """Draw size and place."""
         shortest_edge = int(self.random_generator.choice(self.shortest_edges))
         height, width = params["shape"][:2]
-        return {"size": resized_size(height, width, shortest_edge, self.max_size)}
+        size = resized_size(height, width, shortest_edge, self.max_size)
+        window = []
+        for length, crop in zip(size, (self.height, self.width), strict=True):
+            start = int(self.random_generator.integers(max(length - crop, 0), endpoint=True))
+            window.append(slice(start, min(start + crop, length)))
+        return {"size": size, "window": tuple(window)}
 
-    def apply(self, img: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
-        """Resize the image."""
-        return _resize(img, size, Image.Resampling.BILINEAR)
+    def apply(self, img: np.ndarray, size: tuple[int, int], window: Window, **params: Any) -> np.ndarray:
+        """Compute the crop of the resized image."""
+        return resize_window(img, size, window)
 
-    def apply_to_mask(self, mask: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
-        """Resize the id map."""
-        return _resize(mask, size, Image.Resampling.NEAREST)
-
-
-class RandomCropWithin(A.DualTransform):
-    """Crop at a uniformly random place. An edge shorter than the crop stays whole, where albumentations refuses."""
-
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__(p=1.0)
-        self.height = height
-        self.width = width
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draw the place."""
-        image_height, image_width = params["shape"][:2]
-        height, width = min(self.height, image_height), min(self.width, image_width)
-        top = int(self.random_generator.integers(image_height - height, endpoint=True))
-        left = int(self.random_generator.integers(image_width - width, endpoint=True))
-        return {"window": (slice(top, top + height), slice(left, left + width))}
-
-    def apply(self, img: np.ndarray, window: tuple[slice, slice], **params: Any) -> np.ndarray:
-        """Cut the window out of image or map."""
-        return img[window]
+    def apply_to_mask(self, mask: np.ndarray, size: tuple[int, int], window: Window, **params: Any) -> np.ndarray:
+        """Pick the crop of the resized id map."""
+        return pick_window(mask, size, window)
 
 
 class SSDColorJitter(A.ImageOnlyTransform):
-    """SSD's photometric distortion: brightness +-32, contrast and saturation x0.5 to 1.5, hue +-18 of 180.
+    """SSD's photometric distortion; the defaults are SSD's. (Liu et al., SSD, ECCV 2016)
 
-    Each happens with probability 0.5, in SSD's order: brightness, then saturation and hue with the contrast either
-    before or after them. Each is a table of 256 values, one lookup per pixel. (Liu et al., SSD, ECCV 2016)
+    Its order: brightness, then saturation and hue with the contrast either before or after them. Each is a table of 256
+    values, one lookup per pixel.
+
+    Args:
+        brightness: at most so many grey levels are added or taken away.
+        contrast: range of the factor.
+        saturation: range of the factor.
+        hue: turned by at most so many of 180 steps.
+        probability: of each of the four.
+
+    Raises:
+        UserError: a number is out of range.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        brightness: int | float = 32,
+        contrast: Sequence[int | float] = (0.5, 1.5),
+        saturation: Sequence[int | float] = (0.5, 1.5),
+        hue: int = 18,
+        probability: int | float = 0.5,
+    ) -> None:
         super().__init__(p=1.0)
+        if not (0 <= brightness <= 255 and 0 <= hue <= 90 and 0 <= probability <= 1):
+            raise UserError("color_jitter needs brightness from 0 to 255, hue from 0 to 90 and probability from 0 to 1")
+        if not all(len(pair) == 2 and 0 <= pair[0] <= pair[1] for pair in (contrast, saturation)):
+            raise UserError("color_jitter needs contrast and saturation as [lowest, highest] factors from 0 on")
+        self.brightness = brightness
+        self.contrast = tuple(contrast)
+        self.saturation = tuple(saturation)
+        self.hue = hue
+        self.probability = probability
 
     def get_params(self) -> dict[str, Any]:
         """Draw what happens and how strongly; what does not happen is at its neutral value."""
         draw = self.random_generator
-        happens = draw.random(4) < 0.5
+        happens = draw.random(4) < self.probability
         return {
-            "brightness": draw.uniform(-32, 32) if happens[0] else 0.0,
-            "contrast": draw.uniform(0.5, 1.5) if happens[1] else 1.0,
-            "saturation": draw.uniform(0.5, 1.5) if happens[2] else 1.0,
-            "hue": int(draw.integers(-18, 18, endpoint=True)) if happens[3] else 0,
+            "brightness": draw.uniform(-self.brightness, self.brightness) if happens[0] else 0.0,
+            "contrast": draw.uniform(*self.contrast) if happens[1] else 1.0,
+            "saturation": draw.uniform(*self.saturation) if happens[2] else 1.0,
+            "hue": int(draw.integers(-self.hue, self.hue, endpoint=True)) if happens[3] else 0,
             "contrast_first": bool(draw.integers(2)),
         }
 
@@ -121,15 +130,16 @@ class SSDColorJitter(A.ImageOnlyTransform):
         **params: Any,
     ) -> UInt8[np.ndarray, "height width 3"]:
         """Distort one RGB image."""
-        img = cv2.LUT(img, _table(1.0, brightness))
+        before, after = _table(1.0, brightness), _table(contrast, 0.0)
         if contrast_first:
-            img = cv2.LUT(img, _table(contrast, 0.0))
+            before, after = after[before], _NEUTRAL
+        img = _look_up(img, before)
         if saturation != 1.0 or hue != 0:
             hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV)
             hues = ((np.arange(256) + hue) % 180).astype(np.uint8)
-            img = cv2.LUT(hsv, np.dstack([hues, _table(saturation, 0.0), np.arange(256, dtype=np.uint8)]))
+            img = cv2.LUT(hsv, np.dstack([hues, _table(saturation, 0.0), _NEUTRAL]))
             img = cv2.cvtColor(img, cv2.COLOR_HSV2RGB)
-        return img if contrast_first else cv2.LUT(img, _table(contrast, 0.0))
+        return _look_up(img, after)
 
 
 class TrainTransform:
@@ -141,12 +151,13 @@ class TrainTransform:
         crop_size: height and width of the crop; smaller images keep their size unless `pad` is set.
         shortest_edges: one is drawn per sample, in pixels.
         max_size: upper bound of the longest edge after resizing, in pixels; None for no bound.
-        color_jitter: whether to distort colours as SSD does.
+        color_jitter: the distortion of colours; True for SSD's, False or None for none.
         flip: probability of a horizontal flip.
-        pad: fill up to the crop size at bottom and right: image `PAD_VALUE`, map void.
+        pad: fill up to the crop size at bottom and right: image `pad_value`, map void.
+        pad_value: grey of padded image pixels, 0 to 255.
 
     Raises:
-        UserError: a size is not positive, or the flip is no probability.
+        UserError: a number is out of range.
     """
 
     def __init__(
@@ -154,21 +165,24 @@ class TrainTransform:
         crop_size: Sequence[int] = (512, 1024),
         shortest_edges: Sequence[int] = PAPER_SHORTEST_EDGES,
         max_size: int | None = 4096,
-        color_jitter: bool = True,
-        flip: float = 0.5,
+        color_jitter: SSDColorJitter | bool | None = True,
+        flip: int | float = 0.5,
         pad: bool = False,
+        pad_value: int = PAD_VALUE,
     ) -> None:
         if len(crop_size) != 2 or not shortest_edges or not _positive(*crop_size, *shortest_edges, max_size):
             raise UserError("crop_size must be two positive lengths, shortest_edges and max_size positive lengths")
         if not 0 <= flip <= 1:
             raise UserError(f"flip={flip} is no probability: give a number from 0 to 1")
+        if not 0 <= pad_value <= 255:
+            raise UserError(f"pad_value={pad_value} is no grey level: give a number from 0 to 255")
         height, width = crop_size
-        steps: list[A.BasicTransform] = [ResizeShortestEdge(shortest_edges, max_size), RandomCropWithin(height, width)]
+        steps: list[A.BasicTransform] = [RandomResizedCrop(height, width, shortest_edges, max_size)]
         if color_jitter:
-            steps.append(SSDColorJitter())
+            steps.append(SSDColorJitter() if color_jitter is True else color_jitter)
         steps.append(A.HorizontalFlip(p=flip))
         if pad:
-            steps.append(A.PadIfNeeded(height, width, position="top_left", fill=PAD_VALUE, fill_mask=VOID_ID))
+            steps.append(A.PadIfNeeded(height, width, position="top_left", fill=pad_value, fill_mask=VOID_ID))
         self.pipeline = A.Compose(steps)
 
     def __call__(self, sample: Sample) -> Sample:
@@ -205,7 +219,7 @@ class EvalTransform:
             return sample._replace(image=sample.image.contiguous())
         image = sample.image.permute(1, 2, 0).numpy()
         size = resized_size(image.shape[0], image.shape[1], self.shortest_edge, self.max_size)
-        resized = torch.from_numpy(_resize(image, size, Image.Resampling.BILINEAR))
+        resized = torch.from_numpy(resize(image, size))
         return sample._replace(image=resized.permute(2, 0, 1).contiguous())
 
 
@@ -213,9 +227,8 @@ def _positive(*lengths: int | None) -> bool:
     return all(length is None or length > 0 for length in lengths)
 
 
-def _resize(array: np.ndarray, size: tuple[int, int], resampling: Image.Resampling) -> np.ndarray:
-    height, width = size
-    return np.array(Image.fromarray(array).resize((width, height), resampling))
+def _look_up(image: UInt8[np.ndarray, "height width 3"], table: UInt8[np.ndarray, "256"]) -> np.ndarray:
+    return image if np.array_equal(table, _NEUTRAL) else cv2.LUT(image, table)
 
 
 def _table(factor: float, offset: float) -> UInt8[np.ndarray, "256"]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
+from pem_lightning.data.reading import to_rgb
 from pem_lightning.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -58,24 +59,13 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> UInt8[np.ndarra
             raise UserError(f"an image must be a uint8 array [H, W, 3], not {source.dtype} {list(source.shape)}")
         return source
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return to_rgb(source)
     try:
         with Image.open(source) as file:
-            return _to_rgb(file)
+            return to_rgb(file)
     except FileNotFoundError as error:
         raise UserError(f"image {source} does not exist: check the path") from error
     # Pillow's errors for files that are no image, truncated, garbled or absurdly large
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read image {source} ({reason}): check that it is a complete image file") from error
-
-
-def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # Pillow would clip 16 bits to 255
-        grey = np.asarray(upright).astype(np.float32).clip(0, 65535) / 257
-        upright = Image.fromarray(grey.round().astype(np.uint8))
-    if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.array(upright.convert("RGB"))

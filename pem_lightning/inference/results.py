@@ -21,7 +21,7 @@ from pem_lightning.errors import UserError
 from pem_lightning.files import write_file
 from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic
-from pem_lightning.metrics.coco_panoptic import id_to_rgb
+from pem_lightning.panoptic_png import id_to_rgb
 from pem_lightning.types import VOID_ID, DatasetInfo, Segment
 
 SHOWN_SCORE = 0.5

@@ -16,6 +16,7 @@ from pem_lightning.data.cityscapes import (
     panoptic_from_instance_ids,
 )
 from pem_lightning.errors import UserError
+from pem_lightning.inference import find_images
 from pem_lightning.types import Segment
 
 OFFICIAL = (
@@ -65,7 +66,7 @@ def test_reads_full_size(tmp_path, write_sample):
     assert (sample.panoptic == 26000).sum() == 524 * 1048
 
 
-@given(st.lists(st.sampled_from([0, 1, 4, 7, 23, 24, 29, 33, 24000, 26012, 30001, 33999, 65535]), min_size=1))
+@given(st.lists(st.sampled_from([0, 1, 4, 7, 23, 24, 29, 33, 24000, 26012, 30001, 33999]), min_size=1))
 def test_panoptic_rules_pixel_by_pixel(values):
     panoptic, segments = panoptic_from_instance_ids(np.array([values], np.uint16))
     kinds = {s.id: s for s in segments}
@@ -80,6 +81,86 @@ def test_panoptic_rules_pixel_by_pixel(values):
         assert CITYSCAPES.official_ids[kinds[value].class_id] == label
         assert kinds[value].is_thing == (label >= 24)
         assert kinds[value].is_crowd == (24 <= value < 1000)
+
+
+@pytest.mark.parametrize("value", [34, 255, 999, 1000, 7001, 23999, 34000, 65535])
+def test_undefined_ids_are_named(tmp_path, write_sample, value):
+    write_sample("ulm_0_0", np.array([[7, 24000, value]], np.uint16))
+    with pytest.raises(UserError, match=rf"_instanceIds\.png has ids that Cityscapes does not define \({value}\)"):
+        CityscapesDataset(tmp_path, "train")[0]
+
+
+def test_odd_size_all_void_and_single_class(tmp_path, write_sample):
+    write_sample("ulm_0_0", np.zeros((5, 7), np.uint16))
+    write_sample("ulm_1_0", np.full((1, 1), 11, np.uint8))
+    void, single = CityscapesDataset(tmp_path, "train")
+    assert (void.segments, void.panoptic.unique().tolist()) == ((), [0])
+    assert (single.segments, single.panoptic.tolist()) == ((Segment(11, 2, False),), [[11]])
+
+
+def test_every_countable_id_at_once(tmp_path, write_sample):
+    """All ids that 16 bits and the format allow: 10 labels of 1000 single things each, and the labels themselves."""
+    values = np.concatenate([np.arange(34), np.arange(24000, 34000)]).astype(np.uint16)[None]
+    write_sample("ulm_0_0", values)
+    sample = CityscapesDataset(tmp_path, "train")[0]
+    counted = [s for s in sample.segments if not s.is_crowd and s.is_thing]
+    assert len(counted) == 8000  # caravans and trailers are not evaluated
+    assert sum(s.is_crowd for s in sample.segments) == 8
+    kept = {s.id for s in sample.segments}
+    assert sample.panoptic[0].tolist() == [v if v in kept else 0 for v in values[0].tolist()]
+
+
+def test_files_of_cityscapesscripts_do_not_disturb(tmp_path, write_sample):
+    write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
+    folder = tmp_path / "gtFine" / "train" / "ulm"
+    for kind in ("labelTrainIds", "instanceTrainIds", "labelIds", "color"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / f"ulm_0_0_gtFine_{kind}.png")
+    (folder / "ulm_0_0_gtFine_polygons.json").write_text("{}")
+    (tmp_path / "gtFine" / "cityscapes_panoptic_train").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "gtFine" / "cityscapes_panoptic_train" / "ulm_0_0_gtFine_panoptic.png")
+    (tmp_path / "gtFine" / "cityscapes_panoptic_train.json").write_text("{}")
+    dataset = CityscapesDataset(tmp_path, "train")
+    assert dataset.names == ["ulm_0_0"]
+    assert [path.name for path in dataset.files(0)] == ["ulm_0_0_leftImg8bit.png", "ulm_0_0_gtFine_instanceIds.png"]
+    assert dataset[0].panoptic.unique().tolist() == [7]
+
+
+def write_coarse(root: Path, name: str) -> None:
+    city = name.split("_")[0]
+    for folder, kind in (("leftImg8bit", "leftImg8bit"), ("gtCoarse", "gtCoarse_instanceIds")):
+        path = root / folder / "train_extra" / city / f"{name}_{kind}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 6, 3) if folder == "leftImg8bit" else (4, 6), 26, np.uint8)).save(path)
+
+
+def test_coarse_set(tmp_path, write_sample):
+    write_coarse(tmp_path, "augsburg_000000_000000")
+    sample = CityscapesDataset(tmp_path, "train_extra")[0]
+    assert sample.segments == (Segment(26, 13, True, is_crowd=True),)
+    write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
+    both = CityscapesDataModule(tmp_path, train_splits=["train", "train_extra"]).make_dataset("train", None)
+    assert [sample.name for sample in both] == ["augsburg_000000_000000", "ulm_0_0"]
+    assert CityscapesDataModule(tmp_path).make_dataset("train", None).names == ["ulm_0_0"]
+
+
+def test_unknown_split(tmp_path):
+    with pytest.raises(UserError, match=r"no split 'extra': choose from train, val, train_extra, test"):
+        CityscapesDataset(tmp_path, ["train_extra", "extra"][1:])
+
+
+def test_test_split_has_images_only(tmp_path):
+    for city in ("berlin", "bonn"):
+        folder = tmp_path / "leftImg8bit" / "test" / city
+        folder.mkdir(parents=True)
+        Image.new("RGB", (6, 4), (9, 8, 7)).save(folder / f"{city}_000000_000019_leftImg8bit.png")
+    dataset = CityscapesDataset(tmp_path, "test")
+    assert dataset.names == ["berlin_000000_000019", "bonn_000000_000019"]
+    assert dataset[0].segments == ()
+    assert dataset[0].panoptic.tolist() == [[0] * 6] * 4
+    assert dataset[0].image[:, 0, 0].tolist() == [9, 8, 7]
+    # predict.py takes them by a pattern, whatever the city
+    found = find_images(tmp_path / "leftImg8bit" / "test" / "**" / "*.png")
+    assert [path.parent.name for path in found] == ["berlin", "bonn"]
 
 
 def test_transform_is_applied(tmp_path, write_sample):
@@ -151,7 +232,7 @@ def test_data_module_defaults_are_the_papers(tmp_path, write_sample):
     data = CityscapesDataModule(tmp_path)
     assert data.batch_size == 32
     assert data.info is CITYSCAPES
-    resize, crop = data.train_transform.pipeline[0], data.train_transform.pipeline[1]
+    resize = data.train_transform.pipeline[0]
     assert resize.shortest_edges[:2] == (512, 614)
     assert (resize.shortest_edges[-1], resize.max_size, len(resize.shortest_edges)) == (2048, 4096, 16)
-    assert (crop.height, crop.width) == (512, 1024)
+    assert (resize.height, resize.width) == (512, 1024)

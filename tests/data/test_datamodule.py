@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -155,3 +158,115 @@ def test_too_few_images_for_one_batch(root):
 def test_numbers_out_of_range(root, arguments):
     with pytest.raises(UserError):
         make_data(root, **arguments)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return (
+        all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+        and all(torch.equal(x.labels, y.labels) for x, y in zip(a.targets, b.targets, strict=True))
+        and all(torch.equal(x.masks, y.masks) for x, y in zip(a.targets, b.targets, strict=True))
+    )
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(root):
+    def epochs(num_workers):
+        seed_everything(7, workers=True, verbose=False)
+        loader = make_data(root, num_workers=num_workers).train_dataloader()
+        return [batch for _ in range(2) for batch in loader]
+
+    alone = epochs(0)
+    assert len(alone) == 4
+    assert not same(alone[0], alone[2])
+    for num_workers in (1, 2):
+        assert all(same(a, b) for a, b in zip(alone, epochs(num_workers), strict=True))
+
+
+def test_what_training_draws_does_not_change_the_data(root):
+    def epoch(disturbed):
+        seed_everything(7, workers=True, verbose=False)
+        batches = []
+        for batch in make_data(root).train_dataloader():
+            batches.append(batch)
+            torch.rand(3 if disturbed else 0)
+        return batches
+
+    assert all(same(a, b) for a, b in zip(epoch(False), epoch(True), strict=True))
+
+
+def on_device(data: CityscapesDataModule, rank: int, world_size: int) -> CityscapesDataModule:
+    """As Lightning attaches a trainer in each process; the first process's seed is sent to all."""
+    strategy = SimpleNamespace(broadcast=lambda seed: 7)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
+    return data
+
+
+def test_devices_train_on_disjoint_parts_of_the_same_batches(root):
+    seed_everything(7, workers=True, verbose=False)
+    whole = list(make_data(root, batch_size=4).train_dataloader())
+    parts = []
+    for rank in range(2):
+        seed_everything(100 + rank, workers=True, verbose=False)  # devices that were not seeded alike
+        parts.append(list(on_device(make_data(root, batch_size=2), rank, 2).train_dataloader()))
+    for batch, first, second in zip(whole, *parts, strict=True):
+        together = [image for pair in zip(first.images, second.images, strict=True) for image in pair]
+        assert all(torch.equal(a, b) for a, b in zip(batch.images, together, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_devices_share_validation_without_repetition(root, world_size):
+    loaders = [on_device(make_data(root), rank, world_size).val_dataloader() for rank in range(world_size)]
+    names = [sample.name for loader in loaders for batch in loader for sample in batch.samples]
+    assert sorted(names) == [f"ulm_{i:06d}_000000" for i in range(3)]
+
+
+def test_too_few_images_for_all_devices(root):
+    with pytest.raises(UserError, match=r"3 validation images are too few for 4 devices: lower trainer\.devices"):
+        on_device(make_data(root), 0, 4).val_dataloader()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_segments_that_were_cropped_away(root, keep):
+    data = make_data(root, train_transform=TrainTransform((3, 3), [24], None), keep_empty_targets=keep)
+    masks = [mask for batch in data.train_dataloader() for target in batch.targets for mask in target.masks]
+    assert any(not mask.any() for mask in masks) == keep
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_cache_changes_nothing_but_the_speed(root, tmp_path, num_workers):
+    def epoch(cache):
+        seed_everything(7, workers=True, verbose=False)
+        data = make_data(root, cache=cache, num_workers=num_workers)
+        return list(data.train_dataloader()), list(data.val_dataloader())
+
+    (train, val), (cached_train, cached_val) = epoch(None), epoch(tmp_path / "cache")
+    assert all(same(a, b) for a, b in zip(train, cached_train, strict=True))
+    for a, b in zip(val, cached_val, strict=True):
+        assert same(a, b)
+        assert torch.equal(a.samples[0].panoptic, b.samples[0].panoptic)
+    assert len(list((tmp_path / "cache").glob("*/*.sample"))) == 8
+
+
+class Resident:
+    """Reports the private memory of the worker that loads, in MiB, as a sample's name."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, sample):
+        pages = dict(line.split()[:2] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+        private = int(pages["Private_Dirty:"]) / 1024
+        return self.transform(sample)._replace(name=str(private))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+@pytest.mark.parametrize("cached", [False, True])
+def test_memory_of_a_worker_stays_flat(root, tmp_path, cached):
+    transform = Resident(TrainTransform((256, 256), [256, 300, 400], None))
+    data = make_data(
+        root, batch_size=1, num_workers=1, eval_transform=transform, cache=tmp_path / "c" if cached else None
+    )
+    data.setup("fit")
+    loader = data.val_dataloader()
+    epochs = [max(float(sample.name) for batch in loader for sample in batch.samples) for _ in range(60)]
+    assert max(epochs[30:]) < max(epochs[5:30]) + 4

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import colorsys
-
 import numpy as np
 import pytest
 import torch
@@ -13,16 +11,17 @@ from pem_lightning.data.transforms import (
     PAD_VALUE,
     PAPER_SHORTEST_EDGES,
     EvalTransform,
-    ResizeShortestEdge,
-    SSDColorJitter,
+    RandomResizedCrop,
     TrainTransform,
-    resized_size,
 )
 from pem_lightning.errors import UserError
 from pem_lightning.types import Sample, Segment
 
 IDS = np.array([0, 7, 23, 24000, 33999], np.int32)
 SEGMENTS = tuple(Segment(int(i), 0, False) for i in IDS[1:])
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
 
 
 def make_sample(height: int = 40, width: int = 64, seed: int = 0) -> Sample:
@@ -36,22 +35,6 @@ def coded_sample(height: int, width: int) -> Sample:
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
     return Sample(image, (rows * 1000 + columns + 1).int(), SEGMENTS, "name")
-
-
-@pytest.mark.parametrize(
-    ("size", "edge", "longest", "expected"),
-    [
-        ((1024, 2048), 512, 4096, (512, 1024)),
-        ((1024, 2048), 2048, 4096, (2048, 4096)),
-        ((1024, 2048), 2048, 2048, (1024, 2048)),
-        ((100, 150), 614, None, (614, 921)),
-        ((150, 100), 640, 800, (800, 533)),
-        ((3, 7), 10, None, (10, 23)),
-        ((1, 1000), 8, 100, (1, 100)),
-    ],
-)
-def test_resized_size(size, edge, longest, expected):
-    assert resized_size(*size, edge, longest) == expected
 
 
 def test_paper_sizes():
@@ -124,6 +107,12 @@ def test_padding_at_bottom_and_right():
     assert (out.panoptic[outside] == 0).all()
 
 
+def test_padding_value_is_a_setting():
+    out = TrainTransform((32, 48), [20], None, color_jitter=None, pad=True, pad_value=7)(make_sample(20, 30))
+    assert (out.image[:, 20:] == 7).all()
+    assert (out.image[:, :, 30:] == 7).all()
+
+
 def test_map_stays_ids_and_segments_stay_listed():
     sample = make_sample()
     for _ in range(20):
@@ -164,66 +153,6 @@ def test_scale_place_and_flip_are_independent():
     assert table.min() > 25
 
 
-NEUTRAL = {"brightness": 0.0, "contrast": 1.0, "saturation": 1.0, "hue": 0, "contrast_first": True}
-PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-
-
-def test_neutral_jitter_changes_nothing():
-    assert np.array_equal(SSDColorJitter().apply(PIXELS, **NEUTRAL), PIXELS)
-
-
-@pytest.mark.parametrize("beta", [-32.0, -0.5, 17.25, 32.0])
-def test_brightness_adds(beta):
-    expected = np.clip(PIXELS.astype(float) + beta, 0, 255).astype(np.uint8)
-    assert np.array_equal(SSDColorJitter().apply(PIXELS, **{**NEUTRAL, "brightness": beta}), expected)
-
-
-@pytest.mark.parametrize("contrast_first", [True, False])
-@pytest.mark.parametrize("factor", [0.5, 0.8125, 1.5])
-def test_contrast_multiplies(factor, contrast_first):
-    parameters = {**NEUTRAL, "contrast": factor, "contrast_first": contrast_first}
-    expected = np.clip(PIXELS.astype(float) * factor, 0, 255).astype(np.uint8)
-    assert np.array_equal(SSDColorJitter().apply(PIXELS, **parameters), expected)
-
-
-@pytest.mark.parametrize(("saturation", "hue"), [(0.5, 0), (1.5, 0), (1.0, 18), (1.0, -18), (0.7, 11)])
-def test_saturation_and_hue_by_the_formula(saturation, hue):
-    out = SSDColorJitter().apply(PIXELS, **{**NEUTRAL, "saturation": saturation, "hue": hue})
-    for before, after in zip(PIXELS.reshape(-1, 3), out.reshape(-1, 3), strict=True):
-        h, s, v = colorsys.rgb_to_hsv(*(before / 255))
-        expected = np.array(colorsys.hsv_to_rgb((h + hue / 180) % 1.0, min(s * saturation, 1.0), v)) * 255
-        # 8-bit hue has steps of two degrees: up to 255 / 60 grey levels each for reading and writing, and saturation's.
-        assert np.abs(after - expected).max() <= 8
-
-
-def test_contrast_before_or_after_saturation():
-    pixel = np.full((1, 1, 3), (200, 180, 120), np.uint8)
-    strong = {**NEUTRAL, "contrast": 1.5, "saturation": 0.5}
-    first = SSDColorJitter().apply(pixel, **strong)
-    last = SSDColorJitter().apply(pixel, **{**strong, "contrast_first": False})
-    assert first[0, 0].max() == last[0, 0].max() == 255
-    assert first[0, 0, 2] < last[0, 0, 2]  # clipped first, the pixel keeps its blue darker
-
-
-def test_jitter_draws_in_the_stated_ranges():
-    jitter = SSDColorJitter()
-    jitter.set_random_seed(0)
-    drawn = [jitter.get_params() for _ in range(2000)]
-    for key, neutral, low, high in (
-        ("brightness", 0.0, -32, 32),
-        ("contrast", 1.0, 0.5, 1.5),
-        ("saturation", 1.0, 0.5, 1.5),
-    ):
-        values = np.array([d[key] for d in drawn])
-        assert 0.45 < (values != neutral).mean() < 0.55
-        assert low <= values.min() < low + 0.02 * (high - low)
-        assert high - 0.02 * (high - low) < values.max() <= high
-    hues = np.array([d["hue"] for d in drawn])
-    assert set(hues) == set(range(-18, 19))
-    assert 0.42 < (hues != 0).mean() < 0.55
-    assert 0.45 < np.mean([d["contrast_first"] for d in drawn]) < 0.55
-
-
 def test_jitter_leaves_the_map_alone():
     sample = make_sample()
     out = TrainTransform((40, 64), [40], None, flip=0.0)(sample)
@@ -256,6 +185,7 @@ def test_eval_resizes_the_image_only():
         {"max_size": -5},
         {"flip": 1.5},
         {"flip": -0.1},
+        {"pad_value": 256},
     ],
 )
 def test_train_transform_refuses(arguments):
@@ -270,7 +200,7 @@ def test_eval_transform_refuses(arguments):
 
 
 def test_resize_keeps_the_two_targets_apart():
-    resize = ResizeShortestEdge([20], None)
+    resize = RandomResizedCrop(100, 100, [20], None)
     out = resize(image=PIXELS, mask=np.arange(256, dtype=np.int32).reshape(16, 16) * 100)
     assert out["image"].dtype == np.uint8
     assert out["mask"].dtype == np.int32

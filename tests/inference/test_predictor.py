@@ -12,7 +12,7 @@ from pem_lightning.errors import UserError
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.inference.results import write_coco_panoptic
 from pem_lightning.inference.task import TaskInference
-from pem_lightning.metrics.coco_panoptic import rgb_to_id
+from pem_lightning.panoptic_png import rgb_to_id
 from pem_lightning.types import ClassInfo, DatasetInfo, Predictions
 
 INFO = DatasetInfo(

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic, side_by_side
-from pem_lightning.metrics.coco_panoptic import rgb_to_id
+from pem_lightning.panoptic_png import rgb_to_id
 from pem_lightning.types import ClassInfo, DatasetInfo, Segment
 
 INFO = DatasetInfo(

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import tensor
 
 from pem_lightning.metrics import PanopticQuality
-from pem_lightning.metrics.coco_panoptic import rgb_to_id
+from pem_lightning.panoptic_png import rgb_to_id
 from pem_lightning.types import Segment
 
 
