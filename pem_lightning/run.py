@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.progress import track
 
@@ -129,6 +129,8 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         settings["precision"] = "16-mixed" if has_gpu and cfg.trainer.accelerator != "cpu" else "32-true"
     loggers = _instantiate_all(cfg.logger)
     callbacks = _instantiate_all(cfg.callbacks)
+    if not loggers:  # Lightning refuses to watch the learning rate for nobody
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **settings)
 
 

@@ -8,6 +8,7 @@ import hydra
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -88,7 +89,9 @@ def test_every_logger_and_cpu_trainer_instantiates(logger, trainer, tmp_path, mo
     cfg.output_dir = str(tmp_path)
     built = build_trainer(cfg)
     assert len(built.loggers) == {"none": 0, "csv": 1}.get(logger, 2)
-    assert {Curves, PredictionPanels, Results} <= {type(c) for c in built.callbacks}
+    kinds = {type(c) for c in built.callbacks}
+    assert {Curves, PredictionPanels, Results} <= kinds
+    assert (LearningRateMonitor in kinds) == (logger != "none")
 
 
 @pytest.mark.parametrize("trainer", ["gpu", "ddp"])
