@@ -59,7 +59,7 @@ class PEMModule(LightningModule):
         images, targets = pad_batch(batch.images, batch.targets)
         losses = self.criterion(self.network(images), targets)
         loss = torch.stack(list(losses.values())).sum()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        self.log("train/loss", loss, batch_size=len(images))
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))
         return loss
 
@@ -78,7 +78,7 @@ class PEMModule(LightningModule):
         self.evaluation = self.evaluator.compute()
         self.evaluator.reset()
         for name, value in self.evaluation.scalars().items():
-            self.log(name, value, prog_bar=name in ("val/PQ", "val/mIoU"))
+            self.log(name, value)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimiser and schedule as configured."""

@@ -15,7 +15,7 @@ from pem_lightning.callbacks import Results, progress_bar
 from pem_lightning.callbacks.curves import draw_curves, read_metrics
 from pem_lightning.callbacks.loggers import wandb_logger
 from pem_lightning.callbacks.panels import PredictionPanels, draw_panel
-from pem_lightning.callbacks.progress import ProgressLines
+from pem_lightning.callbacks.progress import LiveProgress, ProgressLines
 from pem_lightning.callbacks.results import class_table, summary
 from pem_lightning.evaluation import Evaluator
 from pem_lightning.inference.task import Result
@@ -173,3 +173,31 @@ def test_evaluation_names_and_percent(evaluation):
     assert scalars["val/PQ_things"] == scalars["val/mIoU"] == 100
     assert len(scalars) == 11
     assert math.isnan(evaluation.per_class(INFO)[2]["PQ"])
+
+
+def test_progress_is_a_live_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    bar = progress_bar("val/PQ")
+    assert isinstance(bar, LiveProgress)
+    trainer = fake_trainer(
+        global_step=0,
+        max_steps=4,
+        world_size=1,
+        num_val_batches=[2],
+        callback_metrics={"train/loss": torch.tensor(2.5)},
+    )
+    module, batch = fake_module(), Batch([torch.zeros(3, 1, 1)] * 2, [], [])
+    bar.setup(trainer, module, "fit")
+    bar.on_train_start(trainer, module)
+    trainer.global_step = 3
+    bar.on_train_batch_end(trainer, module, None, batch, 0)
+    (training,) = bar._bars.tasks
+    assert (training.completed, training.total) == (3, 4)
+    assert training.description.startswith("step 3/4  loss 2.50")
+    bar.on_validation_start(trainer, module)
+    bar.on_validation_batch_end(trainer, module, None, batch, 0)
+    assert [task.completed for task in bar._bars.tasks] == [3, 1]
+    bar.on_validation_end(trainer, module)
+    assert len(bar._bars.tasks) == 1
+    bar.on_fit_end(trainer, module)
+    assert not bar._bars.live.is_started
