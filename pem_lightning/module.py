@@ -78,7 +78,7 @@ class PEMModule(LightningModule):
         self.evaluation = self.evaluator.compute()
         self.evaluator.reset()
         for name, value in self.evaluation.scalars().items():
-            self.log(name, value)
+            self.log(name, value, sync_dist=True)  # equal on all devices already, which Lightning cannot know
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimiser and schedule as configured."""

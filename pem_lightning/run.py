@@ -59,6 +59,11 @@ def train(cfg: DictConfig) -> float:
         trainer.strategy.root_device,
         trainer.precision,
     )
+    if cfg.backbone.norm == "frozen" and checkpoint is None:
+        log.warning(
+            "frozen batch normalisation expects pretrained weights, this run starts from random ones: "
+            "backbone.norm=batch learns better"
+        )
     # Lightning's own records of a checkpoint are plain data, too, so that nothing needs to be trusted.
     trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
