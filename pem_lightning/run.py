@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import lightning
@@ -242,7 +242,6 @@ def main(job: str) -> None:
             if message is None or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
             _fail(message)
-            raise AssertionError from None
 
     # Lightning calls a function of PyTorch's that PyTorch has renamed; nobody else can mend it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning.*")
@@ -256,6 +255,6 @@ def main(job: str) -> None:
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(task)()
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
