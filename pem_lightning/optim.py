@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -81,54 +80,15 @@ def cosine_schedule(
         warmup_iterations: how long to rise linearly to the decay's value; 0 for none, as in the paper.
         warmup_factor: where the rise begins, as a share of the base value.
     """
-    return _schedule(
-        optimizer,
-        lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-        max_iterations=max_iterations,
-        end_lr=end_lr,
-        warmup_iterations=warmup_iterations,
-        warmup_factor=warmup_factor,
-    )
-
-
-def polynomial_schedule(
-    optimizer: Optimizer,
-    *,
-    max_iterations: int,
-    power: float = 0.9,
-    end_lr: float = 0.0,
-    warmup_iterations: int = 0,
-    warmup_factor: float = 0.001,
-) -> LambdaLR:
-    """Decay along a power: lr(t) = end + (base - end) (1 - t / max)^power. Otherwise as `cosine_schedule`."""
-    return _schedule(
-        optimizer,
-        lambda progress: (1 - progress) ** power,
-        max_iterations=max_iterations,
-        end_lr=end_lr,
-        warmup_iterations=warmup_iterations,
-        warmup_factor=warmup_factor,
-    )
-
-
-def _schedule(
-    optimizer: Optimizer,
-    decay: Callable[[float], float],
-    *,
-    max_iterations: int,
-    end_lr: float,
-    warmup_iterations: int,
-    warmup_factor: float,
-) -> LambdaLR:
-    """Turn a decay from 1 to 0 over a progress from 0 to 1 into a scheduler."""
     end = end_lr / max(group["lr"] for group in optimizer.param_groups)
 
-    def main(iteration: int) -> float:
-        return end + (1 - end) * decay(min(iteration / max_iterations, 1.0))
+    def decay(iteration: int) -> float:
+        progress = min(iteration / max_iterations, 1.0)
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def factor(iteration: int) -> float:
         if iteration >= warmup_iterations:
-            return main(iteration)
-        return warmup_factor + (main(warmup_iterations) - warmup_factor) * iteration / warmup_iterations
+            return decay(iteration)
+        return warmup_factor + (decay(warmup_iterations) - warmup_factor) * iteration / warmup_iterations
 
     return LambdaLR(optimizer, factor)

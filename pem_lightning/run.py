@@ -98,6 +98,7 @@ def predict(cfg: DictConfig) -> float:
     output, unreadable = Path(cfg.output), []
 
     def results() -> Iterator[SegmentedImage]:
+        """One after the other, so that only one is held."""
         for path in track(paths, f"Segmenting {len(paths)} images", disable=len(paths) == 1):
             try:
                 result = predictor(path)
@@ -234,6 +235,7 @@ def main(job: str) -> None:
     """Run one of `JOBS` from the command line. A user's mistake ends in one line and exit code 2."""
 
     def task(cfg: DictConfig) -> float:
+        """What Hydra calls with the composed experiment."""
         try:
             return JOBS[job](cfg)
         except Exception as error:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pem_lightning import build_pem
 from pem_lightning.checkpoints import rename_official_key
-from pem_lightning.optim import cosine_schedule, parameter_groups, polynomial_schedule
+from pem_lightning.optim import cosine_schedule, parameter_groups
 
 
 def values_by_name(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -134,13 +134,6 @@ def test_warmup_rises_linearly_to_the_decay(warmup: int) -> None:
     assert warm(50) == plain(50)
     steps = [warm(t + 1) - warm(t) for t in range(warmup)]
     assert steps == pytest.approx([steps[0]] * warmup)
-
-
-def test_polynomial_schedule() -> None:
-    scheduler = polynomial_schedule(optimizer(2.0), max_iterations=8, power=0.5, end_lr=0.4)
-    assert [max(lrs) for lrs in rates(scheduler, 10)] == pytest.approx(
-        [0.4 + 1.6 * math.sqrt(1 - min(t, 8) / 8) for t in range(10)]
-    )
 
 
 def test_schedule_survives_a_checkpoint() -> None:

@@ -15,27 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pem_lightning import run
 from pem_lightning.callbacks.curves import read_metrics
 from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.panoptic_png import rgb_to_id
+from tests.jobs import call
 
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
-
-
-def call(job, *arguments, monkeypatch=None):
-    """Run a job in this process, as its entry point does; returns the exit code."""
-    before = sys.argv
-    sys.argv = [f"{job}.py", *arguments]
-    try:
-        run.main(job)
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture(scope="module")

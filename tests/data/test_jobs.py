@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pem_lightning import run
 from pem_lightning.data.ade20k_panoptic import prepare_split
 from pem_lightning.panoptic_png import id_to_rgb
+from tests.jobs import call
 
 pytestmark = pytest.mark.slow
 
@@ -36,19 +35,6 @@ TINY = (
     "callbacks.curves=null",
     "hydra.run.dir=run",
 )
-
-
-def call(job: str, *arguments: str) -> int:
-    """Run a job in this process, as its entry point does; returns the exit code."""
-    before = sys.argv
-    sys.argv = [f"{job}.py", *arguments]
-    try:
-        run.main(job)
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
-    return 0
 
 
 def save(path: Path, array: np.ndarray) -> None:
