@@ -1,4 +1,4 @@
-"""A trained network made fast for inference: the same answers up to rounding, and options that trade digits for time."""
+"""A trained network made fast: the same answers up to rounding, and options that trade digits for time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class OptimizedNetwork(nn.Module):
             raise UserError(f"inference.precision={precision}: choose {', '.join(get_args(Precision))}")
         if compile is not None and compile not in get_args(CompileMode):
             raise UserError(f"inference.compile={compile}: choose null, {', '.join(get_args(CompileMode))}")
-        self.network = fold_batch_norms(network).to(memory_format=torch.channels_last)
+        self.network = fold_batch_norms(network)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = next(network.parameters()).dtype
         if precision != "float32":
             self.dtype = getattr(torch, precision)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pem_lightning.networks.layers import pointwise
 
-
 POSITIONS_AT_ONCE = 1024
 """How many positions are compared with all queries at once on a CPU: what its caches hold."""
 

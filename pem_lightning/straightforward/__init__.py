@@ -1,4 +1,4 @@
-"""The authors' algorithm, step by step and without any shortcut: what the fast path is proven against and timed against.
+"""The authors' algorithm, step by step, without any shortcut: what the fast path is proven and timed against.
 
 Nothing here is used to train, evaluate or predict.
 """

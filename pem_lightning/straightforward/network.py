@@ -1,7 +1,7 @@
 """PEM's forward pass as the authors wrote it, on the weights of our network.
 
-All masks are predicted at a quarter of the image's size after every layer and then resized; every head sees its own copy
-of the mask; normalisation layers stay what they are. Deformable sampling is `grid_sample`, tap by tap.
+All masks are predicted at a quarter of the image's size after every layer and then resized; every head sees its own
+copy of the mask; normalisation layers stay what they are. Deformable sampling is `grid_sample`, tap by tap.
 
 Legend: B batch, Q queries, C channels, M heads, D channels of a head, H W spatial, P positions (H * W), T taps (9).
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from pem_lightning.networks.pem import PEM, padded_size
 from pem_lightning.networks.pixel_decoder import ContextSelfModulation, DeformableUpsampling, PixelDecoder
 from pem_lightning.networks.position_encoding import sine_position_encoding
 from pem_lightning.networks.prototype_attention import PrototypeCrossAttention
-from pem_lightning.networks.transformer_decoder import NUM_LEVELS, TransformerDecoder
+from pem_lightning.networks.transformer_decoder import NUM_LEVELS, DecoderLayer, TransformerDecoder
 from pem_lightning.types import Predictions
 
 
@@ -38,21 +38,22 @@ def decode_pixels(
     context = decoder.global_context(coarse_to_fine[0].mean(dim=(2, 3), keepdim=True))
     levels = []
     for i, upsampling in enumerate(decoder.upsampling):
-        level, context = _upsample(
-            upsampling, _modulate(decoder.csm[i], decoder.laterals[i](coarse_to_fine[i])) + context
-        )
+        modulated = _modulate(decoder.csm[i], decoder.laterals[i](coarse_to_fine[i]))
+        level, context = _upsample(upsampling, modulated + context)
         levels.append(level)
     finest = _modulate(decoder.csm[-1], decoder.laterals[-1](coarse_to_fine[-1])) + context
     return decoder.mask_projection(finest), levels
 
 
-def _modulate(csm: ContextSelfModulation, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+def _modulate(csm: nn.Module, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    assert isinstance(csm, ContextSelfModulation)
     return x + x * csm.mlp(x.mean(dim=(2, 3), keepdim=True)).sigmoid().sigmoid()
 
 
 def _upsample(
-    module: DeformableUpsampling, x: Float[Tensor, "B C H W"]
+    module: nn.Module, x: Float[Tensor, "B C H W"]
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C double_H double_W"]]:
+    assert isinstance(module, DeformableUpsampling)
     offsets, mask = module.deform.offset(x).split((18, 9), dim=1)
     x = F.relu(module.deform_norm(deform_conv(x, offsets, mask.sigmoid(), module.deform.weight)))
     return x, F.relu(module.upsample_norm(module.upsample(x)))
@@ -87,12 +88,13 @@ def decode_queries(
         levels, decoder.input_projections, decoder.level_embedding.weight, strict=True
     ):
         inputs.append(projection(level) + embedding[:, None, None])
-        y, x = sine_position_encoding(*level.shape[-2:], decoder.channels, device=level.device)
+        y, x = sine_position_encoding(level.shape[2], level.shape[3], decoder.channels, device=level.device)
         positions.append((y + x).to(level.dtype))
     query_positions = decoder.query_positions.weight
     queries = decoder.query_features.weight.expand(len(mask_features), -1, -1)
     predictions = [_predict(decoder, queries, mask_features)]
     for i, layer in enumerate(decoder.layers):
+        assert isinstance(layer, DecoderLayer)
         features = inputs[i % NUM_LEVELS]
         mask_logits = F.interpolate(
             predictions[-1].mask_logits, features.shape[-2:], mode="bilinear", align_corners=False
@@ -139,5 +141,5 @@ def _attend(
     return module.output(interaction * module.alpha + prototypes) + queries
 
 
-def _linear(layer: torch.nn.Linear) -> tuple[Tensor, Tensor]:
+def _linear(layer: nn.Linear) -> tuple[Tensor, Tensor]:
     return layer.weight, layer.bias
