@@ -153,9 +153,10 @@ class PanopticPairs:
         known = {number: s for number, s in listed.items() if _whole(s.get("category_id")) in self._index}
         segments = tuple(self._segment(number, s) for number, s in known.items())
         areas = {number: s["area"] for number, s in known.items() if s.get("area") is not None}
-        if wrong := [a for a in areas.values() if isinstance(a, bool) or not isinstance(a, int | float) or not a >= 0]:
+        if wrong := [area for area in areas.values() if not _is_area(area)]:
             raise UserError(f"{place} has a segment with the area {wrong[0]!r}: give its number of pixels")
-        return Annotation(image_id, _png(entry, place, self._gt_folder), segments, areas)
+        png = _png(entry, place, self._gt_folder)
+        return Annotation(image_id, png, segments, {number: float(area) for number, area in areas.items()})
 
     def _read_prediction(self, image_id: ImageId, entry: Content) -> Annotation:
         place = f"{self.pred_json}: the annotation of image {image_id!r}"
@@ -241,7 +242,7 @@ def _segments(entry: Content, place: str) -> dict[int, Content]:
 
 def _png(entry: Content, place: str, folder: Path) -> Path:
     name = entry.get("file_name")
-    if not is_file_name(name):
+    if not is_file_name(name) or str(name).splitlines() != [name]:
         raise UserError(f"{place} has the file_name {name!r}: name its PNG")
     return folder / str(name)
 
@@ -259,6 +260,10 @@ def _oddities(truth: Annotation, gt_map: Int32[np.ndarray, "height width"]) -> t
     pixels = np.bincount(numbers.ravel(), minlength=len(truth.segments) + 1)[1:]
     counted = zip(truth.segments, pixels.tolist(), strict=True)
     return sum(truth.areas.get(s.id, count) != count for s, count in counted), bool(unlisted.size)
+
+
+def _is_area(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def _whole(value: Any) -> int | None:
