@@ -163,16 +163,21 @@ def _intersections(
     gt_map: Int32[Tensor, "H W"], pred_map: Int32[Tensor, "H W"], gt_ids: list[int], pred_ids: list[int]
 ) -> Int64[np.ndarray, "rows columns"]:
     """Pixels that each pair shares."""
+    true, predicted = gt_map.flatten(), pred_map.flatten()
+    changes = (true[1:] != true[:-1]) | (predicted[1:] != predicted[:-1])
+    # Runs of pixels with the same pair are far fewer than pixels.
+    starts = torch.cat([changes.new_ones(1), changes])[: true.numel()].nonzero().flatten()
+    lengths = torch.diff(starts, append=starts.new_tensor([true.numel()]))
     rows, columns = len(gt_ids) + 2, len(pred_ids) + 2
-    pairs = _positions(gt_map, gt_ids) * columns + _positions(pred_map, pred_ids)
-    return torch.bincount(pairs, minlength=rows * columns).view(rows, columns).cpu().numpy()
+    pairs = _positions(true[starts], gt_ids) * columns + _positions(predicted[starts], pred_ids)
+    return lengths.new_zeros(rows * columns).index_add_(0, pairs, lengths).view(rows, columns).cpu().numpy()
 
 
-def _positions(id_map: Int32[Tensor, "H W"], ids: list[int]) -> Int64[Tensor, " H*W"]:
-    """Each pixel's position in [*ids, void]; one past the end for other ids."""
-    known, order = torch.tensor([*ids, VOID_ID], dtype=torch.int32, device=id_map.device).sort()
-    found = torch.searchsorted(known, id_map.flatten()).clamp_(max=len(known) - 1)
-    return torch.where(known[found] == id_map.flatten(), order[found], len(known))
+def _positions(values: Int32[Tensor, " runs"], ids: list[int]) -> Int64[Tensor, " runs"]:
+    """Each value's position in [*ids, void]; one past the end for other values."""
+    known, order = torch.tensor([*ids, VOID_ID], dtype=torch.int32, device=values.device).sort()
+    found = torch.searchsorted(known, values).clamp_(max=len(known) - 1)
+    return torch.where(known[found] == values, order[found], len(known))
 
 
 def _check_agreement(
