@@ -43,7 +43,7 @@ class Halves(nn.Module):
 
 def predictor(task, model=None, **options):
     inference = TaskInference(task, INFO.thing_classes, resize_first=task != "semantic")
-    return Predictor(model or Halves(), INFO, inference, **options)
+    return Predictor.from_parts(model or Halves(), INFO, inference, device="cpu", **options)
 
 
 @pytest.fixture
