@@ -60,9 +60,9 @@ class Predictor:
         device: str | torch.device = "auto",
         classes: Iterable[str] | None = None,
         batch_size: int = 1,
-        object_mask_threshold: float | None = None,
-        overlap_threshold: float | None = None,
-        score_threshold: float = 0.0,
+        object_mask_threshold: int | float | None = None,
+        overlap_threshold: int | float | None = None,
+        score_threshold: int | float = 0.0,
     ) -> None:
         from hydra.utils import instantiate  # what follows is all that needs Hydra here
 
@@ -96,7 +96,7 @@ class Predictor:
         device: str | torch.device = "auto",
         classes: Iterable[str] | None = None,
         batch_size: int = 1,
-        score_threshold: float = 0.0,
+        score_threshold: int | float = 0.0,
     ) -> Predictor:
         """Make a predictor without a checkpoint.
 
@@ -138,7 +138,7 @@ class Predictor:
         device: str | torch.device,
         classes: Iterable[str] | None,
         batch_size: int,
-        score_threshold: float,
+        score_threshold: int | float,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: choose 1 or more")

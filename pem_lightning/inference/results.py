@@ -136,7 +136,7 @@ class SegmentedImage:
         )
 
     def overlay(
-        self, alpha: float = 0.55, draw_names: bool = True, shade_things: bool = True
+        self, alpha: int | float = 0.55, draw_names: bool = True, shade_things: bool = True
     ) -> UInt8[np.ndarray, "height width 3"]:
         """The prediction drawn over the photograph. See `overlay_panoptic`."""
         if self.semantic is not None:

@@ -129,7 +129,7 @@ class VideoWriter:
         UserError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, fps: float) -> None:
+    def __init__(self, path: Path, fps: int | float) -> None:
         self.path = path
         self.fps = fps
         self.num_frames = 0
@@ -221,7 +221,7 @@ class FrameRate:
         """The rate since the start."""
         return self.num_frames / max(self.seconds, 1e-9)
 
-    def due(self, fps: float) -> int:
+    def due(self, fps: int | float) -> int:
         """How many frames a video of so many per second would have by now."""
         return math.floor(self.seconds * fps)
 

@@ -32,7 +32,7 @@ def overlay_panoptic(
     panoptic: Int32[Tensor, "map_height map_width"],
     segments: Sequence[Segment],
     info: DatasetInfo,
-    alpha: float = 0.55,
+    alpha: int | float = 0.55,
     draw_names: bool = True,
     shade_things: bool = True,
 ) -> UInt8[np.ndarray, "height width 3"]:
@@ -73,7 +73,7 @@ def overlay_semantic(
     image: ImageLike,
     class_map: Integer[Tensor, "map_height map_width"],
     info: DatasetInfo,
-    alpha: float = 0.55,
+    alpha: int | float = 0.55,
     draw_names: bool = True,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Draws a class map in the classes' colours; values that are no class keep the photograph.
