@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.progress import track
 
 from pem_lightning.errors import UserError
+from pem_lightning.inference.ahead import made_ahead
 from pem_lightning.inference.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_images
 from pem_lightning.inference.predictor import Photo, Predictor, read_photo
 from pem_lightning.inference.results import SegmentedImage, write_coco_panoptic
@@ -154,10 +155,6 @@ def _segment_video(
         VideoReader(video) as reader,
         VideoWriter(target, reader.fps / every) as writer,
     ):
-        rate = FrameRate()
-        total = None if reader.num_frames is None else -(-reader.num_frames // every)
-        if max_frames is not None:
-            total = max_frames if total is None else min(total, max_frames)
 
         def photos() -> Iterator[Photo]:
             """Numbered by their place in the video."""
@@ -166,9 +163,11 @@ def _segment_video(
                     return
                 yield Photo(f"{name}_{i * every:06d}", frame)
 
-        def results() -> Iterator[SegmentedImage]:
-            """Drawn and counted on their way."""
-            for result in track(predictor.stream(photos()), f"Segmenting {name}", total=total):
+        def drawn(results: Iterable[SegmentedImage]) -> Iterator[SegmentedImage]:
+            """Counted, and written into the video on their way."""
+            for result in track(results, f"Segmenting {name}", total=_count(reader, every, max_frames)):
+                if stopped.is_set():
+                    return
                 speed = rate.tick()
                 if save != "masks":
                     picture = result.overlay(shade_things=False)
@@ -179,20 +178,25 @@ def _segment_video(
                     writer.write(picture, times=max(1, late))
                 yield result
 
-        if save == "overlays":
-            for _ in results():
-                pass
-        else:
-            _write(results(), predictor, masks, masks=True, overlays=False)
+        rate = FrameRate()
+        with made_ahead(photos()) as ahead, made_ahead(predictor.stream(ahead)) as results:
+            if save == "overlays":
+                deque(drawn(results), maxlen=0)
+            else:
+                _write(drawn(results), predictor, masks, masks=True, overlays=False)
     if rate.num_frames == 0:
         raise UserError(f"{video} has no frame that can be read: check that it is a complete video")
     if reader.damaged:
-        print(
-            f"{video} is damaged: {reader.damaged} of its frames could not be read, the rest is done", file=sys.stderr
-        )
+        print(f"{video} is damaged: {reader.damaged} frames could not be read, the rest is done", file=sys.stderr)
     ended = "stopped by Ctrl-C after" if stopped.is_set() else "done:"
     where = {"masks": str(masks), "overlays": str(target), "all": f"{target} and {masks}"}[save]
     print(
         f"{name} {ended} {rate.num_frames} frames in {rate.seconds:.1f} s, {rate.overall:.1f} frames per second, "
         f"results in {where}"
     )
+
+
+def _count(reader: VideoReader, every: int, max_frames: int | None) -> int | None:
+    """How many results there will be, as far as it is known."""
+    counts = [] if reader.num_frames is None else [-(-reader.num_frames // every)]
+    return min([*counts, *([] if max_frames is None else [max_frames])], default=None)
