@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -14,10 +13,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from pem_lightning.checkpoints import Checkpoint, load_network, read_checkpoint
-from pem_lightning.data.targets import VOID_CLASS, check_task
+from pem_lightning.data.targets import check_task
 from pem_lightning.errors import UserError
 from pem_lightning.inference.images import ImageLike, read_image
+from pem_lightning.inference.postprocess import Size
 from pem_lightning.inference.results import SegmentedImage
+from pem_lightning.inference.selection import find_classes, only_classes
 from pem_lightning.inference.task import Result, TaskInference, size_of
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import VOID_ID, DatasetInfo, Predictions, Sample
@@ -195,25 +196,30 @@ class Predictor:
             while batch := list(islice(alike, self.batch_size)):
                 yield from self._segment(batch)
 
-    @torch.no_grad()
     def _segment(self, photos: Sequence[Photo]) -> list[SegmentedImage]:
         """A batch of images of one size."""
         height, width = photos[0].image.shape[:2]
         try:
             inputs = torch.stack([self._prepare(photo.image) for photo in photos])
-            outputs = self.model(inputs)
-            return [
-                self._result(photo, Predictions(classes[None], masks[None]), size_of(inputs))
-                for photo, classes, masks in zip(photos, outputs.class_logits, outputs.mask_logits, strict=True)
-            ]
+            results = self._infer(inputs, (height, width))
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-                count = f"{len(photos)} images" if len(photos) > 1 else "an image"
+                what = "an image" if len(photos) == 1 else f"a batch of {len(photos)} images"
                 raise UserError(
-                    f"{count} of {width} x {height} pixels need more memory than {self.device} has: "
-                    "shrink them, cut them into parts or lower batch_size"
+                    f"{what} of {width} x {height} pixels needs more memory than {self.device} has: "
+                    "shrink it, cut it into parts or lower batch_size"
                 ) from error
             raise
+        return [self._describe(photo, result) for photo, result in zip(photos, results, strict=True)]
+
+    @torch.no_grad()
+    def _infer(self, inputs: Float[Tensor, "B 3 H W"], output_size: Size) -> list[Result]:
+        """Network and post-processing: all that runs on the device happens here and nowhere else."""
+        outputs = self.model(inputs)
+        return [
+            self.inference(Predictions(classes[None], masks[None]), size_of(inputs), output_size).cpu()
+            for classes, masks in zip(outputs.class_logits, outputs.mask_logits, strict=True)
+        ]
 
     def _prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:
         """Resized exactly as in evaluation, then normalised."""
@@ -223,11 +229,9 @@ class Predictor:
             image = self.resize(Sample(image, unlabelled, (), "")).image
         return normalize(image.to(self.device))
 
-    def _result(self, photo: Photo, predictions: Predictions, input_size: tuple[int, int]) -> SegmentedImage:
-        height, width = photo.image.shape[:2]
-        result = self.inference(predictions, input_size, (height, width)).cpu()
+    def _describe(self, photo: Photo, result: Result) -> SegmentedImage:
         if self.classes is not None:
-            result = _only(result, self.classes)
+            result = only_classes(result, self.classes)
         found = [i for i in result.instances if i.score >= self.score_threshold]
         return SegmentedImage(
             photo.name,
@@ -270,30 +274,3 @@ def choose_device(name: str | torch.device) -> torch.device:
     except Exception as error:  # PyTorch has no common error for devices that are not there
         raise UserError(f"there is no device={name} here: choose device=auto or device=cpu") from error
     return device
-
-
-def find_classes(names: Iterable[str], info: DatasetInfo) -> frozenset[int]:
-    """Classes by name.
-
-    Raises:
-        UserError: a name is none of them.
-    """
-    wanted = [names] if isinstance(names, str) else list(names)
-    for name in wanted:
-        if name not in info.class_names:
-            close = difflib.get_close_matches(str(name), info.class_names, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"there is no class {name}{hint}; choose from: {', '.join(info.class_names)}")
-    return frozenset(info.class_names.index(name) for name in wanted)
-
-
-def _only(result: Result, classes: Collection[int]) -> Result:
-    """A result without what belongs to other classes."""
-    segments = tuple(s for s in result.segments if s.class_id in classes)
-    panoptic, semantic = result.panoptic, result.semantic
-    if panoptic is not None:
-        kept = torch.tensor([s.id for s in segments], dtype=panoptic.dtype)
-        panoptic = panoptic.where(torch.isin(panoptic, kept), VOID_ID)
-    if semantic is not None:
-        semantic = semantic.where(torch.isin(semantic, torch.tensor(sorted(classes))), VOID_CLASS)
-    return Result(semantic, panoptic, segments, tuple(i for i in result.instances if i.class_id in classes))

@@ -3,71 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Int32, UInt8, UInt16
+from jaxtyping import Int32, Integer, UInt8, UInt16
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from pem_lightning.data.targets import VOID_CLASS
 from pem_lightning.errors import UserError
 from pem_lightning.files import write_file
+from pem_lightning.inference.found import FoundInstance, FoundSegment
 from pem_lightning.inference.postprocess import Instance
-from pem_lightning.inference.regions import Box, find_regions, index_map, region_of
+from pem_lightning.inference.regions import Box, Region, find_regions, index_map, region_of
 from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic
 from pem_lightning.panoptic_png import id_to_rgb
 from pem_lightning.types import VOID_ID, DatasetInfo, Segment
 
 SHOWN_SCORE = 0.5
 """Instances with a lower score are not drawn."""
-
-
-class FoundSegment(NamedTuple):
-    """One segment of a panoptic result.
-
-    Attributes:
-        id: the value of its pixels in the id map.
-        class_id: contiguous class index.
-        name: of the class.
-        is_thing: whether the class is countable.
-        score: confidence in [0, 1].
-        area: pixels.
-        box: left, top, right and bottom in pixels; right and bottom are the first ones outside.
-    """
-
-    id: int
-    class_id: int
-    name: str
-    is_thing: bool
-    score: float | None
-    area: int
-    box: Box
-
-
-class FoundInstance(NamedTuple):
-    """One object of an instance result; its mask may overlap those of others.
-
-    Attributes:
-        mask: its pixels, at the image's size.
-        class_id: contiguous class index.
-        name: of the class.
-        score: class probability times the mean mask probability inside the mask, in [0, 1].
-        area: pixels.
-        box: left, top, right and bottom in pixels; right and bottom are the first ones outside.
-    """
-
-    mask: Bool[Tensor, "height width"]
-    class_id: int
-    name: str
-    score: float
-    area: int
-    box: Box
 
 
 class SegmentedImage:
@@ -116,12 +75,9 @@ class SegmentedImage:
         """What the ids of `panoptic` mean, with areas and boxes. Ids that no pixel has are left out."""
         if self.panoptic is None:
             return ()
-        index = index_map(self.panoptic.numpy(), [s.id for s in self._segments])
-        regions = find_regions(index, len(self._segments))
         return tuple(
             FoundSegment(s.id, s.class_id, self.info.classes[s.class_id].name, s.is_thing, s.score, *region)
-            for s, region in zip(self._segments, regions, strict=True)
-            if region is not None
+            for s, region in _located(self.panoptic, self._segments)
         )
 
     @cached_property
@@ -141,9 +97,9 @@ class SegmentedImage:
         """The prediction drawn over the photograph. See `overlay_panoptic`."""
         if self.semantic is not None:
             return overlay_semantic(self.image, self.semantic, self.info, alpha, draw_names)
-        id_map, segments = self.panoptic, self._segments
+        id_map, segments = self.panoptic, list(self._segments)
         if id_map is None:
-            id_map, segments = _stack(self._instances or (), self.image.shape[:2])
+            id_map, segments = stack_instances(self._instances or (), self.image.shape[:2])
         return overlay_panoptic(self.image, id_map, segments, self.info, alpha, draw_names, shade_things)
 
     def save(
@@ -152,8 +108,7 @@ class SegmentedImage:
         """Writes `<name>_overlay.png` and the prediction itself.
 
         That is `<name>_panoptic.png` (ids as colours, as in COCO) with `<name>_segments.json`, or
-        `<name>_semantic.png` (the data set's official ids; where there is no class, 0 if no class has that id and else
-        255), or `<name>_instances.json` (COCO results with RLE masks).
+        `<name>_semantic.png` (see `official_class_map`), or `<name>_instances.json` (COCO results with RLE masks).
 
         Args:
             directory: is made if need be.
@@ -170,14 +125,14 @@ class SegmentedImage:
         stem = Path(directory) / (name or self.name)
         files: dict[str, bytes] = {}
         if overlay:
-            files["_overlay.png"] = _png(self.overlay())
+            files["_overlay.png"] = encode_png(self.overlay())
         if masks and self.panoptic is not None:
-            files["_panoptic.png"] = _png(id_to_rgb(self.panoptic.numpy()))
-            files["_segments.json"] = _json(_segments_info(self))
+            files["_panoptic.png"] = encode_png(id_to_rgb(self.panoptic.numpy()))
+            files["_segments.json"] = _json(segments_info(self.panoptic, self._segments, self.info))
         if masks and self.semantic is not None:
-            files["_semantic.png"] = _png(_official(self.semantic.numpy(), self.info))
+            files["_semantic.png"] = encode_png(official_class_map(self.semantic, self.info))
         if masks and self.instances is not None:
-            files["_instances.json"] = _json([_coco_instance(i, self) for i in self.instances])
+            files["_instances.json"] = _json([coco_instance(i, self.name, self.info) for i in self.instances])
         return [write_file(stem.with_name(stem.name + ending), content) for ending, content in files.items()]
 
 
@@ -208,14 +163,13 @@ def write_coco_panoptic(
         if result.name in images:
             raise UserError(f"two images are named {result.name}: rename one of them, or write to two folders")
         file_name = f"{result.name}.png"
-        write_file(directory / "panoptic" / file_name, _png(id_to_rgb(result.panoptic.numpy())))
+        write_file(directory / "panoptic" / file_name, encode_png(id_to_rgb(result.panoptic.numpy())))
         if overlays:
             result.save(directory, masks=False)
         height, width = result.panoptic.shape
         images[result.name] = {"id": result.name, "file_name": file_name, "height": height, "width": width}
-        annotations.append(
-            {"image_id": result.name, "file_name": file_name, "segments_info": _segments_info(result)},
-        )
+        described = segments_info(result.panoptic, result._segments, info)
+        annotations.append({"image_id": result.name, "file_name": file_name, "segments_info": described})
     categories = [
         {"id": c.official_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
     ]
@@ -223,32 +177,45 @@ def write_coco_panoptic(
     return write_file(directory / "panoptic.json", _json(content))
 
 
-def _segments_info(result: SegmentedImage) -> list[dict[str, Any]]:
-    """COCO's description of every segment; `bbox` is left, top, width and height in pixels."""
-    crowds = {s.id for s in result._segments if s.is_crowd}
+def segments_info(
+    panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment], info: DatasetInfo
+) -> list[dict[str, Any]]:
+    """COCO's description of every segment of a map; `bbox` is left, top, width and height in pixels."""
     return [
         {
             "id": segment.id,
-            "category_id": result.info.classes[segment.class_id].official_id,
-            "area": segment.area,
-            "bbox": _coco_box(segment.box),
-            "iscrowd": int(segment.id in crowds),
+            "category_id": info.classes[segment.class_id].official_id,
+            "area": region.area,
+            "bbox": _coco_box(region.box),
+            "iscrowd": int(segment.is_crowd),
             "score": segment.score,
         }
-        for segment in result.segments
+        for segment, region in _located(panoptic, segments)
     ]
 
 
-def _coco_instance(instance: FoundInstance, result: SegmentedImage) -> dict[str, Any]:
-    rle = coco_mask.encode(np.asfortranarray(instance.mask.numpy().view(np.uint8)))
+def coco_instance(instance: Instance | FoundInstance, image_id: str | int, info: DatasetInfo) -> dict[str, Any]:
+    """One entry of COCO's instance results."""
+    pixels = instance.mask.numpy().view(np.uint8)
+    rle = coco_mask.encode(np.asfortranarray(pixels))
+    area, box = region_of(instance.mask.numpy()) or Region(0, (0, 0, 0, 0))
     return {
-        "image_id": result.name,
-        "category_id": result.info.classes[instance.class_id].official_id,
+        "image_id": image_id,
+        "category_id": info.classes[instance.class_id].official_id,
         "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
-        "bbox": _coco_box(instance.box),
-        "area": instance.area,
+        "bbox": _coco_box(box),
+        "area": area,
         "score": instance.score,
     }
+
+
+def _located(panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment]) -> Iterator[tuple[Segment, Region]]:
+    """Segments with their areas and boxes; those that no pixel belongs to are left out."""
+    listed = list(segments)
+    index = index_map(panoptic.numpy(), [s.id for s in listed])
+    for segment, region in zip(listed, find_regions(index, len(listed)), strict=True):
+        if region is not None:
+            yield segment, region
 
 
 def _coco_box(box: Box) -> list[int]:
@@ -256,20 +223,23 @@ def _coco_box(box: Box) -> list[int]:
     return [left, top, right - left, bottom - top]
 
 
-def _official(
-    class_map: Int32[np.ndarray, "height width"], info: DatasetInfo
+def official_class_map(
+    classes: Integer[Tensor, "height width"], info: DatasetInfo
 ) -> UInt8[np.ndarray, "height width"] | UInt16[np.ndarray, "height width"]:
-    """A class map in the data set's official ids."""
+    """The data set's official ids instead of class indices; 16 bits where 8 are too few.
+
+    `VOID_CLASS` becomes 0 if no class has that id, else 255 or 65535.
+    """
     ids = info.official_ids
     nothing = next(value for value in (0, 255, 65535) if value not in ids)
     table = np.full(VOID_CLASS + 1, nothing, np.uint8 if max(*ids, nothing) < 256 else np.uint16)
     table[: len(ids)] = ids
-    return table[class_map]
+    return table[classes.numpy()]
 
 
-def _stack(
+def stack_instances(
     instances: Iterable[Instance], size: tuple[int, ...]
-) -> tuple[Int32[Tensor, "height width"], tuple[Segment, ...]]:
+) -> tuple[Int32[Tensor, "height width"], list[Segment]]:
     """The confident instances as an id map, the most confident on top."""
     id_map = torch.full(size, VOID_ID, dtype=torch.int32)
     segments = []
@@ -277,11 +247,11 @@ def _stack(
     for segment_id, instance in enumerate(shown, start=1):
         id_map[instance.mask] = segment_id
         segments.append(Segment(segment_id, instance.class_id, is_thing=True, score=instance.score))
-    return id_map, tuple(segments)
+    return id_map, segments
 
 
-def _png(array: UInt8[np.ndarray, "..."] | UInt16[np.ndarray, "..."]) -> bytes:
-    """A PNG file, RGB or grey. OpenCV's default favours speed: 6 times as fast as Pillow's, a fifth larger."""
+def encode_png(array: np.ndarray) -> bytes:
+    """A picture, RGB or grey, as a PNG file. OpenCV's default is 6 times as fast as Pillow's and a fifth larger."""
     if array.ndim == 3:
         array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
     _, content = cv2.imencode(".png", array)

@@ -216,7 +216,7 @@ def test_too_little_memory_is_said_in_one_line(photo, error):
 
     model = Halves()
     model.forward = fail
-    with pytest.raises(UserError, match="128 x 64 pixels need more memory than cpu has: shrink"):
+    with pytest.raises(UserError, match="128 x 64 pixels needs more memory than cpu has: shrink"):
         predictor("panoptic", model)(photo)
 
 
