@@ -29,9 +29,7 @@ class OptimizedNetwork(nn.Module):
         UserError: the precision or the mode is unknown.
     """
 
-    def __init__(
-        self, network: nn.Module, precision: Precision = "float32", compile: CompileMode | None = None
-    ) -> None:
+    def __init__(self, network: nn.Module, precision: str = "float32", compile: str | None = None) -> None:
         super().__init__()
         if precision not in get_args(Precision):
             raise UserError(f"inference.precision={precision}: choose {', '.join(get_args(Precision))}")

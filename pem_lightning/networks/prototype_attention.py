@@ -52,7 +52,8 @@ def _most_similar(
     """The first of the most similar positions, found in one pass that keeps the best so far."""
     heads = queries.unflatten(2, keys.shape[2:]).transpose(1, 2)  # B M Q D
     background = background & ~background.flatten(1).all(1)[:, None, None]
-    penalty = torch.zeros_like(background, dtype=keys.dtype).masked_fill_(background, float("-inf"))[:, None]
+    penalty = torch.zeros(background.shape, dtype=keys.dtype, device=keys.device)
+    penalty = penalty.masked_fill_(background, float("-inf"))[:, None]  # B 1 Q P
     step = POSITIONS_AT_ONCE if keys.device.type == "cpu" else keys.shape[1]
     best = heads.new_full(heads.shape[:3], float("-inf"))
     positions = torch.zeros_like(best, dtype=torch.int64)
@@ -105,6 +106,6 @@ class PrototypeCrossAttention(nn.Module):
         keys = pointwise(self.feature_linear, self.feature_conv(self.feature_norm(features)))
         keys = F.normalize(keys.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # B P C
         projected = F.normalize(self.query_linear(self.query_norm(queries + query_positions)), dim=-1)
-        prototypes, _ = select_prototypes(keys, projected, mask_logits.flatten(2) < 0, self.num_heads)
+        prototypes, _ = select_prototypes(keys, projected, mask_logits.flatten(2).contiguous() < 0, self.num_heads)
         interaction = F.normalize(self.interaction(prototypes * projected), dim=1)
         return self.output(interaction * self.alpha + prototypes) + queries
