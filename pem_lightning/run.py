@@ -168,6 +168,8 @@ def build_module(cfg: DictConfig, info: DatasetInfo) -> PEMModule:
         optimizer=instantiate(cfg.recipe.optimizer),
         schedule=instantiate(cfg.recipe.schedule),
         record={"config": _plain(cfg), "overrides": _overrides()},
+        scales=cfg.inference.scales,
+        flip=cfg.inference.flip,
     )
 
 
@@ -177,7 +179,15 @@ def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
     load_network(network, checkpoint)
     inference = TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    return Predictor(network, checkpoint.info, inference, resize=instantiate(cfg.recipe.eval_transform), device=device)
+    return Predictor(
+        network,
+        checkpoint.info,
+        inference,
+        resize=instantiate(cfg.recipe.eval_transform),
+        device=device,
+        scales=cfg.inference.scales,
+        flip=cfg.inference.flip,
+    )
 
 
 def _take_network(cfg: DictConfig) -> Checkpoint:

@@ -37,8 +37,15 @@ def summary(evaluation: Evaluation) -> str:
     if (panoptic := evaluation.panoptic) is not None:
         for name, group in (("all", panoptic.all), ("things", panoptic.things), ("stuff", panoptic.stuff)):
             lines.append(f"{name:12} PQ {100 * group.pq:.1f}   SQ {100 * group.sq:.1f}   RQ {100 * group.rq:.1f}")
-    semantic = evaluation.semantic
-    lines.append(f"{'pixels':12} mIoU {100 * semantic.miou:.1f}   accuracy {100 * semantic.pixel_accuracy:.1f}")
+    if (semantic := evaluation.semantic) is not None:
+        lines.append(f"{'pixels':12} mIoU {100 * semantic.miou:.1f}   accuracy {100 * semantic.pixel_accuracy:.1f}")
+    if (instance := evaluation.instance) is not None:
+        every = instance.all
+        lines.append(
+            f"{'objects':12} AP {100 * every.ap:.1f}   AP50 {100 * every.ap50:.1f}   AP75 {100 * every.ap75:.1f}"
+        )
+        sizes = {"small": every.small, "medium": every.medium, "large": every.large}
+        lines += [f"{name:12} AP {100 * value:.1f}" for name, value in sizes.items()]
     return "\n".join(lines)
 
 
@@ -92,6 +99,8 @@ class Results(Callback):
             "checkpoints": "checkpoints",
             "curves": "curves.png",
             "overlays": "panels",
+            "worst images": "worst",
+            "confusion": "confusion.png",
             "numbers": "metrics.json",
         }
         return [(what, self.directory / name) for what, name in places.items() if (self.directory / name).exists()]

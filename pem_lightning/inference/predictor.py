@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pem_lightning.inference.images import read_image
 from pem_lightning.inference.results import SegmentedImage
-from pem_lightning.inference.task import TaskInference, size_of
+from pem_lightning.inference.task import TaskInference
+from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import VOID_ID, DatasetInfo, Sample
 
@@ -29,6 +30,8 @@ class Predictor:
         resize: what evaluation does to an image before the model sees it, such as `EvalTransform(640, 2560)`; None
             leaves it as it is. Results are always at the image's own size.
         device: where the model runs. Results are on the CPU.
+        scales: see `TestTimeAugmentation`.
+        flip: likewise.
     """
 
     def __init__(
@@ -39,11 +42,14 @@ class Predictor:
         *,
         resize: Callable[[Sample], Sample] | None = None,
         device: str | torch.device = "cpu",
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.info = info
         self.inference = inference
+        self.augmentation = TestTimeAugmentation(inference, scales, flip)
         self.resize = resize
 
     @torch.no_grad()
@@ -62,7 +68,7 @@ class Predictor:
             name = Path(image).stem if isinstance(image, str | Path) else "image"
         inputs = self._prepare(photo)
         height, width = photo.shape[:2]
-        result = self.inference(self.model(inputs), size_of(inputs), (height, width)).cpu()
+        result = self.augmentation(self.model, inputs, (height, width)).cpu()
         return SegmentedImage(
             name,
             photo,

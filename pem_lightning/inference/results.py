@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Integer, UInt8, UInt16
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
@@ -22,6 +22,7 @@ from pem_lightning.files import write_file
 from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic
 from pem_lightning.panoptic_png import id_to_rgb
+from pem_lightning.rle import encode_mask
 from pem_lightning.types import VOID_ID, DatasetInfo, Segment
 
 SHOWN_SCORE = 0.5
@@ -56,7 +57,7 @@ class SegmentedImage:
             return overlay_semantic(self.image, self.semantic, self.info, alpha, draw_names)
         if self.panoptic is not None:
             return overlay_panoptic(self.image, self.panoptic, self.segments, self.info, alpha, draw_names)
-        id_map, segments = _stack(self.instances or (), self.image.shape[:2])
+        id_map, segments = stack_instances(self.instances or (), self.image.shape[:2])
         return overlay_panoptic(self.image, id_map, segments, self.info, alpha, draw_names)
 
     def save(self, directory: str | Path, name: str | None = None) -> list[Path]:
@@ -78,20 +79,18 @@ class SegmentedImage:
         stem = Path(directory) / (name or self.name)
         files: dict[str, bytes] = {}
         if self.panoptic is not None:
-            files["_panoptic.png"] = _png(id_to_rgb(self.panoptic.numpy()))
-            files["_segments.json"] = _json(_segments_info(self))
+            files["_panoptic.png"] = encode_png(id_to_rgb(self.panoptic.numpy()))
+            files["_segments.json"] = _json(segments_info(self.panoptic, self.segments, self.info))
         if self.semantic is not None:
-            official = np.array(self.info.official_ids)
-            small = np.uint8 if official.max() < 256 else np.uint16
-            files["_semantic.png"] = _png(official.astype(small)[self.semantic.numpy()])
+            files["_semantic.png"] = encodeencode_png(official_class_map(self.semantic, self.info))
         if self.instances is not None:
-            files["_instances.json"] = _json([_coco_instance(i, self) for i in self.instances])
+            files["_instances.json"] = _json([coco_instance(i, self.name, self.info) for i in self.instances])
         written = [write_file(stem.with_name(stem.name + ending), content) for ending, content in files.items()]
         return [self.save_overlay(directory, name), *written]
 
     def save_overlay(self, directory: str | Path, name: str | None = None) -> Path:
         """Writes `<name>_overlay.png` alone; arguments and errors as of `save`."""
-        return write_file(Path(directory) / f"{name or self.name}_overlay.png", _png(self.overlay()))
+        return write_file(Path(directory) / f"{name or self.name}_overlay.png", encode_png(self.overlay()))
 
 
 def write_coco_panoptic(
@@ -121,13 +120,17 @@ def write_coco_panoptic(
         if result.name in images:
             raise UserError(f"two images are named {result.name}: rename one of them, or write to two folders")
         file_name = f"{result.name}.png"
-        write_file(directory / "panoptic" / file_name, _png(id_to_rgb(result.panoptic.numpy())))
+        write_file(directory / "panoptic" / file_name, encode_png(id_to_rgb(result.panoptic.numpy())))
         if overlays:
             result.save_overlay(directory)
         height, width = result.panoptic.shape
         images[result.name] = {"id": result.name, "file_name": file_name, "height": height, "width": width}
         annotations.append(
-            {"image_id": result.name, "file_name": file_name, "segments_info": _segments_info(result)},
+            {
+                "image_id": result.name,
+                "file_name": file_name,
+                "segments_info": segments_info(result.panoptic, result.segments, info),
+            },
         )
     categories = [
         {"id": c.official_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
@@ -136,19 +139,20 @@ def write_coco_panoptic(
     return write_file(directory / "panoptic.json", _json(content))
 
 
-def _segments_info(result: SegmentedImage) -> list[dict[str, Any]]:
-    """COCO's description of every segment; `bbox` is left, top, width and height in pixels."""
-    assert result.panoptic is not None
-    ids = result.panoptic.numpy()
+def segments_info(
+    panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment], info: DatasetInfo
+) -> list[dict[str, Any]]:
+    """COCO's description of every segment of a map; `bbox` is left, top, width and height in pixels."""
+    ids = panoptic.numpy()
     boxes = ndimage.find_objects(ids)
     areas = np.bincount(ids.ravel())
     described = []
-    for segment in result.segments:
+    for segment in segments:
         rows, columns = boxes[segment.id - 1]
         described.append(
             {
                 "id": segment.id,
-                "category_id": result.info.classes[segment.class_id].official_id,
+                "category_id": info.classes[segment.class_id].official_id,
                 "area": int(areas[segment.id]),
                 "bbox": [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start],
                 "iscrowd": int(segment.is_crowd),
@@ -158,18 +162,21 @@ def _segments_info(result: SegmentedImage) -> list[dict[str, Any]]:
     return described
 
 
-def _coco_instance(instance: Instance, result: SegmentedImage) -> dict[str, Any]:
-    rle = coco_mask.encode(np.asfortranarray(instance.mask.numpy().astype(np.uint8)))
+def coco_instance(instance: Instance, image_id: str | int, info: DatasetInfo) -> dict[str, Any]:
+    """One entry of COCO's instance results."""
+    rle = encode_mask(instance.mask)
     return {
-        "image_id": result.name,
-        "category_id": result.info.classes[instance.class_id].official_id,
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+        "image_id": image_id,
+        "category_id": info.classes[instance.class_id].official_id,
+        "segmentation": rle,
         "bbox": coco_mask.toBbox(rle).tolist(),
         "score": instance.score,
     }
 
 
-def _stack(instances: Iterable[Instance], size: tuple[int, ...]) -> tuple[Int32[Tensor, "height width"], list[Segment]]:
+def stack_instances(
+    instances: Iterable[Instance], size: tuple[int, ...]
+) -> tuple[Int32[Tensor, "height width"], list[Segment]]:
     """The confident instances as an id map, the most confident on top."""
     id_map = torch.full(size, VOID_ID, dtype=torch.int32)
     segments = []
@@ -180,7 +187,16 @@ def _stack(instances: Iterable[Instance], size: tuple[int, ...]) -> tuple[Int32[
     return id_map, segments
 
 
-def _png(array: np.ndarray) -> bytes:
+def official_class_map(
+    classes: Integer[Tensor, "height width"], info: DatasetInfo
+) -> UInt8[np.ndarray, "height width"] | UInt16[np.ndarray, "height width"]:
+    """The data set's official ids instead of class indices; 16 bits where 8 are too few."""
+    official = np.array(info.official_ids)
+    return official.astype(np.uint8 if official.max() < 256 else np.uint16)[classes.numpy()]
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """A picture or a map as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="PNG")
     return buffer.getvalue()
