@@ -168,8 +168,7 @@ def build_module(cfg: DictConfig, info: DatasetInfo) -> PEMModule:
         optimizer=instantiate(cfg.recipe.optimizer),
         schedule=instantiate(cfg.recipe.schedule),
         record={"config": _plain(cfg), "overrides": _overrides()},
-        scales=cfg.inference.scales,
-        flip=cfg.inference.flip,
+        **_views(cfg),
     )
 
 
@@ -185,9 +184,18 @@ def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
         inference,
         resize=instantiate(cfg.recipe.eval_transform),
         device=device,
-        scales=cfg.inference.scales,
-        flip=cfg.inference.flip,
+        **_views(cfg),
     )
+
+
+def _views(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of `TestTimeAugmentation`."""
+    try:
+        return {"scales": tuple(float(scale) for scale in cfg.inference.scales), "flip": bool(cfg.inference.flip)}
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"inference.scales={cfg.inference.scales}: give a list of numbers, e.g. [0.75,1.0,1.25]"
+        ) from error
 
 
 def _take_network(cfg: DictConfig) -> Checkpoint:

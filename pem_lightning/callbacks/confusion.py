@@ -21,6 +21,9 @@ from pem_lightning.types import DatasetInfo
 MAX_NUMBERED = 40
 """With more classes the cells are too small for numbers."""
 
+MAX_NAME = 24
+"""Characters of a class name that are written."""
+
 
 def draw_confusion(confusion: Int64[np.ndarray, "K columns"], info: DatasetInfo) -> bytes:
     """Draw what became of every class's pixels, in percent of them, as a PNG.
@@ -30,7 +33,7 @@ def draw_confusion(confusion: Int64[np.ndarray, "K columns"], info: DatasetInfo)
             has any.
         info: the classes.
     """
-    names = list(info.class_names)
+    names = [_shortened(name) for name in info.class_names]
     if confusion[:, info.num_classes :].any():
         names.append("none")
     counts = confusion[:, : len(names)].astype(np.float64)
@@ -44,7 +47,7 @@ def draw_confusion(confusion: Int64[np.ndarray, "K columns"], info: DatasetInfo)
     axes = figure.subplots()
     # Small shares matter: a linear scale would show the diagonal only.
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto", interpolation="nearest")
-    _label(axes, list(info.class_names), names, size)
+    _label(axes, names[: info.num_classes], names, size)
     if numbered:
         _write_numbers(axes, percent, size - 1.5)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
@@ -54,6 +57,11 @@ def draw_confusion(confusion: Int64[np.ndarray, "K columns"], info: DatasetInfo)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _shortened(name: str) -> str:
+    """ADE20K's names are lists of synonyms."""
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 3].rstrip(" ,") + "..."
 
 
 def _label(axes: Axes, rows: list[str], columns: list[str], size: float) -> None:

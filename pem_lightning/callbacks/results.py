@@ -21,7 +21,7 @@ from pem_lightning.types import DatasetInfo
 
 
 def class_table(evaluation: Evaluation, info: DatasetInfo) -> Table:
-    """All classes with their metrics in percent; a dash where a class does not occur."""
+    """All classes that the task has, with their metrics in percent; a dash where a class does not occur."""
     rows = evaluation.per_class(info)
     table = Table(title=f"{info.name}, by class (percent)", header_style="bold")
     for name in rows[0]:
@@ -40,12 +40,9 @@ def summary(evaluation: Evaluation) -> str:
     if (semantic := evaluation.semantic) is not None:
         lines.append(f"{'pixels':12} mIoU {100 * semantic.miou:.1f}   accuracy {100 * semantic.pixel_accuracy:.1f}")
     if (instance := evaluation.instance) is not None:
-        every = instance.all
-        lines.append(
-            f"{'objects':12} AP {100 * every.ap:.1f}   AP50 {100 * every.ap50:.1f}   AP75 {100 * every.ap75:.1f}"
-        )
-        sizes = {"small": every.small, "medium": every.medium, "large": every.large}
-        lines += [f"{name:12} AP {100 * value:.1f}" for name, value in sizes.items()]
+        ap, ap50, ap75, *by_size = (_cell(100 * value) for value in instance.all)
+        lines.append(f"{'objects':12} AP {ap}   AP50 {ap50}   AP75 {ap75}")
+        lines += [f"{name:12} AP {value}" for name, value in zip(("small", "medium", "large"), by_size, strict=True)]
     return "\n".join(lines)
 
 

@@ -50,7 +50,8 @@ class TestTimeAugmentation:
 
     Args:
         inference: what makes the result of the task.
-        scales: sizes of the views, relative to that of the image. The one nearest to 1 is the base.
+        scales: sizes of the views, relative to that of the image. The largest is the base, because its masks have the
+            finest grid: the others lose no detail when they are brought to it.
         flip: see every size also mirrored.
 
     Raises:
@@ -60,11 +61,10 @@ class TestTimeAugmentation:
     __test__ = False  # pytest takes it for a test by its name
 
     def __init__(self, inference: TaskInference, scales: Sequence[float] = (1.0,), flip: bool = False) -> None:
-        numbers = isinstance(scales, Sequence) and all(isinstance(scale, int | float) for scale in scales)
-        if not numbers or not scales or min(scales) <= 0:
-            raise UserError(f"inference.scales={scales}: give one or more numbers above 0, e.g. [0.75,1.0,1.25]")
+        if not scales or min(scales) <= 0:
+            raise UserError(f"inference.scales={list(scales)}: give one or more numbers above 0, e.g. [0.75,1.0,1.25]")
         self.inference = inference
-        self.scales = sorted(scales, key=lambda scale: abs(scale - 1))
+        self.scales = sorted(scales, reverse=True)
         self.flip = flip
 
     def __call__(
@@ -97,7 +97,7 @@ class TestTimeAugmentation:
         return result if scores is None else result._replace(semantic=scores.argmax(0))
 
     def _views(self, network: Network, images: Float[Tensor, "1 3 H W"]) -> Iterator[View]:
-        """The base view first."""
+        """The largest first, as it is."""
         height, width = size_of(images)
         for scale in self.scales:
             size = max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
