@@ -48,6 +48,6 @@ $(VENV)/.core: requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.core requirements-dev.txt requirements-eval.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

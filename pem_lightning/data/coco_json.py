@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,20 +13,23 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 
 from pem_lightning.data.classes import checked_info, class_info
 from pem_lightning.errors import UserError
+from pem_lightning.panoptic_png import MAX_ID
 from pem_lightning.types import VOID_ID, DatasetInfo
 
-_MAX_ID = 256**3 - 1
 _CURE = "give a COCO panoptic JSON, see cocodataset.org/#format-data"
 
 Content = Mapping[str, Any]
 
 
-def read_panoptic_json(path: Path, cure: str) -> Content:
-    """Read a file and check that it has the format's three lists.
+def read_panoptic_json(
+    path: Path, cure: str, lists: Sequence[str] = ("images", "annotations", "categories")
+) -> Content:
+    """Read a file and check that it has the format's lists.
 
     Args:
         path: of the JSON.
         cure: what the user can do if there is none.
+        lists: those that it must have; a file of predictions often has no others than "annotations".
 
     Raises:
         UserError: it is missing, no JSON, or of another format.
@@ -37,7 +40,7 @@ def read_panoptic_json(path: Path, cure: str) -> Content:
         raise UserError(f"{path} does not exist: {cure}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): {_CURE}") from error
-    for key in ("images", "annotations", "categories"):
+    for key in lists:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{path} has no list {key!r}: {_CURE}")
         if not all(isinstance(entry, dict) for entry in content[key]):
@@ -111,7 +114,7 @@ class PanopticIndex:
         for image, annotation in self._pairs(content, path):
             segments: Any = annotation.get("segments_info")
             map_name = annotation.get("file_name") or str(PurePosixPath(image).with_suffix(".png"))
-            fault = self._fault(segments) if _is_file_name(map_name) else f"has the file_name {map_name!r}"
+            fault = self._fault(segments) if is_file_name(map_name) else f"has the file_name {map_name!r}"
             if fault:
                 self.problems.append(f"{path}: annotation of {image} {fault}: correct the JSON")
                 continue
@@ -142,7 +145,7 @@ class PanopticIndex:
         if len(annotations) < len(content["annotations"]):
             raise UserError(f"{path} annotates an image twice: remove one of the annotations")
         for image in content["images"]:
-            if not _is_file_name(image.get("file_name")):
+            if not is_file_name(image.get("file_name")):
                 raise UserError(f"{path} has an image without file_name, or with one that no file can have: {_CURE}")
             annotation = annotations.pop(str(image.get("id")), None)
             if annotation is None:
@@ -159,8 +162,8 @@ class PanopticIndex:
         seen = set()
         for segment in segments:
             number, category = segment.get("id"), segment.get("category_id")
-            if not isinstance(number, int) or not VOID_ID < number <= _MAX_ID:
-                return f"has the segment id {number!r}, which is not from 1 to {_MAX_ID}"
+            if not isinstance(number, int) or not VOID_ID < number <= MAX_ID:
+                return f"has the segment id {number!r}, which is not from 1 to {MAX_ID}"
             if number in seen:
                 return f"has the segment id {number} twice"
             if not isinstance(category, int) or category not in self._class_of:
@@ -171,7 +174,7 @@ class PanopticIndex:
         return None
 
 
-def _is_file_name(value: Any) -> bool:
+def is_file_name(value: Any) -> bool:
     """Whether a file can have this name: an empty or endless one would be an error of the operating system."""
     if not isinstance(value, str) or "\0" in value or len(value) > 1024:
         return False

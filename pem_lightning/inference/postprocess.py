@@ -1,28 +1,30 @@
 """From one image's logits to a semantic map, a panoptic map or instances. Pure functions.
 
-The rules are those of MaskFormer and Mask2Former, which PEM keeps. Mask logits arrive at a quarter of the
-padded size; every function brings them to the padded size, cuts the padding off and resizes to the output
-size, bilinearly. Sizes are (height, width).
+The rules are those of MaskFormer and Mask2Former, which PEM keeps. Mask logits arrive at a quarter of the padded size;
+every function brings them to the padded size, cuts the padding off and resizes to the output size, bilinearly. Sizes
+are (height, width). Maps are made in strips of rows, so that nothing of the size of all masks or all classes is ever
+held; where the output has the image's own size, cells whose winner is certain are decided at once (see `cells`).
 
-Q queries, K classes, M masks, H W spatial, h w spatial at a quarter of the padded size
+Legend: Q queries, K classes, M masks, H W spatial, h w spatial at a quarter of the padded size, R rows of a strip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
+from pem_lightning.inference.cells import MARGIN, STRIDE, Cells
+from pem_lightning.inference.strips import resize_rows, source_rows
 from pem_lightning.types import VOID_ID, Segment
 
 Size = tuple[int, int]
 
-QUERIES_AT_ONCE = 16
-"""How many queries semantic inference holds at full resolution (8 MiB each at 1024 x 2048)."""
+ELEMENTS_AT_ONCE = 2**21
+"""How many numbers of a strip are held at once (8 MiB)."""
 
 
 class Instance(NamedTuple):
@@ -62,14 +64,44 @@ def semantic(
     Returns:
         Scores at the output size, float32, 0 or more. Their argmax over K is the class map.
     """
-    weights = class_logits.float().softmax(-1)[:, :-1].T  # [K, Q]
-    scoring_size = output_size if resize_first else image_size
-    scores = weights.new_zeros(len(weights), scoring_size[0] * scoring_size[1])
-    for start in range(0, len(mask_logits), QUERIES_AT_ONCE):
-        chunk = slice(start, start + QUERIES_AT_ONCE)
-        masks = _resize_masks(mask_logits[chunk], padded_size, image_size, scoring_size).sigmoid()
-        scores.addmm_(weights[:, chunk], masks.flatten(1))  # [K, M] @ [M, H W]
-    return _resize(scores.unflatten(1, scoring_size), output_size)
+    strips = list(
+        _score_strips(
+            class_logits,
+            mask_logits,
+            padded_size=padded_size,
+            image_size=image_size,
+            output_size=output_size,
+            resize_first=resize_first,
+        )
+    )
+    return torch.cat(strips, dim=1)
+
+
+def semantic_map(
+    class_logits: Float[Tensor, "Q classes_and_none"],
+    mask_logits: Float[Tensor, "Q h w"],
+    *,
+    padded_size: Size,
+    image_size: Size,
+    output_size: Size,
+    resize_first: bool,
+) -> Int32[Tensor, "H W"]:
+    """The class with the highest score at every pixel, without holding the scores.
+
+    Args:
+        class_logits, mask_logits, padded_size, image_size, output_size, resize_first: as of `semantic`.
+    """
+    if output_size == image_size and _is_quarter(mask_logits, padded_size):
+        return _semantic_by_cells(class_logits, mask_logits, image_size)
+    strips = _score_strips(
+        class_logits,
+        mask_logits,
+        padded_size=padded_size,
+        image_size=image_size,
+        output_size=output_size,
+        resize_first=resize_first,
+    )
+    return torch.cat([scores.argmax(0).int() for scores in strips])
 
 
 def panoptic(
@@ -99,14 +131,17 @@ def panoptic(
         The id map (`VOID_ID` where no segment is) and its segments with ids 1, 2, ... in query order. The score of
         merged stuff is that of the first query.
     """
-    scores, labels = class_logits.float().softmax(-1).max(-1)
+    scores, labels = _full_precision(class_logits).softmax(-1).max(-1)
     none = class_logits.shape[-1] - 1
     kept = torch.nonzero((labels != none) & (scores > object_mask_threshold)).squeeze(1)
     if len(kept) == 0:
         return torch.full(output_size, VOID_ID, dtype=torch.int32, device=mask_logits.device), []
 
     scores, labels = scores[kept], labels[kept]
-    winner, areas = _compete(mask_logits[kept], scores, padded_size, image_size, output_size)
+    if output_size == image_size and _is_quarter(mask_logits, padded_size):
+        winner, areas = _compete_by_cells(mask_logits[kept], scores, image_size)
+    else:
+        winner, areas = _compete(mask_logits[kept], scores, padded_size, image_size, output_size)
     segments: list[Segment] = []
     stuff_ids: dict[int, int] = {}
     ids = [VOID_ID] * (len(kept) + 1)  # of each query's pixels; the last is for pixels outside the winner's mask
@@ -162,7 +197,8 @@ def instances(
         if class_id not in thing_classes:
             continue
         if query not in masks:
-            logits = _resize_masks(mask_logits[query : query + 1], padded_size, image_size, output_size)[0]
+            rows = range(output_size[0])
+            logits = _mask_rows(mask_logits[query : query + 1], rows, padded_size, image_size, output_size)[0]
             mask = logits > 0
             inside = (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)
             masks[query] = mask, inside.item()
@@ -171,48 +207,155 @@ def instances(
     return found
 
 
+def _semantic_by_cells(
+    class_logits: Float[Tensor, "Q classes_and_none"], mask_logits: Float[Tensor, "Q h w"], image_size: Size
+) -> Int32[Tensor, "H W"]:
+    """Class of every pixel: a class wins a cell if its score at the lowest logits beats all others at the highest."""
+    mask_logits = _full_precision(mask_logits)
+    weights = class_logits.to(mask_logits.dtype).softmax(-1)[:, :-1]  # Q K
+    cells = Cells(mask_logits, image_size)
+    canvas = cells.canvas()
+    for strip in cells.strips():
+        low, high = cells.bounds(strip)
+        winner, certain = _certain_winner(low.sigmoid_() @ weights, high.sigmoid_() @ weights)  # R S
+        canvas[strip] = winner[:, None, :, None]
+        rows, columns = torch.nonzero(~certain, as_tuple=True)
+        rows += strip.start
+        for part, logits, _ in cells.pixels(rows, columns):
+            canvas[rows[part], :, columns[part]] = (logits.sigmoid_() @ weights).argmax(-1).int()
+    return cells.crop(canvas)
+
+
+def _compete_by_cells(
+    mask_logits: Float[Tensor, "M h w"], scores: Float[Tensor, " M"], image_size: Size
+) -> tuple[Int32[Tensor, "H W"], Int64[Tensor, "M 3"]]:
+    """The same as `_compete`: a cell is decided if its winner is certain and no mask's edge crosses it."""
+    M = len(mask_logits)
+    cells = Cells(_full_precision(mask_logits), image_size)
+    canvas = cells.canvas()
+    areas = torch.zeros(M, 3, dtype=torch.int64, device=cells.device)
+    for strip in cells.strips():
+        low, high = cells.bounds(strip)
+        full, crossed = low >= 0, (low < 0) & (high > -MARGIN)
+        winner, certain = _certain_winner(low.sigmoid_().mul_(scores), high.sigmoid_().mul_(scores))  # R S
+        decided = certain & ~crossed.any(-1)
+        visible = full.gather(-1, winner[..., None]).squeeze(-1)
+        canvas[strip] = torch.where(visible, winner, M)[:, None, :, None].int()
+        rows, columns = torch.nonzero(~decided, as_tuple=True)
+        _count(areas, winner, visible, full, cells.areas(strip) * decided)
+        rows += strip.start
+        for part, logits, inside in cells.pixels(rows, columns):
+            probability = logits.sigmoid_()
+            own = probability >= 0.5  # not `logit >= 0`: a slightly negative logit rounds to 0.5
+            winner = (probability * scores).argmax(-1)
+            visible = own.gather(-1, winner[..., None]).squeeze(-1)
+            canvas[rows[part], :, columns[part]] = torch.where(visible, winner, M).int()
+            _count(areas, winner, visible, own, inside.long())
+    return cells.crop(canvas), areas
+
+
+def _certain_winner(
+    low: Float[Tensor, "R S M"], high: Float[Tensor, "R S M"]
+) -> tuple[Int64[Tensor, "R S"], Bool[Tensor, "R S"]]:
+    """Who has the highest lower bound, and whether it is above everybody else's upper bound. Overwrites `high`."""
+    best, winner = low.max(-1)
+    rest = high.scatter_(-1, winner[..., None], -1.0).amax(-1)
+    return winner, best > rest * (1 + MARGIN) + MARGIN * MARGIN
+
+
+def _count(
+    areas: Int64[Tensor, "M 3"],
+    winner: Int64[Tensor, "*places"],
+    visible: Bool[Tensor, "*places"],
+    own: Bool[Tensor, "*places M"],
+    pixels: Int64[Tensor, "*places"],
+) -> None:
+    """Add pixels won, pixels in the own mask and pixels of both to the areas of every query."""
+    M = len(areas)
+    places = (winner * 2 + visible).flatten()
+    # In float64 sums of counts are exact.
+    won = torch.bincount(places, pixels.flatten().double(), minlength=2 * M).view(M, 2)
+    areas[:, 0] += won.sum(1).long()
+    areas[:, 1] += (pixels.flatten().double() @ own.flatten(0, -2).double()).long()
+    areas[:, 2] += won[:, 1].long()
+
+
 def _compete(
     mask_logits: Float[Tensor, "M h w"],
     scores: Float[Tensor, " M"],
     padded_size: Size,
     image_size: Size,
     output_size: Size,
-) -> tuple[Int64[Tensor, "H W"], Int64[Tensor, "M 3"]]:
-    """Finds each pixel's winning query, one query after the other so that memory does not grow with their number.
+) -> tuple[Int32[Tensor, "H W"], Int64[Tensor, "M 3"]]:
+    """Find each pixel's winning query.
 
     Returns:
         The winner's index per pixel, M where the pixel is outside the winner's own mask (probability below 0.5);
         and three areas per query: pixels it wins, pixels of its own mask, pixels of its own mask that it wins.
     """
     M = len(mask_logits)
-    best = mask_logits.new_full(output_size, -1.0, dtype=torch.float32)  # below any probability
-    winner = torch.zeros(output_size, dtype=torch.int64, device=best.device)
-    in_mask = torch.zeros(output_size, dtype=torch.bool, device=best.device)
-    own_areas = []
-    for m in range(M):
-        probability = _resize_masks(mask_logits[m : m + 1], padded_size, image_size, output_size)[0].sigmoid()
-        foreground = probability >= 0.5  # not `logit >= 0`: a slightly negative logit rounds to 0.5
-        own_areas.append(foreground.sum())
-        probability *= scores[m]
-        wins = probability > best  # strictly: among equals the first query wins, as with argmax
-        best = torch.where(wins, probability, best)
-        winner = torch.where(wins, m, winner)
-        in_mask = torch.where(wins, foreground, in_mask)
-    won = torch.bincount(winner.flatten(), minlength=M)
-    winner = torch.where(in_mask, winner, M)
-    visible = torch.bincount(winner.flatten(), minlength=M + 1)[:M]
-    return winner, torch.stack([won, torch.stack(own_areas), visible], dim=1)
+    areas = torch.zeros(M, 3, dtype=torch.int64, device=mask_logits.device)
+    winners = []
+    for rows in _strips(output_size, M):
+        probability = _mask_rows(mask_logits, rows, padded_size, image_size, output_size).sigmoid()
+        own = probability >= 0.5  # not `logit >= 0`: a slightly negative logit rounds to 0.5
+        winner = probability.mul_(scores[:, None, None]).argmax(0)
+        visible = own.gather(0, winner[None])[0]
+        areas[:, 0] += torch.bincount(winner.flatten(), minlength=M)
+        areas[:, 1] += own.sum((1, 2))
+        winner = torch.where(visible, winner, M).int()
+        areas[:, 2] += torch.bincount(winner.flatten(), minlength=M + 1)[:M]
+        winners.append(winner)
+    return torch.cat(winners), areas
 
 
-def _resize_masks(
-    mask_logits: Float[Tensor, "M h w"], padded_size: Size, image_size: Size, output_size: Size
-) -> Float[Tensor, "M H W"]:
-    """Logits at the output size in float32: up to the padded size, padding cut off, then to the output size."""
-    padded = _resize(mask_logits.float(), padded_size)
-    return _resize(padded[:, : image_size[0], : image_size[1]], output_size)
+def _score_strips(
+    class_logits: Float[Tensor, "Q classes_and_none"],
+    mask_logits: Float[Tensor, "Q h w"],
+    *,
+    padded_size: Size,
+    image_size: Size,
+    output_size: Size,
+    resize_first: bool,
+) -> Iterator[Float[Tensor, "K R W"]]:
+    """Class scores, strip after strip of the output's rows."""
+    weights = class_logits.to(_full_precision(mask_logits).dtype).softmax(-1)[:, :-1].T  # K Q
+    scoring_size = output_size if resize_first else image_size
+
+    def score(rows: range) -> Float[Tensor, "K R W"]:
+        masks = _mask_rows(mask_logits, rows, padded_size, image_size, scoring_size).sigmoid()
+        return (weights @ masks.flatten(1)).unflatten(1, masks.shape[1:])
+
+    for rows in _strips(output_size, len(mask_logits)):
+        if scoring_size == output_size:
+            yield score(rows)
+        else:
+            source = source_rows(rows, scoring_size[0], output_size[0])
+            yield resize_rows(score(source), source, rows, scoring_size, output_size)
 
 
-def _resize(maps: Float[Tensor, "M _ _"], size: Size) -> Float[Tensor, "M H W"]:
-    if maps.shape[1:] == size:
-        return maps
-    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+def _strips(size: Size, num_maps: int) -> Iterator[range]:
+    step = max(1, ELEMENTS_AT_ONCE // max(num_maps * size[1], 1))
+    for start in range(0, size[0], step):
+        yield range(start, min(start + step, size[0]))
+
+
+def _mask_rows(
+    mask_logits: Float[Tensor, "M h w"], rows: range, padded_size: Size, image_size: Size, output_size: Size
+) -> Float[Tensor, "M R W"]:
+    """Some rows of the masks at the output size: up to the padded size, padding cut off, then to the output size."""
+    quarter_size = (mask_logits.shape[1], mask_logits.shape[2])
+    image_rows = rows if output_size == image_size else source_rows(rows, image_size[0], output_size[0])
+    quarter_rows = source_rows(image_rows, quarter_size[0], padded_size[0])
+    part = _full_precision(mask_logits[:, quarter_rows.start : quarter_rows.stop])
+    image = resize_rows(part, quarter_rows, image_rows, quarter_size, padded_size)[:, :, : image_size[1]]
+    return image if output_size == image_size else resize_rows(image, image_rows, rows, image_size, output_size)
+
+
+def _is_quarter(mask_logits: Float[Tensor, "Q h w"], padded_size: Size) -> bool:
+    return padded_size == (STRIDE * mask_logits.shape[1], STRIDE * mask_logits.shape[2])
+
+
+def _full_precision(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()

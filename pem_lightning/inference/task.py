@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple, TypedDict
 
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 from torch import Tensor
 
-from pem_lightning.inference.postprocess import Instance, Size, instances, panoptic, semantic
+from pem_lightning.inference.postprocess import Instance, Size, instances, panoptic, semantic_map
 from pem_lightning.types import Predictions, Segment
 
 
@@ -36,7 +36,7 @@ class Result(NamedTuple):
         instances: objects, which may overlap.
     """
 
-    semantic: Int64[Tensor, "height width"] | None = None
+    semantic: Int32[Tensor, "height width"] | None = None
     panoptic: Int32[Tensor, "height width"] | None = None
     segments: tuple[Segment, ...] = ()
     instances: tuple[Instance, ...] = ()
@@ -95,8 +95,8 @@ class TaskInference:
         at = Sizes(padded_size=(4 * height, 4 * width), image_size=image_size, output_size=output_size)
         result = Result()
         if with_semantic or self.task == "semantic":
-            scores = semantic(class_logits, mask_logits, resize_first=self.resize_first, **at)
-            result = result._replace(semantic=scores.argmax(0))
+            class_map = semantic_map(class_logits, mask_logits, resize_first=self.resize_first, **at)
+            result = result._replace(semantic=class_map)
         if self.task == "panoptic":
             id_map, segments = panoptic(
                 class_logits,

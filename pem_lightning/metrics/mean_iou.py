@@ -32,10 +32,17 @@ class MeanIoUResult(NamedTuple):
 
 
 class MeanIoU(Metric):
-    """Mean IoU over a data set, from one confusion matrix that is summed over images and processes.
+    """Mean IoU over a data set, from one confusion matrix of whole numbers that is summed over images and processes.
 
-    Unlabelled pixels do not count at all. A class that occurs neither in ground truth nor in prediction is left
-    out of the mean, as in the Cityscapes scripts.
+    Unlabelled pixels do not count at all. The evaluators that published numbers come from agree on that and on the IoU
+    of every class that the ground truth has. They differ in what classes that it lacks do to the mean:
+
+    - Here and in cityscapesScripts, one that is predicted counts with IoU 0; one that is not is left out.
+    - MIT's scene parsing evaluation (ADE20K) counts both with IoU 0: its mean is always over 150 classes.
+    - detectron2's SemSegEvaluator (Mask2Former, PEM) leaves both out; older versions do as is done here.
+
+    No published number depends on it, because the ground truth of both validation sets has all classes (the rarest of
+    ADE20K's 150 is in 3 of its 2000 images); parts of them and other data sets may lack some.
 
     Args:
         num_classes: K.

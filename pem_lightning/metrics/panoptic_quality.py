@@ -19,6 +19,9 @@ from torchmetrics import Metric
 
 from pem_lightning.types import VOID_ID, Segment
 
+_UNIT_BITS, _LOW_BITS = 53, 27
+"""IoUs of matches are summed as whole multiples of 2**-53, which floats from 0.5 on are: high parts and low 27 bits."""
+
 
 class QualityAverage(NamedTuple):
     """Averages over those classes of a group that occur in ground truth or prediction; NaN where none does.
@@ -52,7 +55,8 @@ class PanopticResult(NamedTuple):
 
 
 class PanopticQuality(Metric):
-    """Panoptic quality over a data set, summed correctly over processes.
+    """Panoptic quality over a data set. Its states are whole numbers, so that the result is the same to the last bit in
+    any order of the images and on any number of processes.
 
     Segments match when they have the same class and overlap with an IoU above 0.5, which makes matches unique.
     Crowds are neither matched nor missed. A prediction without a match is forgiven when more than half of it lies
@@ -66,7 +70,7 @@ class PanopticQuality(Metric):
     full_state_update = False
     higher_is_better = True
 
-    iou_sum: Tensor
+    iou_parts: Tensor
     true_positives: Tensor
     false_positives: Tensor
     false_negatives: Tensor
@@ -75,7 +79,7 @@ class PanopticQuality(Metric):
         super().__init__()
         self.num_classes = num_classes
         self.is_thing = np.isin(np.arange(num_classes), list(thing_classes))
-        self.add_state("iou_sum", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("iou_parts", torch.zeros(2, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         for name in ("true_positives", "false_positives", "false_negatives"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -85,6 +89,7 @@ class PanopticQuality(Metric):
         pred_segments: Sequence[Segment],
         gt_map: Int32[Tensor, "H W"],
         gt_segments: Sequence[Segment],
+        gt_areas: Mapping[int, float] | None = None,
     ) -> None:
         """Adds one image.
 
@@ -93,9 +98,12 @@ class PanopticQuality(Metric):
             pred_segments: exactly the segments in `pred_map`.
             gt_map: true segment id of every pixel, `VOID_ID` where it is unknown.
             gt_segments: what they are. A listed segment without pixels is missed by definition.
+            gt_areas: by segment id, what counts as area in pixels where it is not that in `gt_map`: panopticapi takes
+                areas from the JSON.
 
         Raises:
-            ValueError: prediction's map and segments do not agree, or a class does not exist.
+            ValueError: prediction's map and segments do not agree, a class does not exist, or a given area is smaller
+                than what the segment shares with a prediction.
         """
         predicted, true = {s.id: s for s in pred_segments}, {s.id: s for s in gt_segments}
         self._check_classes(predicted, true)
@@ -105,23 +113,30 @@ class PanopticQuality(Metric):
         gt_class = np.array([s.class_id for s in true.values()], np.int64)
         pred_class = np.array([s.class_id for s in predicted.values()], np.int64)
         is_crowd = np.array([s.is_crowd for s in true.values()], bool)
-        iou = _ious(overlap)
+        iou = _ious(overlap, _areas(overlap, list(true), gt_areas or {}))
         match = (iou > 0.5) & (gt_class[:, None] == pred_class) & ~is_crowd[:, None]  # [G, P]
         gt_hit, pred_hit = np.nonzero(match)
+        if (too_much := iou[gt_hit, pred_hit] > 1).any():
+            segment_id = list(true)[gt_hit[too_much.argmax()]]
+            raise ValueError(f"segment {segment_id} shares more pixels with a prediction than its given area allows")
         missed = ~is_crowd & ~match.any(1)
         wrong = ~match.any(0) & ~_forgiven(overlap, gt_class, pred_class, is_crowd)
 
-        K, device = self.num_classes, self.iou_sum.device
-        iou_sum = np.bincount(pred_class[pred_hit], weights=iou[gt_hit, pred_hit], minlength=K)
-        # .double(): a model cast to a short float type takes its metrics' zeros along
-        self.iou_sum = self.iou_sum.double() + torch.from_numpy(iou_sum).to(device)
+        K, device = self.num_classes, self.iou_parts.device
+        units = np.ldexp(iou[gt_hit, pred_hit], _UNIT_BITS).astype(np.int64)
+        parts = np.zeros((2, K), np.int64)
+        np.add.at(parts[0], gt_class[gt_hit], units >> _LOW_BITS)
+        np.add.at(parts[1], gt_class[gt_hit], units & (2**_LOW_BITS - 1))
+        self.iou_parts += torch.from_numpy(parts).to(device)
         self.true_positives += torch.from_numpy(np.bincount(gt_class[gt_hit], minlength=K)).to(device)
         self.false_positives += torch.from_numpy(np.bincount(pred_class[wrong], minlength=K)).to(device)
         self.false_negatives += torch.from_numpy(np.bincount(gt_class[missed], minlength=K)).to(device)
 
     def compute(self) -> PanopticResult:
         """Quality per class and averaged over the classes that occurred."""
-        iou_sum = self.iou_sum.double().cpu().numpy()
+        high, low = self.iou_parts.tolist()
+        # Python's whole numbers have no end, and their quotient is rounded once.
+        iou_sum = np.array([(h * 2**_LOW_BITS + w) / 2**_UNIT_BITS for h, w in zip(high, low, strict=True)])
         tp, fp, fn = (x.cpu().numpy() for x in (self.true_positives, self.false_positives, self.false_negatives))
         seen = tp + fp + fn > 0
         detections = np.where(seen, tp + 0.5 * fp + 0.5 * fn, np.nan)
@@ -148,16 +163,21 @@ def _intersections(
     gt_map: Int32[Tensor, "H W"], pred_map: Int32[Tensor, "H W"], gt_ids: list[int], pred_ids: list[int]
 ) -> Int64[np.ndarray, "rows columns"]:
     """Pixels that each pair shares."""
+    true, predicted = gt_map.flatten(), pred_map.flatten()
+    changes = (true[1:] != true[:-1]) | (predicted[1:] != predicted[:-1])
+    # Runs of pixels with the same pair are far fewer than pixels.
+    starts = torch.cat([changes.new_ones(1), changes])[: true.numel()].nonzero().flatten()
+    lengths = torch.diff(starts, append=starts.new_tensor([true.numel()]))
     rows, columns = len(gt_ids) + 2, len(pred_ids) + 2
-    pairs = _positions(gt_map, gt_ids) * columns + _positions(pred_map, pred_ids)
-    return torch.bincount(pairs, minlength=rows * columns).view(rows, columns).cpu().numpy()
+    pairs = _positions(true[starts], gt_ids) * columns + _positions(predicted[starts], pred_ids)
+    return lengths.new_zeros(rows * columns).index_add_(0, pairs, lengths).view(rows, columns).cpu().numpy()
 
 
-def _positions(id_map: Int32[Tensor, "H W"], ids: list[int]) -> Int64[Tensor, " H*W"]:
-    """Each pixel's position in [*ids, void]; one past the end for other ids."""
-    known, order = torch.tensor([*ids, VOID_ID], dtype=torch.int32, device=id_map.device).sort()
-    found = torch.searchsorted(known, id_map.flatten()).clamp_(max=len(known) - 1)
-    return torch.where(known[found] == id_map.flatten(), order[found], len(known))
+def _positions(values: Int32[Tensor, " runs"], ids: list[int]) -> Int64[Tensor, " runs"]:
+    """Each value's position in [*ids, void]; one past the end for other values."""
+    known, order = torch.tensor([*ids, VOID_ID], dtype=torch.int32, device=values.device).sort()
+    found = torch.searchsorted(known, values).clamp_(max=len(known) - 1)
+    return torch.where(known[found] == values, order[found], len(known))
 
 
 def _check_agreement(
@@ -174,12 +194,20 @@ def _check_agreement(
             raise ValueError(f"segment {segment_id} is among the predicted segments, but not in the predicted map")
 
 
-def _ious(overlap: Int64[np.ndarray, "rows columns"]) -> Float64[np.ndarray, "G P"]:
+def _ious(overlap: Int64[np.ndarray, "rows columns"], gt_area: Float64[np.ndarray, " G"]) -> Float64[np.ndarray, "G P"]:
     """IoU of every pair; what a prediction has in void does not count as its area."""
-    intersection, in_void = overlap[:-2, :-2], overlap[-2, :-2]
-    gt_area, pred_area = overlap.sum(1)[:-2], overlap.sum(0)[:-2]
+    intersection, in_void, pred_area = overlap[:-2, :-2], overlap[-2, :-2], overlap.sum(0)[:-2]
     union = gt_area[:, None] + pred_area - intersection - in_void
-    return intersection / np.maximum(union, 1)  # the union is empty when both lie in void only: IoU 0
+    return intersection / np.maximum(union, 0.5)  # empty when both lie in void only: IoU 0
+
+
+def _areas(
+    overlap: Int64[np.ndarray, "rows columns"], gt_ids: list[int], given: Mapping[int, float]
+) -> Float64[np.ndarray, " G"]:
+    """Areas of the true segments: those given, and else their pixels."""
+    pixels = overlap[:-2].sum(1).tolist()
+    areas = [given.get(segment_id, count) for segment_id, count in zip(gt_ids, pixels, strict=True)]
+    return np.array(areas, np.float64)
 
 
 def _forgiven(

@@ -32,6 +32,8 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 class ConvBNReLU(nn.Module):
     """Convolution without bias that keeps the size at stride 1, batch normalisation, ReLU."""
 
+    foldable = (("conv", "bn"),)
+
     def __init__(
         self,
         in_channels: int,
@@ -47,7 +49,7 @@ class ConvBNReLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H_out W_out"]:
         """Apply the three in order."""
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class MLP(nn.Module):
@@ -64,3 +66,8 @@ class MLP(nn.Module):
         for layer in hidden:
             x = F.relu(layer(x))
         return last(x)
+
+
+def pointwise(layer: nn.Linear, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H W"]:
+    """Apply a linear layer at every pixel as a 1x1 convolution: faster on CPUs, and the memory format stays."""
+    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)

@@ -45,7 +45,8 @@ class PEM(nn.Module):
         """
         height, width = images.shape[-2:]
         full_height, full_width = padded_size(height, width)
-        images = F.pad(images, (0, full_width - width, 0, full_height - height))
+        if (height, width) != (full_height, full_width):
+            images = F.pad(images, (0, full_width - width, 0, full_height - height))
         mask_features, levels = self.pixel_decoder(self.backbone(images))
         return self.transformer_decoder(mask_features, levels)
 

@@ -34,14 +34,18 @@ class ContextSelfModulation(nn.Module):
             nn.Conv2d(channels // reduction, channels, 1, bias=False),
         )
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Modulate."""
-        context = x.mean(dim=(2, 3), keepdim=True)
-        return x + x * self.mlp(context).sigmoid().sigmoid()
+    def forward(
+        self, x: Float[Tensor, "B C H W"], residual: Float[Tensor, "#B C _ _"] | float = 0.0
+    ) -> Float[Tensor, "B C H W"]:
+        """Modulate, and add what the next operation wants added, in one pass over the map."""
+        weight = self.mlp(x.mean(dim=(2, 3), keepdim=True)).sigmoid().sigmoid()
+        return torch.addcmul(torch.as_tensor(residual, dtype=x.dtype, device=x.device), x, 1 + weight)
 
 
 class DeformableUpsampling(nn.Module):
     """A deformable convolution that aligns features, then a transposed convolution that doubles the size."""
+
+    foldable = (("deform", "deform_norm"), ("upsample", "upsample_norm"))
 
     def __init__(self, channels: int, kernel: str = "auto") -> None:
         super().__init__()
@@ -58,8 +62,8 @@ class DeformableUpsampling(nn.Module):
         self, x: Float[Tensor, "B C H W"]
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C double_H double_W"]]:
         """Return the aligned features, and the same at twice the size."""
-        x = F.relu(self.deform_norm(self.deform(x)))
-        return x, F.relu(self.upsample_norm(self.upsample(x)))
+        x = F.relu(self.deform_norm(self.deform(x)), inplace=True)
+        return x, F.relu(self.upsample_norm(self.upsample(x)), inplace=True)
 
 
 class PixelDecoder(nn.Module):
@@ -101,7 +105,7 @@ class PixelDecoder(nn.Module):
         for feature, lateral, csm, upsampling in zip(
             coarse_to_fine, self.laterals, self.csm, self.upsampling, strict=False
         ):
-            level, context = upsampling(csm(lateral(feature)) + context)
+            level, context = upsampling(csm(lateral(feature), context))
             levels.append(level)
-        finest = self.csm[-1](self.laterals[-1](coarse_to_fine[-1])) + context
+        finest = self.csm[-1](self.laterals[-1](coarse_to_fine[-1]), context)
         return self.mask_projection(finest), levels

@@ -11,11 +11,15 @@ from torch import Tensor
 
 def sine_position_encoding(
     height: int, width: int, channels: int, *, device: torch.device | str = "cpu", temperature: float = 10000.0
-) -> Float[Tensor, "channels height width"]:
+) -> tuple[Float[Tensor, "channels height 1"], Float[Tensor, "channels 1 width"]]:
     """Encode every position of a map: the first half of the channels in y, the second in x.
 
     Each half alternates sine and cosine at wavelengths that grow geometrically from 2 pi up to `temperature` x 2 pi,
     over coordinates that run from just above 0 to 2 pi whatever the map's size.
+
+    Returns:
+        Two parts whose sum is the encoding: y with zeros in the second half of the channels, x with zeros in the first.
+        Added to a map one after the other they spare a map of their own.
     """
     half = channels // 2
     frequency = torch.arange(half // 2, dtype=torch.float32, device=device) * (2 / half)
@@ -26,6 +30,5 @@ def sine_position_encoding(
         angles = positions / wavelength[:, None]
         return torch.stack((angles.sin(), angles.cos()), dim=1).flatten(0, 1)
 
-    y = encode(height)[:, :, None].expand(half, height, width)
-    x = encode(width)[:, None, :].expand(half, height, width)
-    return torch.cat((y, x))
+    y, x = encode(height), encode(width)
+    return torch.cat((y, torch.zeros_like(y)))[:, :, None], torch.cat((torch.zeros_like(x), x))[:, None, :]

@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from pem_lightning.networks.layers import pointwise
+
+POSITIONS_AT_ONCE = 1024
+"""How many positions are compared with all queries at once on a CPU: what its caches hold."""
+
 
 def select_prototypes(
     features: Float[Tensor, "B P C"],
@@ -34,17 +39,30 @@ def select_prototypes(
     Returns:
         The prototypes, and their positions.
     """
-    B, P, C = features.shape
-    D = C // num_heads
-    keys = features.view(B, P, num_heads, D).permute(0, 2, 3, 1)  # B M D P
-    heads = queries.view(B, -1, num_heads, D).transpose(1, 2)  # B M Q D
-    with torch.no_grad():
-        background = background & ~background.flatten(1).all(1)[:, None, None]
-        similarity = (heads @ keys).masked_fill_(background[:, None], float("-inf"))  # B M Q P
-        positions = similarity.argmax(-1)  # B M Q
-    index = positions[:, :, None, :].expand(-1, -1, D, -1)
-    prototypes = keys.gather(3, index)  # B M D Q
-    return prototypes.permute(0, 3, 1, 2).flatten(2), positions
+    keys = features.unflatten(2, (num_heads, -1))  # B P M D
+    positions = _most_similar(keys.detach(), queries.detach(), background)  # B M Q
+    index = positions.transpose(1, 2)[..., None].expand(-1, -1, -1, keys.shape[3])  # B Q M D
+    return keys.gather(1, index).flatten(2), positions
+
+
+@torch.no_grad()
+def _most_similar(
+    keys: Float[Tensor, "B P M D"], queries: Float[Tensor, "B Q C"], background: Bool[Tensor, "B Q P"]
+) -> Int64[Tensor, "B M Q"]:
+    """The first of the most similar positions, found in one pass that keeps the best so far."""
+    heads = queries.unflatten(2, keys.shape[2:]).transpose(1, 2)  # B M Q D
+    background = background & ~background.flatten(1).all(1)[:, None, None]
+    penalty = torch.zeros_like(background, dtype=keys.dtype).masked_fill_(background, float("-inf"))[:, None]
+    step = POSITIONS_AT_ONCE if keys.device.type == "cpu" else keys.shape[1]
+    best = heads.new_full(heads.shape[:3], float("-inf"))
+    positions = torch.zeros_like(best, dtype=torch.int64)
+    for start in range(0, keys.shape[1], step):
+        part = slice(start, start + step)
+        similarity = (heads @ keys[:, part].permute(0, 2, 3, 1)).add_(penalty[..., part])  # B M Q P
+        highest, where = similarity.max(-1)
+        better = highest > best
+        best, positions = torch.where(better, highest, best), torch.where(better, where + start, positions)
+    return positions
 
 
 class PrototypeCrossAttention(nn.Module):
@@ -74,7 +92,6 @@ class PrototypeCrossAttention(nn.Module):
         queries: Float[Tensor, "B Q C"],
         query_positions: Float[Tensor, "Q C"],
         features: Float[Tensor, "B C H W"],
-        feature_positions: Float[Tensor, "C H W"],
         mask_logits: Float[Tensor, "B Q H W"],
     ) -> Float[Tensor, "B Q C"]:
         """Update the queries.
@@ -82,12 +99,11 @@ class PrototypeCrossAttention(nn.Module):
         Args:
             queries: the residual stream.
             query_positions: learned position embeddings, added for attention only.
-            features: of one level of the pixel decoder.
-            feature_positions: their position encoding.
+            features: of one level of the pixel decoder, their position encoding added.
             mask_logits: the queries' masks so far, at the level's size; a logit of exactly 0 is foreground.
         """
-        keys = self.feature_conv(self.feature_norm(features + feature_positions))
-        keys = F.normalize(self.feature_linear(keys.flatten(2).transpose(1, 2)), dim=-1)
+        keys = pointwise(self.feature_linear, self.feature_conv(self.feature_norm(features)))
+        keys = F.normalize(keys.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # B P C
         projected = F.normalize(self.query_linear(self.query_norm(queries + query_positions)), dim=-1)
         prototypes, _ = select_prototypes(keys, projected, mask_logits.flatten(2) < 0, self.num_heads)
         interaction = F.normalize(self.interaction(prototypes * projected), dim=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -69,11 +70,10 @@ class DecoderLayer(nn.Module):
         queries: Float[Tensor, "B Q C"],
         query_positions: Float[Tensor, "Q C"],
         features: Float[Tensor, "B C H W"],
-        feature_positions: Float[Tensor, "C H W"],
         mask_logits: Float[Tensor, "B Q H W"],
     ) -> Float[Tensor, "B Q C"]:
         """Update the queries; arguments as of `PrototypeCrossAttention`."""
-        queries = self.cross_attention(queries, query_positions, features, feature_positions, mask_logits)
+        queries = self.cross_attention(queries, query_positions, features, mask_logits)
         return self.feed_forward(self.self_attention(queries, query_positions))
 
 
@@ -120,32 +120,51 @@ class TransformerDecoder(nn.Module):
     def forward(
         self, mask_features: Float[Tensor, "B C_mask H W"], levels: list[Float[Tensor, "B C_in _ _"]]
     ) -> Predictions:
-        """Decode; the arguments are what `PixelDecoder` returns."""
-        inputs = [
-            projection(level) + embedding[:, None, None]
-            for projection, level, embedding in zip(
-                self.input_projections, levels, self.level_embedding.weight, strict=True
-            )
-        ]
-        positions = [
-            sine_position_encoding(x.shape[2], x.shape[3], self.channels, device=x.device).to(x.dtype) for x in inputs
-        ]
+        """Decode; the arguments are what `PixelDecoder` returns.
+
+        Layers look at the masks at their level's size only. Resizing commutes with the product of mask embeddings and
+        mask features, so without auxiliary predictions the features are resized, once per level, instead of all masks
+        after every layer.
+        """
+        inputs = [self._project(i, level) for i, level in enumerate(levels)]
         queries = self.query_features.weight.expand(len(mask_features), -1, -1)
-        predictions = [self._predict(queries, mask_features)]
+        auxiliary: list[Predictions] = []
+        wanted = self.auxiliary == "always" or (self.auxiliary == "training" and self.training)
+        guides = [] if wanted else [_resize(mask_features, level.shape[-2:]) for level in levels]
         for i, layer in enumerate(self.layers):
             features = inputs[i % NUM_LEVELS]
-            mask_logits = predictions[-1].mask_logits.detach()
-            mask_logits = F.interpolate(mask_logits, features.shape[-2:], mode="bilinear", align_corners=False)
-            queries = layer(queries, self.query_positions.weight, features, positions[i % NUM_LEVELS], mask_logits)
-            predictions.append(self._predict(queries, mask_features))
-        *auxiliary, final = predictions
-        wanted = self.auxiliary == "always" or (self.auxiliary == "training" and self.training)
-        return final._replace(auxiliary=tuple(auxiliary)) if wanted else final
+            if wanted:
+                auxiliary.append(self._predict(queries, mask_features))
+                mask_logits = _resize(auxiliary[-1].mask_logits.detach(), features.shape[-2:])
+            else:
+                mask_logits = _mask_logits(self._mask_embeddings(queries), guides[i % NUM_LEVELS])
+            queries = layer(queries, self.query_positions.weight, features, mask_logits)
+        return self._predict(queries, mask_features)._replace(auxiliary=tuple(auxiliary))
+
+    def _project(self, i: int, level: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C H W"]:
+        """What the layers see of a level: projected, level embedding and position encoding added."""
+        x = self.input_projections[i](level)
+        y_encoding, x_encoding = sine_position_encoding(x.shape[2], x.shape[3], self.channels, device=x.device)
+        x = x + (self.level_embedding.weight[i, :, None, None] + y_encoding).to(x.dtype)
+        return x.add_(x_encoding.to(x.dtype))
+
+    def _mask_embeddings(self, queries: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C_mask"]:
+        return self.mask_head(self.norm(queries))
 
     def _predict(self, queries: Float[Tensor, "B Q C"], mask_features: Float[Tensor, "B C_mask H W"]) -> Predictions:
-        normed = self.norm(queries)
-        mask_logits = (self.mask_head(normed) @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
-        return Predictions(self.class_head(normed), mask_logits)
+        mask_logits = _mask_logits(self._mask_embeddings(queries), mask_features)
+        return Predictions(self.class_head(self.norm(queries)), mask_logits)
+
+
+def _mask_logits(embeddings: Float[Tensor, "B Q C"], features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B Q H W"]:
+    """Product of every mask embedding with the features of every pixel."""
+    if len(features) == 1:  # as a 1x1 convolution: on CPUs more than twice as fast, if the features are channels-last
+        return F.conv2d(features, embeddings[0, :, :, None, None])
+    return (embeddings @ features.flatten(2)).unflatten(2, features.shape[-2:])
+
+
+def _resize(maps: Float[Tensor, "B C _ _"], size: torch.Size) -> Float[Tensor, "B C H W"]:
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def _projection(in_channels: int, channels: int) -> nn.Conv2d:

@@ -1,7 +1,6 @@
 import itertools
 import json
 import math
-import socket
 
 import numpy as np
 import pytest
@@ -239,30 +238,37 @@ class TestState:
         metric.update(prediction, [Segment(1, 0, True)], truth, [Segment(1, 0, True)])
         assert metric.compute().iou_sum[0] == pytest.approx(256 / 257, abs=1e-12)
 
-    @pytest.mark.slow
-    def test_sums_over_two_processes(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = torch.multiprocessing.get_context("spawn")
-        answers = context.SimpleQueue()
-        workers = [context.Process(target=_one_of_two, args=(rank, port, answers)) for rank in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(60)
-        assert [worker.exitcode for worker in workers] == [0, 0]
-        for _ in workers:
-            assert answers.get() == ([1, 0], [0, 1], [1, 1], [1.0, 0.0])
+    def test_the_order_of_images_changes_no_bit(self):
+        """IoUs of which sums of floats depend on the order."""
+        areas = [(a, a + b) for a in range(50, 90) for b in range(1, 40)]
+
+        def measure(order):
+            metric = PanopticQuality(1, {0})
+            for shared, area in order:
+                one = [Segment(1, 0, True)]
+                metric.update(square(a=shared, void=area - shared), one, square(a=area), one)
+            return metric.compute().iou_sum[0]
+
+        ious = [shared / area for shared, area in areas]
+        assert measure(areas) == measure(areas[::-1]) == math.fsum(ious)
+        assert sum(ious) != sum(ious[::-1])
 
 
-def _one_of_two(rank, port, answers):
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    metric = PanopticQuality(2, {0})
-    # rank 0 finds its segment of class 0; rank 1 takes class 0 for class 1, and misses an empty one
-    truth = [Segment(1, 0, True)] if rank == 0 else [Segment(1, 0, True), Segment(2, 1, False)]
-    metric.update(square(a=4), [Segment(1, rank, True)], square(a=4), truth)
-    result = metric.compute()
-    counts = (result.true_positives, result.false_positives, result.false_negatives, result.iou_sum)
-    answers.put(tuple(c.tolist() for c in counts))
-    torch.distributed.destroy_process_group()
+class TestAreas:
+    """panopticapi takes the areas of true segments from the JSON."""
+
+    def measure(self, **areas):
+        metric = PanopticQuality(2, {0, 1})
+        true = [Segment(1, 0, True), Segment(2, 1, True)]
+        given = {{"a": 1, "b": 2}[name]: area for name, area in areas.items()}
+        metric.update(square(a=4, b=6), true, square(a=5, b=5), true, given)
+        return metric.compute().iou_sum.tolist()
+
+    def test_given_ones_count_instead_of_pixels(self):
+        assert self.measure() == [4 / 5, 5 / 6]
+        assert self.measure(a=7.0) == [4 / 7, 5 / 6]
+        assert self.measure(a=8.0, b=7.0) == [0, 5 / 8]
+
+    def test_an_impossible_one_is_refused(self):
+        with pytest.raises(ValueError, match="segment 2 shares more pixels"):
+            self.measure(b=1.0)

@@ -50,21 +50,20 @@ def attention_inputs(mask):
     module = PrototypeCrossAttention(channels=16, num_heads=4).eval()
     module.alpha.data.normal_()
     queries, query_positions = torch.randn(2, 5, 16), torch.randn(5, 16)
-    features, feature_positions = torch.randn(2, 16, 3, 4), torch.randn(16, 3, 4)
-    return module, (queries, query_positions, features, feature_positions, mask)
+    return module, (queries, query_positions, torch.randn(2, 16, 3, 4), mask)
 
 
 def test_equals_the_equations():
     mask = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(1))
-    module, (queries, query_positions, features, feature_positions, _) = attention_inputs(mask)
-    x = module.feature_conv(module.feature_norm(features + feature_positions))
+    module, (queries, query_positions, features, _) = attention_inputs(mask)
+    x = module.feature_conv(module.feature_norm(features))
     keys = F.normalize(module.feature_linear(x.flatten(2).mT), dim=2)
     q = F.normalize(module.query_linear(module.query_norm(queries + query_positions)), dim=2)
     k = select_by_loops(keys, q, mask.flatten(2) < 0, 4)
     interaction = module.interaction(k * q)
     interaction = interaction / interaction.norm(dim=1, keepdim=True)  # over the queries
     expected = module.output(module.alpha * interaction + k) + queries  # the residual carries no position
-    actual = module(queries, query_positions, features, feature_positions, mask)
+    actual = module(queries, query_positions, features, mask)
     torch.testing.assert_close(actual, expected)
 
 

@@ -17,6 +17,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (depths 18 and 34)."""
 
     expansion = 1
+    foldable = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(self, in_channels: int, width: int, stride: int, norm: NormFactory) -> None:
         super().__init__()
@@ -28,14 +29,15 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H_out W_out"]:
         """Residual transform."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(out)).add_(self.downsample(x)), inplace=True)
 
 
 class Bottleneck(nn.Module):
     """1x1 down, 3x3, 1x1 up and a shortcut (depths 50 and 101)."""
 
     expansion = 4
+    foldable = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(self, in_channels: int, width: int, stride: int, norm: NormFactory) -> None:
         super().__init__()
@@ -50,9 +52,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H_out W_out"]:
         """Residual transform."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        return F.relu(self.bn3(self.conv3(out)).add_(self.downsample(x)), inplace=True)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> nn.Module:
@@ -72,6 +74,8 @@ STAGES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] =
 
 class ResNet(Backbone):
     """ResNet-18, -34, -50 or -101 without its classification head."""
+
+    foldable = (("conv1", "bn1"),)
 
     def __init__(self, depth: int = 50, norm: NormFactory = nn.BatchNorm2d) -> None:
         super().__init__()
@@ -96,7 +100,7 @@ class ResNet(Backbone):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
         """Extract features at strides 4, 8, 16 and 32."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)

@@ -1,0 +1,149 @@
+"""The fast path against the authors' algorithm written plainly: in float64 they are one function."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pem_lightning import build_pem, checkpoints, straightforward
+from pem_lightning.inference.optimize import OptimizedNetwork
+from pem_lightning.inference.postprocess import panoptic, semantic, semantic_map
+from pem_lightning.networks.pem import padded_size
+from pem_lightning.preprocess import normalize
+
+CASES = ["city_pan_r50_96x160", "city_pan_r50_90x150", "city_pan_stdc1_96x160", "city_pan_stdc1_90x150"]
+THINGS = frozenset(range(11, 19))
+
+
+@pytest.fixture(scope="module")
+def networks(official_weights):
+    """The authors' two networks with the reference weights, in float64."""
+
+    def load(name, backbone):
+        model = build_pem(backbone, num_classes=19).eval()
+        model.load_state_dict(checkpoints.from_official(official_weights(name, seed=1)), strict=True)
+        return model.double()
+
+    return {name: load(name, bb) for name, bb in (("city_pan_r50", "resnet50"), ("city_pan_stdc1", "stdc1"))}
+
+
+def assert_same_predictions(actual, expected, atol=1e-9):
+    assert actual.mask_logits.dtype == torch.float64
+    torch.testing.assert_close(actual.class_logits, expected.class_logits, rtol=0, atol=atol)
+    torch.testing.assert_close(actual.mask_logits, expected.mask_logits, rtol=0, atol=atol)
+
+
+def assert_same_results(predictions, image_size, output_size, resize_first, thresholds=(0.8, 0.8)):
+    class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]
+    padded = tuple(4 * side for side in mask_logits.shape[1:])
+    at = {"padded_size": padded, "image_size": image_size, "output_size": output_size}
+    expected = straightforward.semantic(class_logits, mask_logits, **at, resize_first=resize_first)
+    scores = semantic(class_logits, mask_logits, **at, resize_first=resize_first)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-9)
+    class_map = semantic_map(class_logits, mask_logits, **at, resize_first=resize_first)
+    assert torch.equal(class_map, expected.argmax(0).int())
+    options = {
+        "thing_classes": THINGS,
+        "object_mask_threshold": thresholds[0],
+        "overlap_threshold": thresholds[1],
+    }
+    id_map, segments = panoptic(class_logits, mask_logits, **at, **options)
+    expected_map, expected_segments = straightforward.panoptic(class_logits, mask_logits, **at, **options)
+    assert segments == expected_segments
+    assert torch.equal(id_map, expected_map)
+    return len(segments)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_every_reference_case(case, networks, reference):
+    network = networks[case.rsplit("_", 1)[0]]
+    image = normalize(torch.from_numpy(np.load(reference / "pem" / f"{case}.npz")["image"]))[None].double()
+    settings_ = json.loads((reference / "pem" / f"{case}.json").read_text())
+    with torch.no_grad():
+        expected, plain, fast = (
+            straightforward.predict(network, image),
+            network(image),
+            OptimizedNetwork(network)(image),
+        )
+    assert_same_predictions(plain, expected)
+    assert_same_predictions(fast, expected)
+    image_size = tuple(image.shape[-2:])
+    output_size = tuple(settings_["output_hw"] or image_size)
+    low = settings_["panoptic_low"]
+    thresholds = (low["object_mask_threshold"], low["overlap_threshold"])
+    for resize_first in (True, False):
+        assert_same_results(fast, image_size, image_size, resize_first)
+        assert assert_same_results(fast, image_size, output_size, resize_first, thresholds) > 0
+
+
+def test_the_straightforward_path_is_the_authors(official_weights, reference):
+    """In float32, against the authors' own numbers, so that the comparisons above mean something."""
+    network = build_pem("stdc1", num_classes=19).eval()
+    network.load_state_dict(checkpoints.from_official(official_weights("city_pan_stdc1", seed=1)), strict=True)
+    expected = np.load(reference / "pem" / "city_pan_stdc1_96x160.npz")
+    with torch.no_grad():
+        out = straightforward.predict(network, normalize(torch.from_numpy(expected["image"]))[None])
+    torch.testing.assert_close(out.class_logits[0], torch.from_numpy(expected["pred_logits"]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.mask_logits[0], torch.from_numpy(expected["pred_masks"]), rtol=0, atol=1e-3)
+    assert len(out.auxiliary) == 6
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 130), st.integers(1, 200), st.integers(1, 2), st.integers(0, 10**6))
+def test_network_on_random_sizes(height, width, batch, seed):
+    torch.manual_seed(seed)
+    network = build_pem("stdc1", num_classes=5, num_queries=9, num_layers=4).double().eval()
+    randomize(network)
+    images = torch.randn(batch, 3, height, width, dtype=torch.float64)
+    with torch.no_grad():
+        expected = straightforward.predict(network, images)
+        assert_same_predictions(network(images), expected)
+        assert_same_predictions(OptimizedNetwork(network)(images), expected)
+
+
+def randomize(network):
+    """Statistics and offsets as training leaves them, not the neutral ones of the start."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.1)
+    for upsampling in network.pixel_decoder.upsampling:
+        upsampling.deform.offset.weight.data.normal_(0, 0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 90),
+    st.sampled_from([None, (31, 77), (90, 40)]),
+    st.booleans(),
+    st.sampled_from([0.5, 4.0, 30.0]),
+    st.integers(0, 10**6),
+)
+def test_postprocessing_on_random_sizes(height, width, output_size, resize_first, contrast, seed):
+    """From masks that are everywhere undecided to masks with a few sharp contours."""
+    draw = torch.Generator().manual_seed(seed)
+    full_height, full_width = padded_size(height, width)
+    coarse = torch.randn(1, 14, 4, 5, generator=draw, dtype=torch.float64)
+    size = (full_height // 4, full_width // 4)
+    mask_logits = contrast * torch.nn.functional.interpolate(coarse, size, mode="bicubic")
+    mask_logits += 0.1 * contrast * torch.randn(mask_logits.shape, generator=draw, dtype=torch.float64)
+    class_logits = contrast * torch.randn(1, 14, 20, generator=draw, dtype=torch.float64)
+    predictions = straightforward.network.Predictions(class_logits, mask_logits)
+    assert_same_results(predictions, (height, width), output_size or (height, width), resize_first, (0.2, 0.3))
+
+
+def test_a_query_with_an_empty_mask_and_an_image_with_only_such():
+    torch.manual_seed(0)
+    network = build_pem("stdc1", num_classes=5, num_queries=4).double().eval()
+    decoder = network.transformer_decoder
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        decoder.mask_head.layers[-1].weight.zero_()
+        decoder.mask_head.layers[-1].bias.fill_(-1.0)  # mask features are never negative: all masks are empty
+        assert_same_predictions(network(images), straightforward.predict(network, images))
