@@ -1,4 +1,4 @@
-"""Segment images: `python predict.py checkpoint=PATH input=photo.jpg output=DIR`. Folders and globs work, too."""
+"""Segment images and videos: `python predict.py checkpoint=PATH input=photo.jpg output=DIR`; all of it: `--cfg job`."""
 
 from pem_lightning.run import main
 

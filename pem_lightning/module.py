@@ -82,7 +82,9 @@ class PEMModule(LightningModule):
         output = ValidationOutput(results=[], scores=[])
         for image, sample in zip(batch.images, batch.samples, strict=True):
             inputs, output_size = normalize(image)[None], size_of(sample.panoptic)
-            result = self.augmentation(self.network, inputs, output_size, with_semantic=self.evaluator.needs_semantic)
+            (result,) = self.augmentation(
+                self.network, inputs, output_size, with_semantic=self.evaluator.needs_semantic
+            )
             output["scores"].append(self.evaluator.update(result, sample))
             output["results"].append(result)
         return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +18,6 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.progress import track
 
 from pem_lightning.checkpoints import Checkpoint, check_fits, load_network, read_checkpoint
 from pem_lightning.config import (
@@ -31,8 +30,8 @@ from pem_lightning.config import (
 )
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.errors import UserError
-from pem_lightning.inference import SegmentedImage, find_images, write_coco_panoptic
 from pem_lightning.inference.predictor import Predictor
+from pem_lightning.inference.segment_files import segment_files
 from pem_lightning.inference.task import TaskInference
 from pem_lightning.module import PEMModule
 from pem_lightning.networks.complexity import count_parameters
@@ -85,39 +84,17 @@ def evaluate(cfg: DictConfig) -> float:
 
 
 def predict(cfg: DictConfig) -> float:
-    """Segment images and write the results; a file that cannot be read is named and skipped, then fails the job.
-
-    Raises:
-        UserError: there are no images, two have the same name, or some could not be read.
-    """
-    checkpoint = _take_network(cfg)
-    paths = find_images(cfg.input)
-    if len({path.stem for path in paths}) < len(paths):
-        raise UserError(f"input={cfg.input} has images of the same name, whose results would overwrite one another")
-    predictor = build_predictor(cfg, checkpoint)
-    output, unreadable = Path(cfg.output), []
-
-    def results() -> Iterator[SegmentedImage]:
-        """One after the other, so that only one is held."""
-        for path in track(paths, f"Segmenting {len(paths)} images", disable=len(paths) == 1):
-            try:
-                result = predictor(path)
-            except UserError as error:
-                unreadable.append(path)
-                print(f"skipped: {error}", file=sys.stderr)
-            else:
-                yield result
-
-    if cfg.task.name == "panoptic":
-        write_coco_panoptic(results(), output, checkpoint.info, overlays=True)
-    else:
-        for result in results():
-            result.save(output)
-    print(f"{len(paths) - len(unreadable)} of {len(paths)} images segmented, results in {output}")
-    if unreadable:
-        raise UserError(
-            f"{len(unreadable)} of {len(paths)} files could not be read: repair or remove those named above"
-        )
+    """Segment images, videos or a stream and write the results."""
+    predictor = build_predictor(cfg, _take_network(cfg))
+    segment_files(
+        predictor,
+        cfg.input,
+        cfg.output,
+        save=cfg.save,
+        every=cfg.every,
+        max_frames=cfg.max_frames,
+        show_fps=cfg.show_fps,
+    )
     return 0.0
 
 
@@ -173,17 +150,17 @@ def build_module(cfg: DictConfig, info: DatasetInfo) -> PEMModule:
 
 
 def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
-    """Make a predictor for a checkpoint."""
+    """Make a predictor for a checkpoint, as the command line wants it."""
     network = instantiate(cfg.network, num_classes=checkpoint.info.num_classes)
     load_network(network, checkpoint)
-    inference = TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    return Predictor(
+    return Predictor.from_parts(
         network,
         checkpoint.info,
-        inference,
+        TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference),
         resize=instantiate(cfg.recipe.eval_transform),
-        device=device,
+        device=cfg.device,
+        classes=cfg.classes,
+        batch_size=cfg.batch_size,
         **_views(cfg),
     )
 

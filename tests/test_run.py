@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -147,6 +148,23 @@ def test_semantic_prediction(trained, tmp_path):
     assert Image.open(tmp_path / "out" / "photo_semantic.png").size == (50, 40)
 
 
+def test_video_prediction(trained, tmp_path, capsys):
+    video = tmp_path / "drive.avi"
+    writer = cv2.VideoWriter(str(video), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 64))
+    for value in range(0, 250, 50):
+        writer.write(np.full((64, 96, 3), value, np.uint8))
+    writer.release()
+    arguments = (f"checkpoint={trained}/checkpoints/last.ckpt", f"input={video}", f"output={tmp_path}/out")
+    options = ("classes=[car,traffic light]", "show_fps=true", "save=all", "every=2", "batch_size=2")
+    assert call("predict", *arguments, *options) == 0
+    assert "drive done: 3 frames" in capsys.readouterr().out
+    capture = cv2.VideoCapture(str(tmp_path / "out" / "drive.mp4"))
+    assert (capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)) == (3, 5)
+    annotations = json.loads((tmp_path / "out" / "drive_masks" / "panoptic.json").read_text())["annotations"]
+    assert [a["image_id"] for a in annotations] == ["drive_000000", "drive_000002", "drive_000004"]
+    assert {s["category_id"] for a in annotations for s in a["segments_info"]} <= {26, 19}
+
+
 def test_resume_last_goes_on_in_the_runs_own_folder(trained):
     """Started anew with more steps: steps, schedule and curves go on, and the earlier log is not lost."""
     shutil.copytree(trained, "chain/first")
@@ -182,6 +200,11 @@ def test_a_finished_run_is_not_resumed(trained, capsys):
         ("evaluate", ["checkpoint={trained}/checkpoints/last.ckpt", "network.num_queries=7"], "does not fit"),
         ("predict", ["checkpoint={trained}/checkpoints/last.ckpt", "input=nowhere.jpg"], "nowhere.jpg does not exist"),
         ("predict", ["checkpoint={trained}/checkpoints/last.ckpt"], "input"),
+        ("predict", ["checkpoint={trained}/checkpoints/last.ckpt", "input=gone.mp4"], "gone.mp4 does not exist"),
+        ("predict", ["checkpoint={trained}/checkpoints/last.ckpt", "input=97"], "there is no camera 97"),
+        ("predict", ["checkpoint={trained}/checkpoints/last.ckpt", "input=0", "classes=[cra]"], "did you mean car?"),
+        ("predict", ["checkpoint={trained}/checkpoints/last.ckpt", "input=0", "save=mask"], "did you mean masks?"),
+        ("predict", ["checkpoint={trained}/checkpoints/last.ckpt", "input=0", "device=cuda:99"], "device=auto"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(trained, job, arguments, message, capsys):

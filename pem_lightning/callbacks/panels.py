@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Integer, UInt8
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
@@ -52,7 +52,7 @@ def shown(sample: Sample, result: Result, info: DatasetInfo) -> Shown:
     return Shown(image, (ids, things), (objects, tuple(segments)))
 
 
-def _regions(classes: Int64[Tensor, "map_height map_width"], info: DatasetInfo) -> Segmentation:
+def _regions(classes: Integer[Tensor, "map_height map_width"], info: DatasetInfo) -> Segmentation:
     """A class map as one segment per class."""
     ids = torch.where(classes < info.num_classes, classes + 1, VOID_ID).int()
     return ids, tuple(Segment(k + 1, k, is_thing=False) for k in range(info.num_classes))

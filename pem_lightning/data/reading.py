@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 from pem_lightning.errors import UserError
 
 # Not all that Pillow knows: some of its readers start other programs (EPS).
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _JPEG_START_OF_SCAN = 0xDA
@@ -28,20 +28,21 @@ _GREY = 0
 """PNG's colour type of single-channel images without palette."""
 
 
-def read_rgb(path: Path, cure: str) -> UInt8[np.ndarray, "height width 3"]:
+def read_rgb(path: Path, cure: str, formats: tuple[str, ...] = FORMATS) -> UInt8[np.ndarray, "height width 3"]:
     """Read a photograph as RGB, upright as its EXIF orientation says.
 
     16-bit grey is scaled to 8 bits; transparent parts are laid on white. A JPEG's pixels have no checksums: a flipped
     bit among them can show as wrong colours, while a cut file is always refused.
 
     Args:
-        path: a PNG, JPEG, WebP, BMP, TIFF or PPM file.
+        path: an image file.
         cure: what the user can do about a broken file; ends the error.
+        formats: what it may be, by Pillow's names.
 
     Raises:
         UserError: the file is missing, damaged, incomplete or of another format.
     """
-    return _decode(path, _content(path, cure), cure, to_rgb)
+    return _decode(path, _content(path, cure), cure, to_rgb, formats)
 
 
 def read_map(
@@ -90,14 +91,20 @@ def _content(path: Path, cure: str) -> bytes:
     return data
 
 
-def _decode(path: Path, data: bytes, cure: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _decode(
+    path: Path,
+    data: bytes,
+    cure: str,
+    convert: Callable[[Image.Image], np.ndarray],
+    formats: tuple[str, ...] = FORMATS,
+) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             return convert(image)
     except Exception as error:  # a garbled file makes decoders fail in any way: struct.error, IndexError, MemoryError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"it is none of {', '.join(_FORMATS)}"
+            reason = f"it is none of {', '.join(formats)}"
         raise UserError(f"cannot read {path} ({reason}): {cure}") from error
 
 
@@ -135,9 +142,15 @@ def _jpeg_fault(data: bytes) -> str | None:
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """Decode an opened picture as RGB: upright by its EXIF, 16-bit grey scaled to 8, transparency laid on white."""
+    """Decode an opened picture as RGB: upright by its EXIF, 16-bit grey scaled to 8, transparency laid on white.
+
+    Raises:
+        ValueError: Pillow cannot tell which colours its values are.
+    """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its values are floating-point numbers of no known range")
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
         grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
         image = Image.fromarray(grey.round().astype(np.uint8))

@@ -1,88 +1,288 @@
-"""From a model and a photograph to a result."""
+"""From a checkpoint and photographs to results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
-from pem_lightning.inference.images import read_image
+from pem_lightning.checkpoints import Checkpoint, load_network, read_checkpoint
+from pem_lightning.data.targets import check_task
+from pem_lightning.errors import UserError
+from pem_lightning.inference.images import ImageLike, read_image
+from pem_lightning.inference.postprocess import Size
 from pem_lightning.inference.results import SegmentedImage
-from pem_lightning.inference.task import TaskInference
+from pem_lightning.inference.selection import find_classes, only_classes
+from pem_lightning.inference.task import Result, TaskInference
 from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import VOID_ID, DatasetInfo, Sample
 
+Images = list[ImageLike] | tuple[ImageLike, ...]
+
+
+class Photo(NamedTuple):
+    """An image in memory, RGB, and how its result is to be named."""
+
+    name: str
+    image: UInt8[np.ndarray, "height width 3"]
+
 
 class Predictor:
-    """Segments one image after the other.
+    """Segments images of any size with a trained network.
+
+    Results are on the CPU and at each image's own size. One predictor may be used again and again.
 
     Args:
-        model: takes normalised images [B, 3, H, W] of any size and returns `Predictions`. Is put into evaluation
-            mode and moved to `device`.
-        info: the classes it knows.
-        inference: the task and its thresholds.
-        resize: what evaluation does to an image before the model sees it, such as `EvalTransform(640, 2560)`; None
-            leaves it as it is. Results are always at the image's own size.
-        device: where the model runs. Results are on the CPU.
+        checkpoint: the path of a .ckpt that train.py wrote, or one that is read already. The network, its classes and
+            the size at which it was evaluated are those of its experiment.
+        task: "panoptic", "semantic" or "instance"; by default the checkpoint's.
+        device: "auto" takes a GPU when there is one and else the CPU; or a name of PyTorch's such as "cuda:1".
+        classes: names of the classes to keep; what belongs to others is left out of the results. None keeps all.
+        batch_size: at most so many images of one size run through the network at once.
+        object_mask_threshold: see `postprocess.panoptic`; by default the checkpoint's.
+        overlap_threshold: see `postprocess.panoptic`; by default the checkpoint's.
+        score_threshold: instances with a lower score are left out.
         scales: see `TestTimeAugmentation`.
         flip: likewise.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or the task, the device or a class does not exist.
     """
 
     def __init__(
         self,
+        checkpoint: str | Path | Checkpoint,
+        *,
+        task: str | None = None,
+        device: str | torch.device = "auto",
+        classes: Iterable[str] | None = None,
+        batch_size: int = 1,
+        object_mask_threshold: int | float | None = None,
+        overlap_threshold: int | float | None = None,
+        score_threshold: int | float = 0.0,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+    ) -> None:
+        from hydra.utils import instantiate  # what follows is all that needs Hydra here
+
+        trained = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
+        network = instantiate(trained.config["network"], num_classes=trained.info.num_classes)
+        load_network(network, trained)
+        settings = {**trained.config["task"]["inference"]}
+        asked_for = {"object_mask_threshold": object_mask_threshold, "overlap_threshold": overlap_threshold}
+        settings |= {name: value for name, value in asked_for.items() if value is not None}
+        task = trained.config["task"]["name"] if task is None else task
+        check_task(task)
+        self._set_up(
+            network,
+            trained.info,
+            TaskInference(task, trained.info.thing_classes, **settings),
+            resize=instantiate(trained.config["recipe"]["eval_transform"]),
+            device=device,
+            classes=classes,
+            batch_size=batch_size,
+            score_threshold=score_threshold,
+            scales=scales,
+            flip=flip,
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
         model: nn.Module,
         info: DatasetInfo,
         inference: TaskInference,
         *,
         resize: Callable[[Sample], Sample] | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "auto",
+        classes: Iterable[str] | None = None,
+        batch_size: int = 1,
+        score_threshold: int | float = 0.0,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+    ) -> Predictor:
+        """Make a predictor without a checkpoint.
+
+        Args:
+            model: takes normalised images [B, 3, H, W] of any size and returns `Predictions`. Is put into evaluation
+                mode and moved to `device`.
+            info: the classes it knows.
+            inference: the task and its thresholds.
+            resize: what evaluation does to an image before the model sees it, such as `EvalTransform(640, 2560)`; None
+                leaves it as it is.
+            device: as for the class itself, and so are the others.
+            classes: names of the classes to keep.
+            batch_size: at most so many images of one size run through the network at once.
+            score_threshold: instances with a lower score are left out.
+            scales: see `TestTimeAugmentation`.
+            flip: likewise.
+
+        Raises:
+            UserError: the device or a class does not exist.
+        """
+        predictor = cls.__new__(cls)
+        predictor._set_up(
+            model,
+            info,
+            inference,
+            resize=resize,
+            device=device,
+            classes=classes,
+            batch_size=batch_size,
+            score_threshold=score_threshold,
+            scales=scales,
+            flip=flip,
+        )
+        return predictor
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        info: DatasetInfo,
+        inference: TaskInference,
+        *,
+        resize: Callable[[Sample], Sample] | None,
+        device: str | torch.device,
+        classes: Iterable[str] | None,
+        batch_size: int,
+        score_threshold: int | float,
+        scales: Sequence[float],
+        flip: bool,
     ) -> None:
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: choose 1 or more")
+        self.device = choose_device(device)
         self.info = info
+        self.classes = None if classes is None else find_classes(classes, info)
         self.inference = inference
         self.augmentation = TestTimeAugmentation(inference, scales, flip)
         self.resize = resize
+        self.batch_size = batch_size
+        self.score_threshold = score_threshold
+        self.model = _ready(model, self.device)
 
-    @torch.no_grad()
-    def __call__(self, image: str | Path | Image.Image | np.ndarray, name: str | None = None) -> SegmentedImage:
-        """Segments one image.
+    @overload
+    def __call__(self, image: ImageLike, name: str | None = None) -> SegmentedImage: ...
+
+    @overload
+    def __call__(self, image: Images, name: Sequence[str] | None = None) -> list[SegmentedImage]: ...
+
+    def __call__(
+        self, image: ImageLike | Images, name: str | Sequence[str] | None = None
+    ) -> SegmentedImage | list[SegmentedImage]:
+        """Segments one image, or a list of them.
 
         Args:
-            image: a file, a Pillow image or an RGB array uint8 [H, W, 3].
-            name: of the result. By default the file's name without suffix, or "image".
+            image: a file; a Pillow image; an array uint8 [H, W, 3] (RGB), [H, W] (grey) or [H, W, 4] (RGBA); a tensor
+                uint8 [3, H, W]; or a list of these, for which a list comes back.
+            name: of the result; for a list a list of names. By default the file's name without suffix, or "image".
 
         Raises:
-            UserError: the image cannot be read.
+            UserError: an image cannot be read, or is too large for the device's memory.
         """
-        photo = read_image(image)
-        if name is None:
-            name = Path(image).stem if isinstance(image, str | Path) else "image"
-        inputs = self._prepare(photo)
-        height, width = photo.shape[:2]
-        result = self.augmentation(self.model, inputs, (height, width)).cpu()
+        if not isinstance(image, list | tuple):
+            assert name is None or isinstance(name, str)
+            return next(self.stream([read_photo(image, name)]))
+        names = [None] * len(image) if name is None else list(name)
+        photos = [read_photo(one, its_name) for one, its_name in zip(image, names, strict=True)]
+        order = sorted(range(len(photos)), key=lambda i: photos[i].image.shape)
+        results = dict(zip(order, self.stream(photos[i] for i in order), strict=True))
+        return [results[i] for i in range(len(photos))]
+
+    def stream(self, photos: Iterable[Photo]) -> Iterator[SegmentedImage]:
+        """Segments images as they come; those of one size that follow each other run in batches.
+
+        Args:
+            photos: are read on only when the results before are taken.
+
+        Yields:
+            Results in the same order.
+
+        Raises:
+            UserError: an image is too large for the device's memory.
+        """
+        for _, alike in groupby(photos, key=lambda photo: photo.image.shape):
+            while batch := list(islice(alike, self.batch_size)):
+                yield from self._segment(batch)
+
+    def _segment(self, photos: Sequence[Photo]) -> list[SegmentedImage]:
+        """A batch of images of one size."""
+        height, width = photos[0].image.shape[:2]
+        try:
+            inputs = torch.stack([self._prepare(photo.image) for photo in photos])
+            results = self._infer(inputs, (height, width))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+                what = "an image" if len(photos) == 1 else f"a batch of {len(photos)} images"
+                raise UserError(
+                    f"{what} of {width} x {height} pixels needs more memory than {self.device} has: "
+                    "shrink it, cut it into parts or lower batch_size"
+                ) from error
+            raise
+        return [self._describe(photo, result) for photo, result in zip(photos, results, strict=True)]
+
+    @torch.no_grad()
+    def _infer(self, inputs: Float[Tensor, "B 3 H W"], output_size: Size) -> list[Result]:
+        """Network and post-processing: all that runs on the device happens here and nowhere else."""
+        return [result.cpu() for result in self.augmentation(self.model, inputs, output_size)]
+
+    def _prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:
+        """Resized exactly as in evaluation, then normalised."""
+        image = torch.tensor(photo).permute(2, 0, 1)
+        if self.resize is not None:
+            unlabelled = torch.full(photo.shape[:2], VOID_ID, dtype=torch.int32)
+            image = self.resize(Sample(image, unlabelled, (), "")).image
+        return normalize(image.to(self.device))
+
+    def _describe(self, photo: Photo, result: Result) -> SegmentedImage:
+        if self.classes is not None:
+            result = only_classes(result, self.classes)
+        found = [i for i in result.instances if i.score >= self.score_threshold]
         return SegmentedImage(
-            name,
-            photo,
+            photo.name,
+            photo.image,
             self.info,
             panoptic=result.panoptic,
             segments=result.segments,
             semantic=None if result.semantic is None else result.semantic.int(),
-            instances=result.instances if self.inference.task == "instance" else None,
+            instances=found if self.inference.task == "instance" else None,
         )
 
-    def _prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "1 3 height width"]:
-        """Resized exactly as in evaluation, then normalised."""
-        unlabelled = torch.full(photo.shape[:2], VOID_ID, dtype=torch.int32)
-        sample = Sample(torch.tensor(photo).permute(2, 0, 1), unlabelled, (), "")
-        if self.resize is not None:
-            sample = self.resize(sample)
-        return normalize(sample.image.to(self.device))[None]
+
+def _ready(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network as it is run: whatever changes it for speed happens here and nowhere else."""
+    return model.to(device).eval()
+
+
+def read_photo(image: ImageLike, name: str | None = None) -> Photo:
+    """Read an image and give it a name: by default the file's without suffix, or "image".
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if name is None:
+        name = Path(image).stem if isinstance(image, str | Path) else "image"
+    return Photo(name, read_image(image))
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """The device by that name; "auto" is a GPU when there is one and else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # PyTorch has no common error for devices that are not there
+        raise UserError(f"there is no device={name} here: choose device=auto or device=cpu") from error
+    return device

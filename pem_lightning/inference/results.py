@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import Int32, Integer, UInt8, UInt16
-from PIL import Image
-from pycocotools import mask as coco_mask
-from scipy import ndimage
 from torch import Tensor
 
+from pem_lightning.data.targets import VOID_CLASS
 from pem_lightning.errors import UserError
 from pem_lightning.files import write_file
+from pem_lightning.inference.found import FoundInstance, FoundSegment
 from pem_lightning.inference.postprocess import Instance
+from pem_lightning.inference.regions import Box, Region, find_regions, index_map, region_of
 from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic
 from pem_lightning.panoptic_png import id_to_rgb
 from pem_lightning.rle import encode_mask
@@ -29,46 +29,92 @@ SHOWN_SCORE = 0.5
 """Instances with a lower score are not drawn."""
 
 
-@dataclass(frozen=True)
 class SegmentedImage:
     """One photograph and its prediction, on the CPU and at the image's own size; tasks fill different fields.
 
-    Attributes:
+    Args:
         name: the image's file name without suffix.
         image: the photograph, RGB.
         info: what the classes are.
-        panoptic: segment id of every pixel (panoptic task).
+        panoptic: segment id of every pixel, `VOID_ID` where no segment is (panoptic task).
         segments: what the ids mean (panoptic task).
-        semantic: class index of every pixel (semantic task).
+        semantic: class index of every pixel, `VOID_CLASS` where there is none (semantic task).
         instances: objects, which may overlap (instance task).
     """
 
-    name: str
-    image: UInt8[np.ndarray, "height width 3"]
-    info: DatasetInfo
-    panoptic: Int32[Tensor, "height width"] | None = None
-    segments: tuple[Segment, ...] = ()
-    semantic: Int32[Tensor, "height width"] | None = None
-    instances: tuple[Instance, ...] | None = None
+    def __init__(
+        self,
+        name: str,
+        image: UInt8[np.ndarray, "height width 3"],
+        info: DatasetInfo,
+        panoptic: Int32[Tensor, "height width"] | None = None,
+        segments: Sequence[Segment] = (),
+        semantic: Int32[Tensor, "height width"] | None = None,
+        instances: Sequence[Instance] | None = None,
+    ) -> None:
+        self.name = name
+        self.image = image
+        self.info = info
+        self.panoptic = panoptic
+        self.semantic = semantic
+        self._segments = tuple(segments)
+        self._instances = None if instances is None else tuple(instances)
 
-    def overlay(self, alpha: float = 0.55, draw_names: bool = True) -> UInt8[np.ndarray, "height width 3"]:
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        if self.semantic is not None:
+            found = "a class map"
+        elif self.panoptic is not None:
+            found = f"{len(self._segments)} segments"
+        else:
+            found = f"{len(self._instances or ())} instances"
+        return f"SegmentedImage({self.name!r}, {width} x {height}: {found})"
+
+    @cached_property
+    def segments(self) -> tuple[FoundSegment, ...]:
+        """What the ids of `panoptic` mean, with areas and boxes. Ids that no pixel has are left out."""
+        if self.panoptic is None:
+            return ()
+        return tuple(
+            FoundSegment(s.id, s.class_id, self.info.classes[s.class_id].name, s.is_thing, s.score, *region)
+            for s, region in _located(self.panoptic, self._segments)
+        )
+
+    @cached_property
+    def instances(self) -> tuple[FoundInstance, ...] | None:
+        """Objects with areas and boxes, by falling class probability; None for the other tasks."""
+        if self._instances is None:
+            return None
+        return tuple(
+            FoundInstance(i.mask, i.class_id, self.info.classes[i.class_id].name, i.score, *region)
+            for i in self._instances
+            if (region := region_of(i.mask.numpy())) is not None
+        )
+
+    def overlay(
+        self, alpha: int | float = 0.55, draw_names: bool = True, shade_things: bool = True
+    ) -> UInt8[np.ndarray, "height width 3"]:
         """The prediction drawn over the photograph. See `overlay_panoptic`."""
         if self.semantic is not None:
             return overlay_semantic(self.image, self.semantic, self.info, alpha, draw_names)
-        if self.panoptic is not None:
-            return overlay_panoptic(self.image, self.panoptic, self.segments, self.info, alpha, draw_names)
-        id_map, segments = stack_instances(self.instances or (), self.image.shape[:2])
-        return overlay_panoptic(self.image, id_map, segments, self.info, alpha, draw_names)
+        id_map, segments = self.panoptic, list(self._segments)
+        if id_map is None:
+            id_map, segments = stack_instances(self._instances or (), self.image.shape[:2])
+        return overlay_panoptic(self.image, id_map, segments, self.info, alpha, draw_names, shade_things)
 
-    def save(self, directory: str | Path, name: str | None = None) -> list[Path]:
+    def save(
+        self, directory: str | Path, name: str | None = None, *, masks: bool = True, overlay: bool = True
+    ) -> list[Path]:
         """Writes `<name>_overlay.png` and the prediction itself.
 
         That is `<name>_panoptic.png` (ids as colours, as in COCO) with `<name>_segments.json`, or
-        `<name>_semantic.png` (the data set's official ids), or `<name>_instances.json` (COCO results with RLE masks).
+        `<name>_semantic.png` (see `official_class_map`), or `<name>_instances.json` (COCO results with RLE masks).
 
         Args:
             directory: is made if need be.
             name: instead of the result's own.
+            masks: False writes the overlay alone.
+            overlay: False writes the prediction alone.
 
         Returns:
             The files.
@@ -78,19 +124,16 @@ class SegmentedImage:
         """
         stem = Path(directory) / (name or self.name)
         files: dict[str, bytes] = {}
-        if self.panoptic is not None:
+        if overlay:
+            files["_overlay.png"] = encode_png(self.overlay())
+        if masks and self.panoptic is not None:
             files["_panoptic.png"] = encode_png(id_to_rgb(self.panoptic.numpy()))
-            files["_segments.json"] = _json(segments_info(self.panoptic, self.segments, self.info))
-        if self.semantic is not None:
-            files["_semantic.png"] = encodeencode_png(official_class_map(self.semantic, self.info))
-        if self.instances is not None:
+            files["_segments.json"] = _json(segments_info(self.panoptic, self._segments, self.info))
+        if masks and self.semantic is not None:
+            files["_semantic.png"] = encode_png(official_class_map(self.semantic, self.info))
+        if masks and self.instances is not None:
             files["_instances.json"] = _json([coco_instance(i, self.name, self.info) for i in self.instances])
-        written = [write_file(stem.with_name(stem.name + ending), content) for ending, content in files.items()]
-        return [self.save_overlay(directory, name), *written]
-
-    def save_overlay(self, directory: str | Path, name: str | None = None) -> Path:
-        """Writes `<name>_overlay.png` alone; arguments and errors as of `save`."""
-        return write_file(Path(directory) / f"{name or self.name}_overlay.png", encode_png(self.overlay()))
+        return [write_file(stem.with_name(stem.name + ending), content) for ending, content in files.items()]
 
 
 def write_coco_panoptic(
@@ -122,16 +165,11 @@ def write_coco_panoptic(
         file_name = f"{result.name}.png"
         write_file(directory / "panoptic" / file_name, encode_png(id_to_rgb(result.panoptic.numpy())))
         if overlays:
-            result.save_overlay(directory)
+            result.save(directory, masks=False)
         height, width = result.panoptic.shape
         images[result.name] = {"id": result.name, "file_name": file_name, "height": height, "width": width}
-        annotations.append(
-            {
-                "image_id": result.name,
-                "file_name": file_name,
-                "segments_info": segments_info(result.panoptic, result.segments, info),
-            },
-        )
+        described = segments_info(result.panoptic, result._segments, info)
+        annotations.append({"image_id": result.name, "file_name": file_name, "segments_info": described})
     categories = [
         {"id": c.official_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
     ]
@@ -143,35 +181,58 @@ def segments_info(
     panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment], info: DatasetInfo
 ) -> list[dict[str, Any]]:
     """COCO's description of every segment of a map; `bbox` is left, top, width and height in pixels."""
-    ids = panoptic.numpy()
-    boxes = ndimage.find_objects(ids)
-    areas = np.bincount(ids.ravel())
-    described = []
-    for segment in segments:
-        rows, columns = boxes[segment.id - 1]
-        described.append(
-            {
-                "id": segment.id,
-                "category_id": info.classes[segment.class_id].official_id,
-                "area": int(areas[segment.id]),
-                "bbox": [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start],
-                "iscrowd": int(segment.is_crowd),
-                "score": segment.score,
-            }
-        )
-    return described
+    return [
+        {
+            "id": segment.id,
+            "category_id": info.classes[segment.class_id].official_id,
+            "area": region.area,
+            "bbox": _coco_box(region.box),
+            "iscrowd": int(segment.is_crowd),
+            "score": segment.score,
+        }
+        for segment, region in _located(panoptic, segments)
+    ]
 
 
-def coco_instance(instance: Instance, image_id: str | int, info: DatasetInfo) -> dict[str, Any]:
+def coco_instance(instance: Instance | FoundInstance, image_id: str | int, info: DatasetInfo) -> dict[str, Any]:
     """One entry of COCO's instance results."""
-    rle = encode_mask(instance.mask)
+    area, box = region_of(instance.mask.numpy()) or Region(0, (0, 0, 0, 0))
     return {
         "image_id": image_id,
         "category_id": info.classes[instance.class_id].official_id,
-        "segmentation": rle,
-        "bbox": coco_mask.toBbox(rle).tolist(),
+        "segmentation": encode_mask(instance.mask),
+        "bbox": _coco_box(box),
+        "area": area,
         "score": instance.score,
     }
+
+
+def _located(panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment]) -> Iterator[tuple[Segment, Region]]:
+    """Segments with their areas and boxes; those that no pixel belongs to are left out."""
+    listed = list(segments)
+    index = index_map(panoptic.numpy(), [s.id for s in listed])
+    for segment, region in zip(listed, find_regions(index, len(listed)), strict=True):
+        if region is not None:
+            yield segment, region
+
+
+def _coco_box(box: Box) -> list[int]:
+    left, top, right, bottom = box
+    return [left, top, right - left, bottom - top]
+
+
+def official_class_map(
+    classes: Integer[Tensor, "height width"], info: DatasetInfo
+) -> UInt8[np.ndarray, "height width"] | UInt16[np.ndarray, "height width"]:
+    """The data set's official ids instead of class indices; 16 bits where 8 are too few.
+
+    `VOID_CLASS` becomes 0 if no class has that id, else 255 or 65535.
+    """
+    ids = info.official_ids
+    nothing = next(value for value in (0, 255, 65535) if value not in ids)
+    table = np.full(VOID_CLASS + 1, nothing, np.uint8 if max(*ids, nothing) < 256 else np.uint16)
+    table[: len(ids)] = ids
+    return table[classes.numpy()]
 
 
 def stack_instances(
@@ -187,19 +248,12 @@ def stack_instances(
     return id_map, segments
 
 
-def official_class_map(
-    classes: Integer[Tensor, "height width"], info: DatasetInfo
-) -> UInt8[np.ndarray, "height width"] | UInt16[np.ndarray, "height width"]:
-    """The data set's official ids instead of class indices; 16 bits where 8 are too few."""
-    official = np.array(info.official_ids)
-    return official.astype(np.uint8 if official.max() < 256 else np.uint16)[classes.numpy()]
-
-
 def encode_png(array: np.ndarray) -> bytes:
-    """A picture or a map as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()
+    """A picture, RGB or grey, as a PNG file. OpenCV's default is 6 times as fast as Pillow's and a fifth larger."""
+    if array.ndim == 3:
+        array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
+    _, content = cv2.imencode(".png", array)
+    return content.tobytes()
 
 
 def _json(content: Any) -> bytes:

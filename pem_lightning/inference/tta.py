@@ -3,7 +3,7 @@
 Semantic scores are averaged at the output size, as Mask2Former's `SemanticSegmentorWithTTA` does. For segments and
 objects, where Mask2Former has none, every view's queries are first paired with those of one view, the base.
 
-Q queries, K classes, H W spatial, h w spatial at a quarter of the padded size; no letter for the batch, which is 1
+Legend: B batch, Q queries, K classes, H W spatial, h w spatial at a quarter of the padded size.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Network = Callable[[Tensor], Predictions]
 
 
 class View(NamedTuple):
-    """What the network said to one version of the image.
+    """What the network said to one version of an image.
 
     Attributes:
-        class_logits: of its only image.
-        mask_logits: of its only image, as the network saw it: mirrored if it was.
+        class_logits: of its queries.
+        mask_logits: as the network saw the image: mirrored if it was.
         image_size: of the version, without padding.
         flipped: whether it was mirrored.
     """
@@ -68,36 +68,23 @@ class TestTimeAugmentation:
         self.flip = flip
 
     def __call__(
-        self, network: Network, images: Float[Tensor, "1 3 H W"], output_size: Size, *, with_semantic: bool = False
-    ) -> Result:
-        """Process one image.
+        self, network: Network, images: Float[Tensor, "B 3 H W"], output_size: Size, *, with_semantic: bool = False
+    ) -> list[Result]:
+        """Process images of one size.
 
         Args:
             network: is called once for every view.
             images: normalised. Resizing them, bilinear and antialiased like Pillow's, gives what normalising resized
                 images gives, but for Pillow's rounding to bytes.
-            output_size: height and width of the wanted result.
+            output_size: height and width of the wanted results.
             with_semantic: fill `Result.semantic` whatever the task.
         """
         if self.scales == [1.0] and not self.flip:
-            return self.inference(network(images), size_of(images), output_size, with_semantic=with_semantic)
-        scores: Tensor | None = None
-        mean: _MeanPredictions | None = None
-        with_queries = self.inference.task != "semantic"
-        for view in self._views(network, images):
-            if with_semantic or not with_queries:
-                scores = self._semantic(view, output_size) + (0 if scores is None else scores)
-            if with_queries:
-                mean = mean or _MeanPredictions(view)
-                mean.add(view)
-        result = Result()
-        if mean is not None:
-            result = self.inference(mean.predictions(), mean.image_size, output_size)
-        # the sum has the argmax of the mean
-        return result if scores is None else result._replace(semantic=scores.argmax(0))
-
-    def _views(self, network: Network, images: Float[Tensor, "1 3 H W"]) -> Iterator[View]:
-        """The largest first, as it is."""
+            return [
+                self.inference(Predictions(*one), size_of(images), output_size, with_semantic=with_semantic)
+                for one in _one_by_one(network(images))
+            ]
+        means = [_Mean(self.inference, output_size, with_semantic) for _ in images]
         height, width = size_of(images)
         for scale in self.scales:
             size = max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
@@ -106,47 +93,74 @@ class TestTimeAugmentation:
                 resized = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
             for flipped in (False, True) if self.flip else (False,):
                 predictions = network(resized.flip(-1) if flipped else resized)
-                yield View(predictions.class_logits[0], predictions.mask_logits[0], size, flipped)
+                for mean, (classes, masks) in zip(means, _one_by_one(predictions), strict=True):
+                    mean.add(View(classes[0], masks[0], size, flipped))
+        return [mean.result() for mean in means]
 
-    def _semantic(self, view: View, output_size: Size) -> Float[Tensor, "K H W"]:
+
+def _one_by_one(predictions: Predictions) -> Iterator[tuple[Tensor, Tensor]]:
+    """Class and mask logits of batches of one."""
+    return zip(predictions.class_logits.split(1), predictions.mask_logits.split(1), strict=True)
+
+
+class _Mean:
+    """The running mean over the views of one image, of which the first is the base.
+
+    Class and mask probabilities are in the order and at the size of its queries. Their means are kept as logarithms:
+    a probability that rounds to 0 or 1 would lose its logit. The common factor, one over the number of views, is left
+    out; it changes neither softmax and sigmoid nor the class of the highest score.
+    """
+
+    def __init__(self, inference: TaskInference, output_size: Size, with_semantic: bool) -> None:
+        self.inference = inference
+        self.output_size = output_size
+        self.with_queries = inference.task != "semantic"
+        self.with_scores = with_semantic or not self.with_queries
+        self._base: View | None = None
+        self._scores: Float[Tensor, "K H W"] | None = None
+        self._classes: Float[Tensor, "Q classes_and_none"]
+        self._inside: Float[Tensor, "Q h w"]
+        self._outside: Float[Tensor, "Q h w"]
+
+    def add(self, view: View) -> None:
+        """Take one view in."""
+        if self.with_scores:
+            scores = self._semantic(view)
+            self._scores = scores if self._scores is None else self._scores.add_(scores)
+        if not self.with_queries:
+            return
+        if self._base is None:
+            self._base = view
+            self._classes = view.class_logits.float().log_softmax(-1)
+            masks = view.mask_logits.float()
+            self._inside, self._outside = F.logsigmoid(masks), F.logsigmoid(-masks)
+            return
+        masks = _masks_at(view, self._base)
+        order = _pair(self._base.class_logits, self._base.mask_logits, view.class_logits, masks)
+        masks = masks[order]
+        self._classes = torch.logaddexp(self._classes, view.class_logits[order].float().log_softmax(-1))
+        self._inside = torch.logaddexp(self._inside, F.logsigmoid(masks))
+        self._outside = torch.logaddexp(self._outside, F.logsigmoid(-masks))
+
+    def result(self) -> Result:
+        """What the task's post-processing makes of the means."""
+        result = Result()
+        if self._base is not None:
+            predictions = Predictions(self._classes[None], (self._inside - self._outside)[None])
+            result = self.inference(predictions, self._base.image_size, self.output_size)
+        return result if self._scores is None else result._replace(semantic=self._scores.argmax(0).int())
+
+    def _semantic(self, view: View) -> Float[Tensor, "K H W"]:
         height, width = size_of(view.mask_logits)
         scores = semantic(
             view.class_logits,
             view.mask_logits,
             padded_size=(4 * height, 4 * width),
             image_size=view.image_size,
-            output_size=output_size,
+            output_size=self.output_size,
             resize_first=self.inference.resize_first,
         )
         return scores.flip(-1) if view.flipped else scores
-
-
-class _MeanPredictions:
-    """The running mean of class and mask probabilities, in the order and at the size of the base view's queries.
-
-    Means are kept as logarithms: a probability that rounds to 0 or 1 would lose its logit.
-    """
-
-    def __init__(self, base: View) -> None:
-        self.base = base
-        self.image_size = base.image_size
-        self._classes = torch.full_like(base.class_logits, -torch.inf, dtype=torch.float32)
-        self._inside = torch.full_like(base.mask_logits, -torch.inf, dtype=torch.float32)
-        self._outside = self._inside.clone()
-
-    def add(self, view: View) -> None:
-        """Bring a view's queries in order and add their probabilities."""
-        masks = _masks_at(view, self.base)
-        order = _pair(self.base.class_logits.float(), self.base.mask_logits.float(), view.class_logits.float(), masks)
-        masks = masks[order]
-        self._classes = torch.logaddexp(self._classes, view.class_logits[order].float().log_softmax(-1))
-        self._inside = torch.logaddexp(self._inside, F.logsigmoid(masks))
-        self._outside = torch.logaddexp(self._outside, F.logsigmoid(-masks))
-
-    def predictions(self) -> Predictions:
-        """The means as logits, ready for the ordinary post-processing."""
-        # softmax and sigmoid of these are the means: a common factor, the number of views, drops out
-        return Predictions(self._classes[None], (self._inside - self._outside)[None])
 
 
 def _pair(
@@ -160,6 +174,7 @@ def _pair(
     Two queries are alike by the Bhattacharyya coefficient of their class probabilities plus the Dice coefficient of
     their mask probabilities; both are 1 for equals and only for them.
     """
+    base_classes, base_masks, classes = base_classes.float(), base_masks.float(), classes.float()
     with torch.autocast(masks.device.type, enabled=False):  # sums over so many cells overflow float16
         alike = base_classes.softmax(-1).sqrt() @ classes.softmax(-1).sqrt().T
         a, b = base_masks.sigmoid().flatten(1), masks.sigmoid().flatten(1)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, Integer, UInt8
+from jaxtyping import Bool, Float32, Int32, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 from torch import Tensor
 
+from pem_lightning.inference.regions import IndexMap, Region, find_regions, index_map
 from pem_lightning.types import VOID_ID, DatasetInfo, Segment
 
 RGB = tuple[int, int, int]
@@ -23,6 +23,8 @@ CONTOUR_OPACITY = 0.75
 MIN_NAMED_AREA = 0.002
 """Segments that cover a smaller fraction of the picture get no name."""
 GOLDEN = 0.618034
+ROWS_AT_ONCE = 32
+"""Are blended together: few enough to stay in a core's cache."""
 
 
 def overlay_panoptic(
@@ -30,8 +32,9 @@ def overlay_panoptic(
     panoptic: Int32[Tensor, "map_height map_width"],
     segments: Sequence[Segment],
     info: DatasetInfo,
-    alpha: float = 0.55,
+    alpha: int | float = 0.55,
     draw_names: bool = True,
+    shade_things: bool = True,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Draws a panoptic map: the class's colour for stuff, a shade of it for every thing.
 
@@ -42,6 +45,7 @@ def overlay_panoptic(
         info: names and colours of the classes.
         alpha: opacity of the colours, 0 to 1.
         draw_names: write class names on segments that are large enough.
+        shade_things: False gives things the colour of their class, too, which stays the same from frame to frame.
 
     Returns:
         A new RGB image of the same size.
@@ -53,18 +57,15 @@ def overlay_panoptic(
     ids = panoptic.cpu().numpy()
     if photo.shape[:2] != ids.shape:
         raise ValueError(f"the image has size {photo.shape[:2]}, but the map {ids.shape}")
-    index = _positions(ids, [s.id for s in segments])
-    boxes = ndimage.find_objects(index, max_label=len(segments))
-    colors = _segment_colors(segments, boxes, info)
-
-    opacity = np.where(index > 0, np.float32(alpha), np.float32(0))[..., None]
-    canvas = photo * (1 - opacity) + np.array([CONTOUR, *colors], np.float32)[index] * opacity
-    contour = _contours(index)[..., None] * CONTOUR_OPACITY
-    canvas = canvas * (1 - contour) + np.array(CONTOUR, np.float32) * contour
-    drawn = canvas.round().astype(np.uint8)
+    index = index_map(ids, [s.id for s in segments])
+    regions = find_regions(index, len(segments))
+    colors = [info.classes[s.class_id].color for s in segments]
+    if shade_things:
+        colors = _shaded(colors, segments, regions)
+    drawn = _blend(photo, index, colors, np.float32(alpha))
     if draw_names:
         names = [info.classes[s.class_id].name for s in segments]
-        drawn = _draw_labels(drawn, _place_labels(index, boxes, names, colors))
+        drawn = _draw_labels(drawn, _place_labels(index, regions, names, colors))
     return drawn
 
 
@@ -72,7 +73,7 @@ def overlay_semantic(
     image: ImageLike,
     class_map: Integer[Tensor, "map_height map_width"],
     info: DatasetInfo,
-    alpha: float = 0.55,
+    alpha: int | float = 0.55,
     draw_names: bool = True,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Draws a class map in the classes' colours; values that are no class keep the photograph.
@@ -104,6 +105,17 @@ def side_by_side(
     return np.array(sheet)
 
 
+def draw_caption(picture: UInt8[np.ndarray, "height width 3"], text: str) -> None:
+    """Writes a line on a dark plate into the top left corner of a picture, in place."""
+    font = _font(_text_size(picture.shape))
+    corner = picture[: int(1.9 * font.size), : int(font.getlength(text) + 1.6 * font.size)]
+    patch = Image.fromarray(corner)
+    draw = ImageDraw.Draw(patch, "RGBA")
+    draw.rectangle((0, 0, *patch.size), fill=(20, 20, 20, 190))
+    draw.text((0.8 * font.size, 0.95 * font.size), text, fill=(255, 255, 255), font=font, anchor="lm")
+    corner[:] = np.asarray(patch)
+
+
 @dataclass(frozen=True)
 class _Label:
     text: str
@@ -113,26 +125,16 @@ class _Label:
     color: RGB
 
 
-def _positions(ids: Int32[np.ndarray, "height width"], known: Sequence[int]) -> Int64[np.ndarray, "height width"]:
-    """Every pixel's position in the list `known`, counted from 1; 0 where its id is not listed."""
-    order = np.argsort(np.array([*known, VOID_ID]), kind="stable")
-    ordered = np.array([*known, VOID_ID])[order]
-    found = np.minimum(np.searchsorted(ordered, ids), len(known))
-    return np.where((ordered[found] == ids) & (ids != VOID_ID), order[found] + 1, 0)
-
-
-def _segment_colors(
-    segments: Sequence[Segment], boxes: Sequence[tuple[slice, slice] | None], info: DatasetInfo
-) -> list[RGB]:
-    """Colours by segment. Things of one class are shaded from left to right, so that neighbours differ clearly."""
-    colors: list[RGB] = [info.classes[s.class_id].color for s in segments]
-    placed = [(box[1].start + box[1].stop, i) for i, box in enumerate(boxes) if box is not None]
+def _shaded(colors: Sequence[RGB], segments: Sequence[Segment], regions: Sequence[Region | None]) -> list[RGB]:
+    """Things of one class are shaded from left to right, so that neighbours differ clearly."""
+    shaded = list(colors)
+    placed = [(region.box[0] + region.box[2], i) for i, region in enumerate(regions) if region is not None]
     seen: dict[int, int] = {}
     for _, i in sorted(placed):
         if segments[i].is_thing:
             n = seen[segments[i].class_id] = seen.get(segments[i].class_id, -1) + 1
-            colors[i] = _shade(colors[i], n)
-    return colors
+            shaded[i] = _shade(colors[i], n)
+    return shaded
 
 
 def _shade(color: RGB, n: int) -> RGB:
@@ -148,14 +150,38 @@ def _shade(color: RGB, n: int) -> RGB:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _contours(index: Int64[np.ndarray, "height width"]) -> Float32[np.ndarray, "height width"]:
+def _blend(
+    photo: UInt8[np.ndarray, "height width 3"], index: IndexMap, colors: Sequence[RGB], alpha: np.float32
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The photograph under its regions' colours and the lines between them."""
+    opacity = np.array([0, *(alpha for _ in colors)], np.float32)
+    paint = np.array([(0, 0, 0), *colors], np.float32) * opacity[:, None]
+    drawn = np.empty(photo.shape, np.uint8)
+    for top in range(0, len(photo), ROWS_AT_ONCE):
+        rows = slice(top, top + ROWS_AT_ONCE)
+        mixed = np.take(paint, index[rows], axis=0)
+        mixed += photo[rows] * (1 - alpha)
+        drawn[rows] = np.rint(mixed, out=mixed)
+    nothing = index == 0
+    if nothing.any():
+        cv2.copyTo(photo, nothing.view(np.uint8), drawn)
+
+    contour = _contours(index).ravel()
+    lines = np.flatnonzero(contour > 0)  # few pixels, so they are mixed once more
+    place, line = index.ravel()[lines], contour[lines][:, None] * np.float32(CONTOUR_OPACITY)
+    mixed = photo.reshape(-1, 3)[lines] * (1 - opacity[place])[:, None] + paint[place]
+    drawn.reshape(-1, 3)[lines] = (mixed * (1 - line) + np.array(CONTOUR, np.float32) * line).round()
+    return drawn
+
+
+def _contours(index: IndexMap) -> Float32[np.ndarray, "height width"]:
     """Coverage, 0 to 1, by thin smooth lines between segments."""
-    edge = np.zeros(index.shape, np.float32)
+    edge = np.zeros(index.shape, bool)
     edge[:, 1:] = index[:, 1:] != index[:, :-1]
-    edge[1:][index[1:] != index[:-1]] = 1
+    edge[1:] |= index[1:] != index[:-1]
     width = max(1, round(min(index.shape) / 480))
-    thick = cv2.dilate(edge, np.ones((width, width), np.uint8))
-    return np.asarray(cv2.GaussianBlur(thick, (0, 0), 0.5), np.float32)
+    thick = cv2.dilate(edge.view(np.uint8), np.ones((width, width), np.uint8))
+    return np.asarray(cv2.GaussianBlur(thick.astype(np.float32), (0, 0), 0.5), np.float32)
 
 
 def _text_size(size: tuple[int, ...]) -> float:
@@ -169,32 +195,36 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
 
 
 def _place_labels(
-    index: Int64[np.ndarray, "height width"],
-    boxes: Sequence[tuple[slice, slice] | None],
-    names: Sequence[str],
-    colors: Sequence[RGB],
+    index: IndexMap, regions: Sequence[Region | None], names: Sequence[str], colors: Sequence[RGB]
 ) -> list[_Label]:
     """A plate at the innermost point of every large segment, larger segments first, where it covers no other."""
-    areas = np.bincount(index.ravel(), minlength=len(names) + 1)[1:]
     font = _font(_text_size(index.shape))
+    areas = np.array([0 if region is None else region.area for region in regions])
     labels: list[_Label] = []
     for i in np.argsort(-areas, kind="stable"):
-        box = boxes[i]
-        if box is None or areas[i] < MIN_NAMED_AREA * index.size:
+        region = regions[i]
+        if region is None or region.area < MIN_NAMED_AREA * index.size:
             continue
-        distance = cv2.distanceTransform(np.pad(index[box] == i + 1, 1).astype(np.uint8), cv2.DIST_L2, 3)
-        y, x = np.unravel_index(distance.argmax(), distance.shape)
-        center = (float(box[1].start + x - 1), float(box[0].start + y - 1))
         half_width, half_height = font.getlength(names[i]) / 2 + 0.35 * font.size, 0.72 * font.size
-        # a plate may reach beyond its segment, but must not hide it
-        if 4 * half_width * half_height > 0.4 * areas[i] or distance.max() < 0.6 * half_height:
+        if 4 * half_width * half_height > 0.4 * region.area:  # a plate may reach beyond its segment, but not hide it
             continue
-        center = _inside(center, (half_width, half_height), index.shape)
+        center, radius = _innermost(index[region.window] == i + 1)
+        if radius < 0.6 * half_height:
+            continue
+        center = _inside((center[0] + region.box[0], center[1] + region.box[1]), (half_width, half_height), index.shape)
         plate = center[0] - half_width, center[1] - half_height, center[0] + half_width, center[1] + half_height
         if plate[0] < 0 or plate[1] < 0 or any(_overlap(plate, other.box) for other in labels):
             continue
         labels.append(_Label(names[i], font, center, plate, colors[i]))
     return labels
+
+
+def _innermost(mask: Bool[np.ndarray, "height width"]) -> tuple[tuple[float, float], float]:
+    """The point that is farthest from what is outside a mask, as (x, y), and how far it is."""
+    padded = cv2.copyMakeBorder(mask.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, 3)
+    y, x = np.unravel_index(distance.argmax(), distance.shape)
+    return (float(x - 1), float(y - 1)), float(distance[y, x])
 
 
 def _inside(center: tuple[float, float], half: tuple[float, float], size: tuple[int, ...]) -> tuple[float, float]:

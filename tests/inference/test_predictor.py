@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,11 +10,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
 
+import pem_lightning
+from pem_lightning.checkpoints import CHECKPOINT_KEY
 from pem_lightning.data.transforms import EvalTransform
 from pem_lightning.errors import UserError
-from pem_lightning.inference.predictor import Predictor
+from pem_lightning.inference.predictor import Photo, Predictor
 from pem_lightning.inference.results import write_coco_panoptic
 from pem_lightning.inference.task import TaskInference
+from pem_lightning.networks.pem import build_pem
 from pem_lightning.panoptic_png import rgb_to_id
 from pem_lightning.types import ClassInfo, DatasetInfo, Predictions
 
@@ -30,20 +36,23 @@ class Halves(nn.Module):
     def __init__(self):
         super().__init__()
         self.seen = None
+        self.batches = []
 
     def forward(self, images):
         assert not self.training
         self.seen = images
+        self.batches.append(tuple(images.shape))
         height, width = (-(-side // 32) * 8 for side in images.shape[-2:])
         left = torch.full((height, width), -9.0)
         left[:, : width // 2] = 9
         class_logits = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 0, 9]])
-        return Predictions(class_logits[None], torch.stack([left, -left, left])[None])
+        masks = torch.stack([left, -left, left])
+        return Predictions(class_logits.expand(len(images), -1, -1), masks.expand(len(images), -1, -1, -1))
 
 
 def predictor(task, model=None, **options):
     inference = TaskInference(task, INFO.thing_classes, resize_first=task != "semantic")
-    return Predictor(model or Halves(), INFO, inference, **options)
+    return Predictor.from_parts(model or Halves(), INFO, inference, device="cpu", **options)
 
 
 @pytest.fixture
@@ -67,6 +76,19 @@ def test_panoptic(saved):
     assert result.semantic is None
 
 
+def test_segments_are_described(photo):
+    result = predictor("panoptic")(photo)
+    person, sky = result.segments
+    assert (person.name, person.class_id, person.is_thing) == ("person", 0, True)
+    assert (sky.name, sky.box[2:], sky.is_thing) == ("sky", (128, 64), False)
+    for segment in result.segments:
+        mask = result.panoptic.eq(segment.id).numpy()
+        assert segment.area == mask.sum()
+        rows, columns = np.nonzero(mask)
+        assert segment.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert 0.9 < segment.score <= 1
+
+
 def test_semantic(photo):
     result = predictor("semantic")(photo)
     assert result.name == "image"
@@ -80,6 +102,13 @@ def test_instances(photo):
     assert {i.class_id for i in result.instances} == {0}
     assert result.instances[0].mask[:, :60].all()
     assert (result.overlay() != result.image).any(-1)[:, :60].mean() > 0.9
+    best = result.instances[0]
+    assert (best.name, best.area, best.box[:2]) == ("person", int(best.mask.sum()), (0, 0))
+    assert [i.score for i in predictor("instance", score_threshold=0.5)(photo).instances] == [best.score]
+
+
+def test_a_repr_is_short(photo):
+    assert repr(predictor("panoptic")(photo, "x")) == "SegmentedImage('x', 128 x 64: 2 segments)"
 
 
 def test_the_model_gets_normalised_pixels():
@@ -111,6 +140,173 @@ def test_a_read_only_array_gives_no_warning(photo, recwarn):
     assert not recwarn.list
 
 
+class TestInputs:
+    def test_all_kinds_give_the_same(self, saved, photo):
+        opaque = np.dstack([photo, np.full(photo.shape[:2], 255, np.uint8)])
+        tensor = torch.from_numpy(photo).permute(2, 0, 1)
+        with Image.open(saved) as opened:
+            results = predictor("panoptic")([saved, str(saved), opened, photo, opaque, tensor])
+        assert [r.name for r in results] == ["street", "street", "image", "image", "image", "image"]
+        for result in results:
+            assert (result.image == photo).all()
+            assert result.panoptic.equal(results[0].panoptic)
+
+    def test_a_list_comes_back_in_order_and_runs_in_batches_of_one_size(self, photo):
+        model = Halves()
+        images = [photo, photo[:32], photo, photo[:32], photo]
+        results = predictor("panoptic", model, batch_size=2)(images, ["a", "b", "c", "d", "e"])
+        assert [r.name for r in results] == ["a", "b", "c", "d", "e"]
+        assert [tuple(r.panoptic.shape) for r in results] == [image.shape[:2] for image in images]
+        assert sorted(shape[::2] for shape in model.batches) == [(1, 64), (2, 32), (2, 64)]
+
+    def test_an_empty_list(self):
+        assert predictor("panoptic")([]) == []
+
+    def test_as_many_names_as_images(self, photo):
+        with pytest.raises(ValueError, match="shorter"):
+            predictor("panoptic")([photo, photo], ["a"])
+
+    def test_a_stream_reads_no_further_than_it_must(self, photo):
+        taken = []
+
+        def photos():
+            for i in range(9):
+                taken.append(i)
+                yield Photo(str(i), photo)
+
+        stream = predictor("panoptic", batch_size=2).stream(photos())
+        assert [next(stream).name, next(stream).name] == ["0", "1"]
+        assert taken == [0, 1]
+
+
+class TestClasses:
+    def test_others_are_left_out_of_every_task(self, photo):
+        panoptic = predictor("panoptic", classes=["sky"])(photo)
+        assert [s.name for s in panoptic.segments] == ["sky"]
+        assert set(panoptic.panoptic.unique().tolist()) == {0, panoptic.segments[0].id}
+        assert (panoptic.overlay(draw_names=False)[:, :55] == photo[:, :55]).all()
+        semantic = predictor("semantic", classes=["person"])(photo)
+        assert set(semantic.semantic.unique().tolist()) == {0, 255}
+        assert (semantic.overlay(draw_names=False)[:, 75:] == photo[:, 75:]).all()
+        assert predictor("instance", classes="sky")(photo).instances == ()
+
+    def test_in_files_nothing_is_an_id_that_no_class_has(self, tmp_path, photo):
+        path = predictor("semantic", classes=["person"])(photo).save(tmp_path, overlay=False)[0]
+        assert np.asarray(Image.open(path))[0, [0, -1]].tolist() == [24, 0]
+
+    def test_a_wrong_name_gets_the_nearest_and_all(self):
+        with pytest.raises(UserError, match=r"no class persn \(did you mean person\?\); choose from: person, sky"):
+            predictor("panoptic", classes=["sky", "persn"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"device": "cuda:99"}, "device=cuda:99"), ({"device": "gpu"}, "device=gpu"), ({"batch_size": 0}, "batch_size=0")],
+)
+def test_impossible_options(option, message):
+    inference = TaskInference("panoptic", INFO.thing_classes)
+    with pytest.raises(UserError, match=message):
+        Predictor.from_parts(Halves(), INFO, inference, **option)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_said_in_one_line(photo, error):
+    def fail(images):
+        raise error
+
+    model = Halves()
+    model.forward = fail
+    with pytest.raises(UserError, match="128 x 64 pixels needs more memory than cpu has: shrink"):
+        predictor("panoptic", model)(photo)
+
+
+def test_bugs_of_the_model_stay_visible(photo):
+    def fail(images):
+        raise RuntimeError("a bug")
+
+    model = Halves()
+    model.forward = fail
+    with pytest.raises(RuntimeError, match="a bug"):
+        predictor("panoptic", model)(photo)
+
+
+@pytest.mark.slow
+def test_sixty_seven_megapixels():
+    result = predictor("panoptic")(np.zeros((8192, 8192, 3), np.uint8))
+    assert [s.area for s in result.segments] == [8192 * 4096] * 2
+    assert result.overlay().shape == (8192, 8192, 3)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A checkpoint of a network that has learnt nothing."""
+    torch.manual_seed(0)
+    settings = {"backbone": "stdc1", "num_layers": 1, "num_queries": 6, "hidden_channels": 16}
+    network = build_pem(num_classes=2, **settings)
+    config = {
+        "network": {"_target_": "pem_lightning.build_pem", **settings},
+        "task": {
+            "name": "panoptic",
+            "inference": {"resize_first": True, "object_mask_threshold": 0.1, "overlap_threshold": 0.2},
+        },
+        "recipe": {
+            "eval_transform": {
+                "_target_": "pem_lightning.data.EvalTransform",
+                "shortest_edge": 32,
+                "max_size": None,
+            }
+        },
+    }
+    path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
+    content = {
+        "global_step": 1,
+        "state_dict": {f"network.{key}": value for key, value in network.state_dict().items()},
+        CHECKPOINT_KEY: {"config": config, "overrides": [], "dataset_info": INFO.to_dict()},
+    }
+    torch.save(content, path)
+    return path
+
+
+class TestCheckpoint:
+    def test_is_all_that_is_needed(self, path, photo):
+        predictor = pem_lightning.Predictor(path, device="cpu")
+        assert predictor.info == INFO
+        assert predictor.inference.task == "panoptic"
+        assert (predictor.inference.object_mask_threshold, predictor.inference.overlap_threshold) == (0.1, 0.2)
+        result = predictor(photo)
+        assert result.panoptic.shape == (64, 128)
+        assert predictor._prepare(photo).shape == (3, 32, 64)
+
+    def test_options_win(self, path, photo):
+        predictor = Predictor(str(path), task="semantic", device="cpu", overlap_threshold=0.0, classes=["sky"])
+        assert (predictor.inference.object_mask_threshold, predictor.inference.overlap_threshold) == (0.1, 0.0)
+        assert set(predictor(photo).semantic.unique().tolist()) <= {1, 255}
+
+    def test_batches_give_what_single_images_give(self, path):
+        images = list(np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), np.uint8))
+        together = Predictor(path, task="semantic", device="cpu", batch_size=3)(images)
+        for image, result in zip(images, together, strict=True):
+            alone = Predictor(path, task="semantic", device="cpu")(image)
+            assert (alone.semantic == result.semantic).float().mean() > 0.99
+
+    def test_mistakes(self, path, tmp_path):
+        with pytest.raises(UserError, match="does not exist"):
+            Predictor(tmp_path / "gone.ckpt")
+        with pytest.raises(UserError, match="unknown task 'panotic'"):
+            Predictor(path, task="panotic")
+
+
+@pytest.mark.slow
+def test_the_package_stays_light():
+    program = (
+        "import sys, pem_lightning; assert not {'hydra', 'lightning', 'cv2', 'albumentations'} & set(sys.modules); "
+        "from pem_lightning import Predictor; assert Predictor is pem_lightning.Predictor"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+    with pytest.raises(AttributeError, match="Predictr"):
+        pem_lightning.Predictr  # noqa: B018
+
+
 class TestSave:
     def test_panoptic(self, tmp_path, photo):
         result = predictor("panoptic")(photo, name="x")
@@ -130,6 +326,19 @@ class TestSave:
         entry = json.loads(result.save(tmp_path)[1].read_text())[0]
         assert entry["category_id"] == 24
         assert np.array_equal(coco_mask.decode(entry["segmentation"]), result.instances[0].mask.numpy())
+
+    @pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
+    def test_masks_or_overlay_alone(self, tmp_path, photo, task):
+        result = predictor(task)(photo, "x")
+        assert [f.name for f in result.save(tmp_path, masks=False)] == ["x_overlay.png"]
+        assert "x_overlay.png" not in [f.name for f in result.save(tmp_path, overlay=False)]
+
+    def test_official_ids_of_any_size(self, tmp_path, photo):
+        classes = (ClassInfo("person", (1, 2, 3), True, 0), ClassInfo("sky", (4, 5, 6), False, 300))
+        inference = TaskInference("semantic", {0}, resize_first=False)
+        segment = Predictor.from_parts(Halves(), DatasetInfo("big", classes), inference, device="cpu", classes=["sky"])
+        path = segment(photo).save(tmp_path, overlay=False)[0]
+        assert np.asarray(Image.open(path))[0, [0, -1]].tolist() == [255, 300]
 
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path, photo):
         (tmp_path / "file").write_text("")

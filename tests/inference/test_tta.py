@@ -47,7 +47,8 @@ def image():
 
 def run(task, network, image, size=(64, 96), with_semantic=False, **views):
     inference = TaskInference(task, THINGS, object_mask_threshold=0.5, overlap_threshold=0.3)
-    return tta.TestTimeAugmentation(inference, **views)(network, image, size, with_semantic=with_semantic)
+    (result,) = tta.TestTimeAugmentation(inference, **views)(network, image, size, with_semantic=with_semantic)
+    return result
 
 
 class TestOff:

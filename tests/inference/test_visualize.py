@@ -1,11 +1,12 @@
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic, side_by_side
+from pem_lightning.inference.visualize import draw_caption, overlay_panoptic, overlay_semantic, side_by_side
 from pem_lightning.panoptic_png import rgb_to_id
 from pem_lightning.types import ClassInfo, DatasetInfo, Segment
 
@@ -46,6 +47,45 @@ def test_things_of_one_class_get_colours_apart():
     colors = drawn[32, 8::16].astype(int)
     assert colors[0].tolist() == [0, 0, 142]
     assert (np.abs(np.diff(colors, axis=0)).max(1) > 40).all()
+
+
+def test_colours_can_stay_with_the_class():
+    id_map = torch.tensor([1, 2], dtype=torch.int32).repeat_interleave(32).repeat(64, 1)
+    segments = [Segment(1, 1, True), Segment(2, 1, True)]
+    drawn = overlay_panoptic(grey(64, 64), id_map, segments, INFO, alpha=1.0, draw_names=False, shade_things=False)
+    assert drawn[32, 10].tolist() == drawn[32, 50].tolist() == [0, 0, 142]
+    assert drawn[32, 32].min() > 142  # the line between them
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.55, 1.0])
+@pytest.mark.parametrize("count", [5, 300])
+def test_every_pixel_is_what_the_formula_says(alpha, count):
+    """Colours blended in float32, then lines: written down once more, plainly and slowly."""
+    rng = np.random.default_rng(count)
+    photo = rng.integers(0, 256, (90, 130, 3), np.uint8)
+    ids = rng.integers(0, count + 1, (18, 26)).astype(np.int32).repeat(5, 0).repeat(5, 1)
+    segments = [Segment(i, int(rng.integers(3)), False) for i in range(1, count + 1)]
+    drawn = overlay_panoptic(photo, torch.from_numpy(ids), segments, INFO, alpha, draw_names=False)
+
+    opacity = np.where(ids > 0, np.float32(alpha), np.float32(0))[..., None]
+    colors = np.array([(0, 0, 0), *(INFO.classes[s.class_id].color for s in segments)], np.float32)
+    expected = photo * (1 - opacity) + colors[ids] * opacity
+    edge = np.zeros(ids.shape, np.float32)
+    edge[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    edge[1:][ids[1:] != ids[:-1]] = 1
+    line = cv2.GaussianBlur(edge, (0, 0), 0.5)[..., None] * np.float32(0.75)
+    expected = expected * (1 - line) + np.float32(255) * line
+    assert (drawn == expected.round().astype(np.uint8)).all()
+
+
+def test_a_caption_is_written_into_the_corner():
+    picture = grey(128, 256)
+    draw_caption(picture, "12.3 fps")
+    assert picture[:10, :6].max() < 100
+    assert picture[:18, :60].max() > 200
+    assert (picture[40:] == 100).all()
+    tiny = grey(1, 1)
+    draw_caption(tiny, "12.3 fps")
 
 
 def test_stuff_of_one_class_gets_one_colour():
