@@ -119,6 +119,40 @@ def test_evaluation_takes_overrides(trained, capsys):
     assert "val/PQ" not in metrics
 
 
+def test_a_panoptic_checkpoint_is_evaluated_as_instances(trained):
+    arguments = ("task=instance", "save_predictions=saved", "hydra.run.dir=evaluated_instance")
+    assert call("evaluate", f"checkpoint={trained}/checkpoints/last.ckpt", *arguments) == 0
+    metrics = json.loads(Path("evaluated_instance/metrics.json").read_text())
+    assert {"val/AP", "val/AP50", "val/AP75", "val/APs", "val/APm", "val/APl"} <= metrics.keys()
+    assert len(metrics["per_class"]) == 8
+    assert not Path("evaluated_instance/confusion.png").exists()
+    results = json.loads(Path("saved/instances.json").read_text())
+    assert {r["category_id"] for r in results} <= {24, 25, 26, 27, 28, 31, 32, 33}
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_two_processes_evaluate_like_one(trained, task):
+    """Numbers, worst images and predictions, with test-time augmentation; one process has two of the three images."""
+    arguments = [f"checkpoint={trained}/checkpoints/last.ckpt", f"task={task}", "inference.flip=true"]
+    for processes in (1, 2):
+        own = [f"hydra.run.dir={task}_by{processes}/run", f"save_predictions={task}_by{processes}/saved"]
+        devices = [f"trainer.devices={processes}", "trainer.strategy=ddp"] if processes > 1 else []
+        process = start(trained.parent, *arguments, *own, *devices, job="evaluate")
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    one, two = (Path(f"{task}_by{processes}") for processes in (1, 2))
+    numbers = [json.loads((folder / "run" / "metrics.json").read_text()) for folder in (one, two)]
+    assert numbers[0].keys() == numbers[1].keys()
+    for name in [name for name in numbers[0] if name.startswith("val/")]:
+        assert numbers[1][name] == pytest.approx(numbers[0][name], abs=1e-9), name
+    files = [{path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()} for folder in (one, two)]
+    pictures = {name for name in files[0] if {"saved", "worst"} & set(name.parts)}
+    assert sum("worst" in name.parts for name in pictures) == 3
+    assert pictures == {name for name in files[1] if {"saved", "worst"} & set(name.parts)}
+    for name in pictures:
+        assert files[0][name].read_bytes() == files[1][name].read_bytes(), name
+
+
 def test_prediction_of_any_image(trained, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -138,6 +172,14 @@ def test_prediction_of_any_image(trained, tmp_path, capsys):
         assert {s["id"] for s in annotation["segments_info"]} == set(np.unique(ids).tolist()) - {0}
     assert Image.open(out / "wide_overlay.png").size == (70, 45)
     assert Image.open(out / "tall_grey_overlay.png").size == (33, 90)
+
+
+def test_instance_prediction(trained, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(photo)
+    arguments = (f"checkpoint={trained}/checkpoints/best.ckpt", f"input={photo}", f"output={tmp_path}/out")
+    assert call("predict", *arguments, "task=instance", "inference.scales=[0.5,1]") == 0
+    assert json.loads((tmp_path / "out" / "photo_instances.json").read_text()) is not None
 
 
 def test_semantic_prediction(trained, tmp_path):
@@ -217,15 +259,18 @@ def test_mistakes_end_in_one_line_and_exit_code_2(trained, job, arguments, messa
     assert message in errors[0]
 
 
-def test_semantic_training(work):
-    arguments = (*TINY, "task=semantic", "recipe.max_steps=1", "recipe.val_interval=1", "backbone=resnet18")
-    assert call("train", *arguments, "hydra.run.dir=semantic") == 0
-    assert "val/PQ" not in json.loads(Path("semantic/metrics.json").read_text())
+@pytest.mark.parametrize(("task", "metric"), [("semantic", "val/mIoU"), ("instance", "val/AP")])
+def test_training_of_other_tasks(work, task, metric):
+    arguments = (*TINY, f"task={task}", "recipe.max_steps=1", "recipe.val_interval=1", "backbone=resnet18")
+    assert call("train", *arguments, f"hydra.run.dir={task}") == 0
+    metrics = json.loads(Path(f"{task}/metrics.json").read_text())
+    assert metric in metrics
+    assert "val/PQ" not in metrics
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, job="train"):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    command = [sys.executable, str(ROOT / f"{job}.py"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
