@@ -75,7 +75,7 @@ def evaluate(cfg: DictConfig) -> float:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = _take_network(cfg)
     trainer = build_trainer(cfg)
-    datamodule = build_datamodule(cfg, trainer.world_size)
+    datamodule = build_datamodule(cfg, world_size=1)  # the recipe's batch, which is not used, need not be shared out
     _check_classes(checkpoint, datamodule.info)
     module = build_module(cfg, datamodule.info)
     load_network(module.network, checkpoint)

@@ -167,7 +167,7 @@ def test_a_callback_can_be_switched_off(tmp_path):
         ),
         (
             ["task=panoptc"],
-            r"there is no task=panoptc \(did you mean panoptic\?\); choose one of: instance, panoptic, semantic",
+            r"there is no task=panoptc \(did you mean panoptic\?\); choose one of: instance, panoptic",
         ),
         (["dataset=nowhere"], r"there is no dataset=nowhere; choose one of: ade20k, cityscapes, .*, synthetic"),
         (["dataset=semantic_folder"], r"dataset=semantic_folder has no task=panoptic: choose task=semantic$"),
