@@ -184,11 +184,14 @@ def _segment_video(
                 deque(drawn(results), maxlen=0)
             else:
                 _write(drawn(results), predictor, masks, masks=True, overlays=False)
-    if rate.num_frames == 0:
+    if rate.num_frames == 0 and not stopped.is_set():
         raise UserError(f"{video} has no frame that can be read: check that it is a complete video")
     if reader.damaged:
         print(f"{video} is damaged: {reader.damaged} frames could not be read, the rest is done", file=sys.stderr)
     ended = "stopped by Ctrl-C after" if stopped.is_set() else "done:"
+    if rate.num_frames == 0:
+        print(f"{name} {ended} 0 frames")
+        return
     where = {"masks": str(masks), "overlays": str(target), "all": f"{target} and {masks}"}[save]
     print(
         f"{name} {ended} {rate.num_frames} frames in {rate.seconds:.1f} s, {rate.overall:.1f} frames per second, "

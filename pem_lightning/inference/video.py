@@ -213,16 +213,16 @@ class FrameRate:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self._start
+        """From the start to the last frame."""
+        return self._lately[-1] - self._start
 
     @property
     def overall(self) -> float:
-        """The rate since the start."""
+        """The rate from the start to the last frame."""
         return self.num_frames / max(self.seconds, 1e-9)
 
     def due(self, fps: int | float) -> int:
-        """How many frames a video of so many per second would have by now."""
+        """How many frames a video of so many per second would have by the last frame."""
         return math.floor(self.seconds * fps)
 
 

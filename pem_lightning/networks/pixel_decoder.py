@@ -34,12 +34,10 @@ class ContextSelfModulation(nn.Module):
             nn.Conv2d(channels // reduction, channels, 1, bias=False),
         )
 
-    def forward(
-        self, x: Float[Tensor, "B C H W"], residual: Float[Tensor, "#B C _ _"] | float = 0.0
-    ) -> Float[Tensor, "B C H W"]:
-        """Modulate, and add what the next operation wants added, in one pass over the map."""
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Modulate."""
         weight = self.mlp(x.mean(dim=(2, 3), keepdim=True)).sigmoid().sigmoid()
-        return torch.addcmul(torch.as_tensor(residual, dtype=x.dtype, device=x.device), x, 1 + weight)
+        return torch.addcmul(x, x, weight)  # x * (1 + weight) would round every weight, a whole channel at once
 
 
 class DeformableUpsampling(nn.Module):
@@ -105,7 +103,7 @@ class PixelDecoder(nn.Module):
         for feature, lateral, csm, upsampling in zip(
             coarse_to_fine, self.laterals, self.csm, self.upsampling, strict=False
         ):
-            level, context = upsampling(csm(lateral(feature), context))
+            level, context = upsampling(csm(lateral(feature)).add_(context))
             levels.append(level)
-        finest = self.csm[-1](self.laterals[-1](coarse_to_fine[-1]), context)
+        finest = self.csm[-1](self.laterals[-1](coarse_to_fine[-1])).add_(context)
         return self.mask_projection(finest), levels

@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import cv2
@@ -213,8 +213,14 @@ class TestStream:
         assert len(read(video)[1]) >= 20
 
     def test_ctrl_c_finishes_the_video_and_the_masks(self, tmp_path, capsys):
+        def interrupt():
+            while not list(tmp_path.glob(".*.mp4")):  # what is being written
+                time.sleep(0.05)
+            time.sleep(1.5)
+            os.kill(os.getpid(), signal.SIGINT)
+
         with camera() as address:
-            threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Thread(target=interrupt, daemon=True).start()
             segment_files(predictor(seconds=0.2), address, tmp_path, save="all")
         out = capsys.readouterr().out
         assert "stopped by Ctrl-C after" in out
@@ -226,6 +232,19 @@ class TestStream:
         assert len(frames) >= 2 * count  # five frames a second are shown so long that the video keeps time
         seconds = float(re.search(rf"after {count} frames in ([0-9.]+) s", out)[1])
         assert len(frames) / fps == pytest.approx(seconds, abs=0.5)
+
+    def test_ctrl_c_before_the_first_frame(self, tmp_path, monkeypatch, capsys):
+        class Impatient(VideoReader):
+            def frames(self, every=1):
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(0.1)
+                yield from super().frames(every)
+
+        monkeypatch.setattr("pem_lightning.inference.segment_files.VideoReader", Impatient)
+        monkeypatch.setattr("pem_lightning.inference.segment_files.made_ahead", lambda items: nullcontext(iter(items)))
+        segment_files(predictor(), write_video(tmp_path / "clip.mp4"), tmp_path / "out")
+        assert "clip stopped by Ctrl-C after 0 frames" in capsys.readouterr().out
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
