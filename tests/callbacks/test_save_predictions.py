@@ -12,8 +12,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from pem_lightning.callbacks import SavePredictions
-from pem_lightning.data import ADE20K
+from pem_lightning.data import ADE20K, CachedDataset, CityscapesDataset, CocoPanopticDataset
 from pem_lightning.errors import UserError
+from pem_lightning.evaluate_files import evaluate_panoptic_files
 from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.task import Result
 from pem_lightning.panoptic_png import rgb_to_id
@@ -61,6 +62,24 @@ def test_panoptic(save, tmp_path, sample, result, processes):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+def test_official_files_written_again_are_perfect(trainer, module, tmp_path, reference):
+    """Two annotated photographs of COCO as predictions: ids of images, segments and categories are COCO's own."""
+    folder = reference / "panoptic_quality" / "coco_sample"
+    dataset = CocoPanopticDataset(folder / "panoptic.json", folder / "images")
+    trainer.datamodule = SimpleNamespace(val_dataset=CachedDataset(dataset, tmp_path / "cache"))
+    module.info = dataset.info
+    callback = SavePredictions(tmp_path)
+    callback.on_validation_start(trainer, module)
+    for sample in trainer.datamodule.val_dataset:
+        result = Result(panoptic=sample.panoptic, segments=sample.segments)
+        batch = Batch([sample.image], [], [sample])
+        callback.on_validation_batch_end(trainer, module, {"results": [result]}, batch, 0)
+    callback.on_validation_end(trainer, module)
+    quality = evaluate_panoptic_files(folder / "panoptic.json", tmp_path / "panoptic.json").quality
+    assert quality.all.pq == 1
+    assert quality.true_positives.sum() > 10
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_instances_are_read_by_pycocotools(save, tmp_path, sample, processes):
     masks = [sample.panoptic == 1, sample.panoptic > 0]
@@ -83,7 +102,7 @@ def test_instances_are_read_by_pycocotools(save, tmp_path, sample, processes):
 
 
 def test_class_maps_have_official_ids_and_the_servers_names(save, tmp_path, sample, result):
-    save(tmp_path, "semantic", [sample], [Result(result.semantic)], suffix="_leftImg8bit")
+    save(tmp_path, "semantic", [sample], [Result(result.semantic)], suffix=CityscapesDataset.prediction_suffix)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a_leftImg8bit.png"]
     saved = np.array(Image.open(tmp_path / "semantic" / "a_leftImg8bit.png"))
     assert saved.dtype == np.uint8
