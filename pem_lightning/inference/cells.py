@@ -98,3 +98,94 @@ class Cells:
     def _inside(self, count: int, length: int) -> Bool[Tensor, "count 4"]:
         pixels = torch.arange(STRIDE * count, device=self.device).view(count, STRIDE) - STRIDE // 2
         return (pixels >= 0) & (pixels < length)
+
+
+def class_map_by_cells(
+    weights: Float[Tensor, "Q K"], mask_logits: Float[Tensor, "Q h w"], image_size: tuple[int, int]
+) -> Int32[Tensor, "H W"]:
+    """The class with the highest score at every pixel.
+
+    A class is certain of a cell if its score at the lowest logits beats those of all others at the highest.
+
+    Args:
+        weights: probability of every class, by query.
+        mask_logits: as of `Cells`.
+        image_size: as of `Cells`.
+    """
+    cells = Cells(mask_logits, image_size)
+    canvas = cells.canvas()
+    for strip in cells.strips():
+        low, high = cells.bounds(strip)
+        winner, certain = _certain_winner(low.sigmoid_() @ weights, high.sigmoid_() @ weights)  # R S
+        canvas[strip] = winner[:, None, :, None]
+        rows, columns = torch.nonzero(~certain, as_tuple=True)
+        rows += strip.start
+        for part, logits, _ in cells.pixels(rows, columns):
+            canvas[rows[part], :, columns[part]] = (logits.sigmoid_() @ weights).argmax(-1).int()
+    return cells.crop(canvas)
+
+
+def compete_by_cells(
+    mask_logits: Float[Tensor, "M h w"], scores: Float[Tensor, " M"], image_size: tuple[int, int]
+) -> tuple[Int32[Tensor, "H W"], Int64[Tensor, "M 3"]]:
+    """The query with the highest score times mask probability at every pixel.
+
+    A cell is decided if its winner is certain and the edge of no mask crosses it.
+
+    Args:
+        mask_logits: as of `Cells`.
+        scores: of the queries.
+        image_size: as of `Cells`.
+
+    Returns:
+        The winner's index per pixel, M where the pixel is outside the winner's own mask (probability below 0.5);
+        and three areas per query: pixels it wins, pixels of its own mask, pixels of its own mask that it wins.
+    """
+    M = len(mask_logits)
+    cells = Cells(mask_logits, image_size)
+    canvas = cells.canvas()
+    areas = torch.zeros(M, 3, dtype=torch.int64, device=cells.device)
+    for strip in cells.strips():
+        low, high = cells.bounds(strip)
+        full, crossed = low >= 0, (low < 0) & (high > -MARGIN)
+        winner, certain = _certain_winner(low.sigmoid_().mul_(scores), high.sigmoid_().mul_(scores))  # R S
+        decided = certain & ~crossed.any(-1)
+        visible = full.gather(-1, winner[..., None]).squeeze(-1)
+        canvas[strip] = torch.where(visible, winner, M)[:, None, :, None].int()
+        rows, columns = torch.nonzero(~decided, as_tuple=True)
+        _count(areas, winner, visible, full, cells.areas(strip) * decided)
+        rows += strip.start
+        for part, logits, inside in cells.pixels(rows, columns):
+            probability = logits.sigmoid_()
+            own = probability >= 0.5  # not `logit >= 0`: a slightly negative logit rounds to 0.5
+            winner = (probability * scores).argmax(-1)
+            visible = own.gather(-1, winner[..., None]).squeeze(-1)
+            canvas[rows[part], :, columns[part]] = torch.where(visible, winner, M).int()
+            _count(areas, winner, visible, own, inside.long())
+    return cells.crop(canvas), areas
+
+
+def _certain_winner(
+    low: Float[Tensor, "R S M"], high: Float[Tensor, "R S M"]
+) -> tuple[Int64[Tensor, "R S"], Bool[Tensor, "R S"]]:
+    """Who has the highest lower bound, and whether it is above everybody else's upper bound. Overwrites `high`."""
+    best, winner = low.max(-1)
+    rest = high.scatter_(-1, winner[..., None], -1.0).amax(-1)
+    return winner, best > rest * (1 + MARGIN) + MARGIN * MARGIN
+
+
+def _count(
+    areas: Int64[Tensor, "M 3"],
+    winner: Int64[Tensor, "*places"],
+    visible: Bool[Tensor, "*places"],
+    own: Bool[Tensor, "*places M"],
+    pixels: Int64[Tensor, "*places"],
+) -> None:
+    """Add pixels won, pixels in the own mask and pixels of both to the areas of every query."""
+    M = len(areas)
+    places = (winner * 2 + visible).flatten()
+    # In float64 sums of counts are exact.
+    won = torch.bincount(places, pixels.flatten().double(), minlength=2 * M).view(M, 2)
+    areas[:, 0] += won.sum(1).long()
+    areas[:, 1] += (pixels.flatten().double() @ own.flatten(0, -2).double()).long()
+    areas[:, 2] += won[:, 1].long()

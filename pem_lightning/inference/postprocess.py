@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
-from pem_lightning.inference.cells import MARGIN, STRIDE, Cells
+from pem_lightning.inference.cells import STRIDE, class_map_by_cells, compete_by_cells
 from pem_lightning.inference.strips import resize_rows, source_rows
 from pem_lightning.types import VOID_ID, Segment
 
@@ -92,7 +92,9 @@ def semantic_map(
         class_logits, mask_logits, padded_size, image_size, output_size, resize_first: as of `semantic`.
     """
     if output_size == image_size and _is_quarter(mask_logits, padded_size):
-        return _semantic_by_cells(class_logits, mask_logits, image_size)
+        mask_logits = _full_precision(mask_logits)
+        weights = class_logits.to(mask_logits.dtype).softmax(-1)[:, :-1]
+        return class_map_by_cells(weights, mask_logits, image_size)
     strips = _score_strips(
         class_logits,
         mask_logits,
@@ -139,7 +141,7 @@ def panoptic(
 
     scores, labels = scores[kept], labels[kept]
     if output_size == image_size and _is_quarter(mask_logits, padded_size):
-        winner, areas = _compete_by_cells(mask_logits[kept], scores, image_size)
+        winner, areas = compete_by_cells(_full_precision(mask_logits[kept]), scores, image_size)
     else:
         winner, areas = _compete(mask_logits[kept], scores, padded_size, image_size, output_size)
     segments: list[Segment] = []
@@ -207,79 +209,6 @@ def instances(
     return found
 
 
-def _semantic_by_cells(
-    class_logits: Float[Tensor, "Q classes_and_none"], mask_logits: Float[Tensor, "Q h w"], image_size: Size
-) -> Int32[Tensor, "H W"]:
-    """Class of every pixel: a class wins a cell if its score at the lowest logits beats all others at the highest."""
-    mask_logits = _full_precision(mask_logits)
-    weights = class_logits.to(mask_logits.dtype).softmax(-1)[:, :-1]  # Q K
-    cells = Cells(mask_logits, image_size)
-    canvas = cells.canvas()
-    for strip in cells.strips():
-        low, high = cells.bounds(strip)
-        winner, certain = _certain_winner(low.sigmoid_() @ weights, high.sigmoid_() @ weights)  # R S
-        canvas[strip] = winner[:, None, :, None]
-        rows, columns = torch.nonzero(~certain, as_tuple=True)
-        rows += strip.start
-        for part, logits, _ in cells.pixels(rows, columns):
-            canvas[rows[part], :, columns[part]] = (logits.sigmoid_() @ weights).argmax(-1).int()
-    return cells.crop(canvas)
-
-
-def _compete_by_cells(
-    mask_logits: Float[Tensor, "M h w"], scores: Float[Tensor, " M"], image_size: Size
-) -> tuple[Int32[Tensor, "H W"], Int64[Tensor, "M 3"]]:
-    """The same as `_compete`: a cell is decided if its winner is certain and no mask's edge crosses it."""
-    M = len(mask_logits)
-    cells = Cells(_full_precision(mask_logits), image_size)
-    canvas = cells.canvas()
-    areas = torch.zeros(M, 3, dtype=torch.int64, device=cells.device)
-    for strip in cells.strips():
-        low, high = cells.bounds(strip)
-        full, crossed = low >= 0, (low < 0) & (high > -MARGIN)
-        winner, certain = _certain_winner(low.sigmoid_().mul_(scores), high.sigmoid_().mul_(scores))  # R S
-        decided = certain & ~crossed.any(-1)
-        visible = full.gather(-1, winner[..., None]).squeeze(-1)
-        canvas[strip] = torch.where(visible, winner, M)[:, None, :, None].int()
-        rows, columns = torch.nonzero(~decided, as_tuple=True)
-        _count(areas, winner, visible, full, cells.areas(strip) * decided)
-        rows += strip.start
-        for part, logits, inside in cells.pixels(rows, columns):
-            probability = logits.sigmoid_()
-            own = probability >= 0.5  # not `logit >= 0`: a slightly negative logit rounds to 0.5
-            winner = (probability * scores).argmax(-1)
-            visible = own.gather(-1, winner[..., None]).squeeze(-1)
-            canvas[rows[part], :, columns[part]] = torch.where(visible, winner, M).int()
-            _count(areas, winner, visible, own, inside.long())
-    return cells.crop(canvas), areas
-
-
-def _certain_winner(
-    low: Float[Tensor, "R S M"], high: Float[Tensor, "R S M"]
-) -> tuple[Int64[Tensor, "R S"], Bool[Tensor, "R S"]]:
-    """Who has the highest lower bound, and whether it is above everybody else's upper bound. Overwrites `high`."""
-    best, winner = low.max(-1)
-    rest = high.scatter_(-1, winner[..., None], -1.0).amax(-1)
-    return winner, best > rest * (1 + MARGIN) + MARGIN * MARGIN
-
-
-def _count(
-    areas: Int64[Tensor, "M 3"],
-    winner: Int64[Tensor, "*places"],
-    visible: Bool[Tensor, "*places"],
-    own: Bool[Tensor, "*places M"],
-    pixels: Int64[Tensor, "*places"],
-) -> None:
-    """Add pixels won, pixels in the own mask and pixels of both to the areas of every query."""
-    M = len(areas)
-    places = (winner * 2 + visible).flatten()
-    # In float64 sums of counts are exact.
-    won = torch.bincount(places, pixels.flatten().double(), minlength=2 * M).view(M, 2)
-    areas[:, 0] += won.sum(1).long()
-    areas[:, 1] += (pixels.flatten().double() @ own.flatten(0, -2).double()).long()
-    areas[:, 2] += won[:, 1].long()
-
-
 def _compete(
     mask_logits: Float[Tensor, "M h w"],
     scores: Float[Tensor, " M"],
@@ -287,12 +216,7 @@ def _compete(
     image_size: Size,
     output_size: Size,
 ) -> tuple[Int32[Tensor, "H W"], Int64[Tensor, "M 3"]]:
-    """Find each pixel's winning query.
-
-    Returns:
-        The winner's index per pixel, M where the pixel is outside the winner's own mask (probability below 0.5);
-        and three areas per query: pixels it wins, pixels of its own mask, pixels of its own mask that it wins.
-    """
+    """The same as `compete_by_cells` for any output size."""
     M = len(mask_logits)
     areas = torch.zeros(M, 3, dtype=torch.int64, device=mask_logits.device)
     winners = []
