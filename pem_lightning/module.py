@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import torch
 from lightning import LightningModule
@@ -13,8 +13,16 @@ from torch import Tensor, nn
 from pem_lightning.checkpoints import CHECKPOINT_KEY
 from pem_lightning.evaluation import Evaluation, Evaluator
 from pem_lightning.inference.task import Result, TaskInference, size_of
+from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.preprocess import normalize, pad_batch
 from pem_lightning.types import Batch, DatasetInfo
+
+
+class ValidationOutput(TypedDict):
+    """What callbacks get of every validation batch: results and their scores (see `Evaluator.update`), by image."""
+
+    results: list[Result]
+    scores: list[float]
 
 
 class PEMModule(LightningModule):
@@ -29,6 +37,8 @@ class PEMModule(LightningModule):
         optimizer: groups -> optimiser.
         schedule: optimiser -> learning-rate scheduler, stepped every iteration.
         record: how the experiment was configured, kept in checkpoints (see `checkpoints.Checkpoint`).
+        scales: of the views in validation, see `TestTimeAugmentation`.
+        flip: likewise.
     """
 
     def __init__(
@@ -41,11 +51,15 @@ class PEMModule(LightningModule):
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
         record: Mapping[str, Any] | None = None,
+        *,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.criterion = criterion
         self.inference = inference
+        self.augmentation = TestTimeAugmentation(inference, scales, flip)
         self.info = info
         self.evaluator = Evaluator(info, inference.task)
         self.evaluation: Evaluation | None = None  # of the last validation
@@ -63,15 +77,17 @@ class PEMModule(LightningModule):
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Result]]:
-        """Predict one image after the other, each at its own size, and compare. The results are for callbacks."""
-        results = []
+    def validation_step(self, batch: Batch, batch_idx: int) -> ValidationOutput:
+        """Predict one image after the other, each at its own size, and compare."""
+        output = ValidationOutput(results=[], scores=[])
         for image, sample in zip(batch.images, batch.samples, strict=True):
-            predictions = self.network(normalize(image)[None])
-            result = self.inference(predictions, size_of(image), size_of(sample.panoptic), with_semantic=True)
-            self.evaluator.update(result, sample)
-            results.append(result)
-        return {"results": results}
+            inputs, output_size = normalize(image)[None], size_of(sample.panoptic)
+            (result,) = self.augmentation(
+                self.network, inputs, output_size, with_semantic=self.evaluator.needs_semantic
+            )
+            output["scores"].append(self.evaluator.update(result, sample))
+            output["results"].append(result)
+        return output
 
     def on_validation_epoch_end(self) -> None:
         """Log the data set's metrics, in percent."""

@@ -75,7 +75,7 @@ def evaluate(cfg: DictConfig) -> float:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = _take_network(cfg)
     trainer = build_trainer(cfg)
-    datamodule = build_datamodule(cfg, trainer.world_size)
+    datamodule = build_datamodule(cfg, world_size=1)  # the recipe's batch, which is not used, need not be shared out
     _check_classes(checkpoint, datamodule.info)
     module = build_module(cfg, datamodule.info)
     load_network(module.network, checkpoint)
@@ -145,6 +145,7 @@ def build_module(cfg: DictConfig, info: DatasetInfo) -> PEMModule:
         optimizer=instantiate(cfg.recipe.optimizer),
         schedule=instantiate(cfg.recipe.schedule),
         record={"config": _plain(cfg), "overrides": _overrides()},
+        **_views(cfg),
     )
 
 
@@ -160,7 +161,18 @@ def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
         device=cfg.device,
         classes=cfg.classes,
         batch_size=cfg.batch_size,
+        **_views(cfg),
     )
+
+
+def _views(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of `TestTimeAugmentation`."""
+    try:
+        return {"scales": tuple(float(scale) for scale in cfg.inference.scales), "flip": bool(cfg.inference.flip)}
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"inference.scales={cfg.inference.scales}: give a list of numbers, e.g. [0.75,1.0,1.25]"
+        ) from error
 
 
 def _take_network(cfg: DictConfig) -> Checkpoint:

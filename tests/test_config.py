@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 from torch import nn
 
-from pem_lightning.callbacks import Curves, PredictionPanels, Results
+from pem_lightning.callbacks import ConfusionMatrix, Curves, PredictionPanels, Results, SavePredictions, WorstImages
 from pem_lightning.config import CONF, check_composes, key_of, user_error_behind
+from pem_lightning.data import CITYSCAPES
 from pem_lightning.errors import UserError
 from pem_lightning.networks.pem import PEM
 from pem_lightning.run import build_datamodule, build_module, build_trainer
@@ -123,6 +124,34 @@ def test_the_papers_numbers_for_ade20k(task, edge):
     assert (recipe.gradient_clip, cfg.criterion.num_points) == (0.01, 12544)
 
 
+def test_tasks_have_the_same_settings():
+    """What a checkpoint's experiment overrides for one task must exist when it is evaluated as another."""
+    settings = [set(compose("train", f"task={task}").task.inference) for task in choices("task")]
+    assert settings[0] == settings[1] == settings[2]
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate", "predict"])
+def test_test_time_augmentation_is_set_on_the_command_line(job):
+    cfg = compose(job, "inference.scales=[1,1.5]", "inference.flip=true")
+    module = build_module(cfg, CITYSCAPES)
+    assert (module.augmentation.scales, module.augmentation.flip) == ([1.5, 1.0], True)
+    plain = build_module(compose(job), CITYSCAPES).augmentation
+    assert (plain.scales, plain.flip) == ([1.0], False)
+    for scales in ("[large]", "1.5"):
+        with pytest.raises(UserError, match=r"inference\.scales=.*give a list of numbers"):
+            build_module(compose(job, f"inference.scales={scales}"), CITYSCAPES)
+
+
+def test_an_evaluation_does_all_it_can(tmp_path):
+    cfg = compose("evaluate", f"save_predictions={tmp_path}/saved")
+    cfg.output_dir = str(tmp_path)
+    callbacks = build_trainer(cfg).callbacks
+    assert {ConfusionMatrix, PredictionPanels, Results, SavePredictions, WorstImages} <= {type(c) for c in callbacks}
+    places = [type(c) for c in callbacks if isinstance(c, ConfusionMatrix | WorstImages | Results)]
+    assert places[-1] is Results  # which says where the others' files are
+    assert next(c for c in callbacks if isinstance(c, SavePredictions)).directory == tmp_path / "saved"
+
+
 def test_a_callback_can_be_switched_off(tmp_path):
     cfg = compose("train", "callbacks.panels=null")
     cfg.output_dir = str(tmp_path)
@@ -136,7 +165,10 @@ def test_a_callback_can_be_switched_off(tmp_path):
             ["recipe.max_step=3"],
             r"there is no key recipe\.max_step \(did you mean recipe\.max_steps\?\); see .* --cfg job",
         ),
-        (["task=panoptc"], r"there is no task=panoptc \(did you mean panoptic\?\); choose one of: panoptic, semantic"),
+        (
+            ["task=panoptc"],
+            r"there is no task=panoptc \(did you mean panoptic\?\); choose one of: instance, panoptic",
+        ),
         (["dataset=nowhere"], r"there is no dataset=nowhere; choose one of: ade20k, cityscapes, .*, synthetic"),
         (["dataset=semantic_folder"], r"dataset=semantic_folder has no task=panoptic: choose task=semantic$"),
         (["recipe=ade20k_panotic"], r"there is no recipe=ade20k_panotic \(did you mean ade20k_panoptic\?\)"),

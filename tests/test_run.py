@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -119,6 +118,39 @@ def test_evaluation_takes_overrides(trained, capsys):
     assert "val/PQ" not in metrics
 
 
+def test_a_panoptic_checkpoint_is_evaluated_as_instances(trained):
+    arguments = ("task=instance", "save_predictions=saved", "hydra.run.dir=evaluated_instance")
+    assert call("evaluate", f"checkpoint={trained}/checkpoints/last.ckpt", *arguments) == 0
+    metrics = json.loads(Path("evaluated_instance/metrics.json").read_text())
+    assert {"val/AP", "val/AP50", "val/AP75", "val/APs", "val/APm", "val/APl"} <= metrics.keys()
+    assert len(metrics["per_class"]) == 8
+    assert not Path("evaluated_instance/confusion.png").exists()
+    results = json.loads(Path("saved/instances.json").read_text())
+    assert {r["category_id"] for r in results} <= {24, 25, 26, 27, 28, 31, 32, 33}
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_two_processes_evaluate_like_one(trained, task):
+    """Numbers, worst images and predictions, with test-time augmentation; one process has two of the three images."""
+    arguments = [f"checkpoint={trained}/checkpoints/last.ckpt", f"task={task}", "inference.flip=true"]
+    for processes in (1, 2):
+        own = [f"hydra.run.dir={task}_by{processes}/run", f"save_predictions={task}_by{processes}/saved"]
+        devices = [f"trainer.devices={processes}", "trainer.strategy=ddp"] if processes > 1 else []
+        process = start(trained.parent, *arguments, *own, *devices, job="evaluate")
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    one, two = (Path(f"{task}_by{processes}") for processes in (1, 2))
+    numbers = [json.loads((folder / "run" / "metrics.json").read_text()) for folder in (one, two)]
+    assert numbers[0].keys() == numbers[1].keys()
+    for name in [name for name in numbers[0] if name.startswith("val/")]:
+        assert numbers[1][name] == pytest.approx(numbers[0][name], abs=1e-9), name
+    same = [path.relative_to(one) for what in ("saved/**/*.*", "run/worst/*") for path in sorted(one.glob(what))]
+    assert sum("worst" in name.parts for name in same) == 3
+    for name in same:
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+    assert len(list(two.glob("run/worst/*"))) == 3
+
+
 def test_prediction_of_any_image(trained, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -140,29 +172,16 @@ def test_prediction_of_any_image(trained, tmp_path, capsys):
     assert Image.open(out / "tall_grey_overlay.png").size == (33, 90)
 
 
-def test_semantic_prediction(trained, tmp_path):
+@pytest.mark.parametrize(("task", "views"), [("semantic", "flip=true"), ("instance", "scales=[0.5,1]")])
+def test_prediction_of_other_tasks(trained, tmp_path, task, views):
     photo = tmp_path / "photo.png"
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(photo)
     arguments = (f"checkpoint={trained}/checkpoints/best.ckpt", f"input={photo}", f"output={tmp_path}/out")
-    assert call("predict", *arguments, "task=semantic") == 0
-    assert Image.open(tmp_path / "out" / "photo_semantic.png").size == (50, 40)
-
-
-def test_video_prediction(trained, tmp_path, capsys):
-    video = tmp_path / "drive.avi"
-    writer = cv2.VideoWriter(str(video), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 64))
-    for value in range(0, 250, 50):
-        writer.write(np.full((64, 96, 3), value, np.uint8))
-    writer.release()
-    arguments = (f"checkpoint={trained}/checkpoints/last.ckpt", f"input={video}", f"output={tmp_path}/out")
-    options = ("classes=[car,traffic light]", "show_fps=true", "save=all", "every=2", "batch_size=2")
-    assert call("predict", *arguments, *options) == 0
-    assert "drive done: 3 frames" in capsys.readouterr().out
-    capture = cv2.VideoCapture(str(tmp_path / "out" / "drive.mp4"))
-    assert (capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)) == (3, 5)
-    annotations = json.loads((tmp_path / "out" / "drive_masks" / "panoptic.json").read_text())["annotations"]
-    assert [a["image_id"] for a in annotations] == ["drive_000000", "drive_000002", "drive_000004"]
-    assert {s["category_id"] for a in annotations for s in a["segments_info"]} <= {26, 19}
+    assert call("predict", *arguments, f"task={task}", f"inference.{views}") == 0
+    if task == "semantic":
+        assert Image.open(tmp_path / "out" / "photo_semantic.png").size == (50, 40)
+    else:
+        assert isinstance(json.loads((tmp_path / "out" / "photo_instances.json").read_text()), list)
 
 
 def test_resume_last_goes_on_in_the_runs_own_folder(trained):
@@ -217,15 +236,18 @@ def test_mistakes_end_in_one_line_and_exit_code_2(trained, job, arguments, messa
     assert message in errors[0]
 
 
-def test_semantic_training(work):
-    arguments = (*TINY, "task=semantic", "recipe.max_steps=1", "recipe.val_interval=1", "backbone=resnet18")
-    assert call("train", *arguments, "hydra.run.dir=semantic") == 0
-    assert "val/PQ" not in json.loads(Path("semantic/metrics.json").read_text())
+@pytest.mark.parametrize(("task", "metric"), [("semantic", "val/mIoU"), ("instance", "val/AP")])
+def test_training_of_other_tasks(work, task, metric):
+    arguments = (*TINY, f"task={task}", "recipe.max_steps=1", "recipe.val_interval=1", "backbone=resnet18")
+    assert call("train", *arguments, f"hydra.run.dir={task}") == 0
+    metrics = json.loads(Path(f"{task}/metrics.json").read_text())
+    assert metric in metrics
+    assert "val/PQ" not in metrics
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, job="train"):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    command = [sys.executable, str(ROOT / f"{job}.py"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 

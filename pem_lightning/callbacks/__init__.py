@@ -1,8 +1,18 @@
-"""What is shown and kept while training: progress, curves, prediction panels, results."""
+"""What is shown and kept of training and evaluation: progress, curves, pictures, results, predictions."""
 
+from pem_lightning.callbacks.confusion import ConfusionMatrix
 from pem_lightning.callbacks.curves import Curves
-from pem_lightning.callbacks.panels import PredictionPanels
+from pem_lightning.callbacks.panels import PredictionPanels, WorstImages
 from pem_lightning.callbacks.progress import progress_bar
 from pem_lightning.callbacks.results import Results
+from pem_lightning.callbacks.save_predictions import SavePredictions
 
-__all__ = ["Curves", "PredictionPanels", "Results", "progress_bar"]
+__all__ = [
+    "ConfusionMatrix",
+    "Curves",
+    "PredictionPanels",
+    "Results",
+    "SavePredictions",
+    "WorstImages",
+    "progress_bar",
+]

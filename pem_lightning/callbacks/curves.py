@@ -28,6 +28,8 @@ METRICS = {
     "val/PQ_things": ("PQ things", "#d1495b"),
     "val/PQ_stuff": ("PQ stuff", "#1b7f79"),
     "val/mIoU": ("mIoU", "#edae49"),
+    "val/AP": ("AP", "#1f3a5f"),
+    "val/AP50": ("AP50", "#d1495b"),
 }
 
 

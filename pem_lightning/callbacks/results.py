@@ -21,7 +21,7 @@ from pem_lightning.types import DatasetInfo
 
 
 def class_table(evaluation: Evaluation, info: DatasetInfo) -> Table:
-    """All classes with their metrics in percent; a dash where a class does not occur."""
+    """All classes that the task has, with their metrics in percent; a dash where a class does not occur."""
     rows = evaluation.per_class(info)
     table = Table(title=f"{info.name}, by class (percent)", header_style="bold")
     for name in rows[0]:
@@ -37,8 +37,12 @@ def summary(evaluation: Evaluation) -> str:
     if (panoptic := evaluation.panoptic) is not None:
         for name, group in (("all", panoptic.all), ("things", panoptic.things), ("stuff", panoptic.stuff)):
             lines.append(f"{name:12} PQ {100 * group.pq:.1f}   SQ {100 * group.sq:.1f}   RQ {100 * group.rq:.1f}")
-    semantic = evaluation.semantic
-    lines.append(f"{'pixels':12} mIoU {100 * semantic.miou:.1f}   accuracy {100 * semantic.pixel_accuracy:.1f}")
+    if (semantic := evaluation.semantic) is not None:
+        lines.append(f"{'pixels':12} mIoU {100 * semantic.miou:.1f}   accuracy {100 * semantic.pixel_accuracy:.1f}")
+    if (instance := evaluation.instance) is not None:
+        ap, ap50, ap75, *by_size = (_cell(100 * value) for value in instance.all)
+        lines.append(f"{'objects':12} AP {ap}   AP50 {ap50}   AP75 {ap75}")
+        lines += [f"{name:12} AP {value}" for name, value in zip(("small", "medium", "large"), by_size, strict=True)]
     return "\n".join(lines)
 
 
@@ -92,6 +96,8 @@ class Results(Callback):
             "checkpoints": "checkpoints",
             "curves": "curves.png",
             "overlays": "panels",
+            "worst images": "worst",
+            "confusion": "confusion.png",
             "numbers": "metrics.json",
         }
         return [(what, self.directory / name) for what, name in places.items() if (self.directory / name).exists()]

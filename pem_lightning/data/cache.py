@@ -55,6 +55,8 @@ class CachedDataset(SegmentationDataset):
     def __init__(self, source: SegmentationDataset, folder: str | Path, num_workers: int = 0) -> None:
         super().__init__(source.info, source.names, transform=source.transform, on_error=source.on_error)
         self.problems = source.problems
+        self.image_ids = source.image_ids
+        self.prediction_suffix = source.prediction_suffix
         self.source = source
         self.folder = Path(folder) / f"{source.info.name}_{_identity(source)}"
         self._verified = np.zeros(len(source), bool)

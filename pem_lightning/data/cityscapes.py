@@ -79,6 +79,8 @@ class CityscapesDataset(SegmentationDataset):
         UserError: a split is unknown, a folder missing or empty, or an image or an annotation lacks its counterpart.
     """
 
+    prediction_suffix = _IMAGE_SUFFIX.removesuffix(".png")
+
     def __init__(
         self,
         root: str | Path,

@@ -74,6 +74,8 @@ class CocoPanopticDataset(SegmentationDataset):
             if not missing:
                 self._kept.append(index)
         names = [entries.names[index] for index in self._kept]
+        ids = {image["file_name"]: image.get("id") for image in content["images"]}
+        self.image_ids = {entries.names[index]: ids[entries.images[index]] for index in self._kept}
         super().__init__(info or found, names, problems, transform=transform, on_error=on_error)
         if not names:
             raise UserError(f"{path} annotates no image that is there: {cure}")

@@ -98,6 +98,11 @@ class SegmentationDataModule(LightningDataModule, ABC):
         if "val" not in self._datasets:
             self._datasets["val"] = self._open("val", self.eval_transform)
 
+    @property
+    def val_dataset(self) -> SegmentationDataset:
+        """The validation images; only after `setup`."""
+        return self._datasets["val"]
+
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled batches of equal length; yields `Batch` with targets. `lightning.seed_everything` decides on all."""
         seed = torch.initial_seed()

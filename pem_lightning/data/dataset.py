@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import numpy as np
@@ -33,6 +34,8 @@ class SegmentationDataset(Dataset[Sample], ABC):
         names: of the items, unique.
         problems: what is wrong with the files found, one message with its cure each (only with `on_error="collect"`).
         common_files: those that describe several items, such as one JSON for all.
+        image_ids: the ids that official files give to images, by name, where those are not the names themselves.
+        prediction_suffix: what a benchmark wants the names of prediction files to end in, before ".png".
 
     Args:
         info: the classes.
@@ -47,6 +50,8 @@ class SegmentationDataset(Dataset[Sample], ABC):
     """
 
     common_files: tuple[Path, ...] = ()
+    image_ids: Mapping[str, str | int] = MappingProxyType({})
+    prediction_suffix = ""
 
     def __init__(
         self,

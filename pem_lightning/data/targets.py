@@ -77,7 +77,7 @@ def class_map(sample: Sample) -> Int64[Tensor, "map_height map_width"]:
     table = torch.full((largest + 1,), VOID_CLASS)
     for segment in sample.segments:
         table[segment.id] = segment.class_id
-    return table[sample.panoptic.long()]
+    return table.to(sample.panoptic.device)[sample.panoptic.long()]
 
 
 def _masks_of(segments: Iterable[Segment], sample: Sample, keep_empty: bool) -> Target:

@@ -19,9 +19,10 @@ from pem_lightning.inference.images import ImageLike, read_image
 from pem_lightning.inference.postprocess import Size
 from pem_lightning.inference.results import SegmentedImage
 from pem_lightning.inference.selection import find_classes, only_classes
-from pem_lightning.inference.task import Result, TaskInference, size_of
+from pem_lightning.inference.task import Result, TaskInference
+from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.preprocess import normalize
-from pem_lightning.types import VOID_ID, DatasetInfo, Predictions, Sample
+from pem_lightning.types import VOID_ID, DatasetInfo, Sample
 
 Images = list[ImageLike] | tuple[ImageLike, ...]
 
@@ -48,6 +49,8 @@ class Predictor:
         object_mask_threshold: see `postprocess.panoptic`; by default the checkpoint's.
         overlap_threshold: see `postprocess.panoptic`; by default the checkpoint's.
         score_threshold: instances with a lower score are left out.
+        scales: see `TestTimeAugmentation`.
+        flip: likewise.
 
     Raises:
         UserError: the checkpoint cannot be read, or the task, the device or a class does not exist.
@@ -64,6 +67,8 @@ class Predictor:
         object_mask_threshold: int | float | None = None,
         overlap_threshold: int | float | None = None,
         score_threshold: int | float = 0.0,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
     ) -> None:
         from hydra.utils import instantiate  # what follows is all that needs Hydra here
 
@@ -84,6 +89,8 @@ class Predictor:
             classes=classes,
             batch_size=batch_size,
             score_threshold=score_threshold,
+            scales=scales,
+            flip=flip,
         )
 
     @classmethod
@@ -98,6 +105,8 @@ class Predictor:
         classes: Iterable[str] | None = None,
         batch_size: int = 1,
         score_threshold: int | float = 0.0,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
     ) -> Predictor:
         """Make a predictor without a checkpoint.
 
@@ -112,6 +121,8 @@ class Predictor:
             classes: names of the classes to keep.
             batch_size: at most so many images of one size run through the network at once.
             score_threshold: instances with a lower score are left out.
+            scales: see `TestTimeAugmentation`.
+            flip: likewise.
 
         Raises:
             UserError: the device or a class does not exist.
@@ -126,6 +137,8 @@ class Predictor:
             classes=classes,
             batch_size=batch_size,
             score_threshold=score_threshold,
+            scales=scales,
+            flip=flip,
         )
         return predictor
 
@@ -140,6 +153,8 @@ class Predictor:
         classes: Iterable[str] | None,
         batch_size: int,
         score_threshold: int | float,
+        scales: Sequence[float],
+        flip: bool,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: choose 1 or more")
@@ -147,6 +162,7 @@ class Predictor:
         self.info = info
         self.classes = None if classes is None else find_classes(classes, info)
         self.inference = inference
+        self.augmentation = TestTimeAugmentation(inference, scales, flip)
         self.resize = resize
         self.batch_size = batch_size
         self.score_threshold = score_threshold
@@ -215,11 +231,7 @@ class Predictor:
     @torch.no_grad()
     def _infer(self, inputs: Float[Tensor, "B 3 H W"], output_size: Size) -> list[Result]:
         """Network and post-processing: all that runs on the device happens here and nowhere else."""
-        outputs = self.model(inputs)
-        return [
-            self.inference(Predictions(classes[None], masks[None]), size_of(inputs), output_size).cpu()
-            for classes, masks in zip(outputs.class_logits, outputs.mask_logits, strict=True)
-        ]
+        return [result.cpu() for result in self.augmentation(self.model, inputs, output_size)]
 
     def _prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:
         """Resized exactly as in evaluation, then normalised."""

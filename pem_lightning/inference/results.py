@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Int32, Integer, UInt8, UInt16
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from pem_lightning.data.targets import VOID_CLASS
@@ -23,6 +22,7 @@ from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.regions import Box, Region, find_regions, index_map, region_of
 from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic
 from pem_lightning.panoptic_png import id_to_rgb
+from pem_lightning.rle import encode_mask
 from pem_lightning.types import VOID_ID, DatasetInfo, Segment
 
 SHOWN_SCORE = 0.5
@@ -196,13 +196,11 @@ def segments_info(
 
 def coco_instance(instance: Instance | FoundInstance, image_id: str | int, info: DatasetInfo) -> dict[str, Any]:
     """One entry of COCO's instance results."""
-    pixels = instance.mask.numpy().view(np.uint8)
-    rle = coco_mask.encode(np.asfortranarray(pixels))
     area, box = region_of(instance.mask.numpy()) or Region(0, (0, 0, 0, 0))
     return {
         "image_id": image_id,
         "category_id": info.classes[instance.class_id].official_id,
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+        "segmentation": encode_mask(instance.mask),
         "bbox": _coco_box(box),
         "area": area,
         "score": instance.score,

@@ -59,6 +59,7 @@ class TaskInference:
         resize_first: see `postprocess.semantic`.
         object_mask_threshold: see `postprocess.panoptic`.
         overlap_threshold: see `postprocess.panoptic`.
+        top_k: see `postprocess.instances`.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class TaskInference:
         resize_first: bool = True,
         object_mask_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
+        top_k: int = 100,
     ) -> None:
         self.task = task
         self.thing_classes = frozenset(thing_classes)
         self.resize_first = resize_first
         self.object_mask_threshold = object_mask_threshold
         self.overlap_threshold = overlap_threshold
+        self.top_k = top_k
 
     def __call__(
         self, predictions: Predictions, image_size: Size, output_size: Size, *, with_semantic: bool = False
@@ -105,6 +108,6 @@ class TaskInference:
             )
             result = result._replace(panoptic=id_map, segments=tuple(segments))
         if self.task == "instance":
-            found = instances(class_logits, mask_logits, thing_classes=self.thing_classes, **at)
+            found = instances(class_logits, mask_logits, thing_classes=self.thing_classes, top_k=self.top_k, **at)
             result = result._replace(instances=tuple(found))
         return result

@@ -4,7 +4,6 @@ import json
 import math
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from lightning import Trainer
@@ -14,55 +13,28 @@ from rich.console import Console
 from pem_lightning.callbacks import Results, progress_bar
 from pem_lightning.callbacks.curves import draw_curves, read_metrics
 from pem_lightning.callbacks.loggers import wandb_logger
-from pem_lightning.callbacks.panels import PredictionPanels, draw_panel
 from pem_lightning.callbacks.progress import LiveProgress, ProgressLines
 from pem_lightning.callbacks.results import class_table, summary
 from pem_lightning.evaluation import Evaluator
+from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.task import Result
-from pem_lightning.module import PEMModule
-from pem_lightning.types import Batch, ClassInfo, DatasetInfo, Sample, Segment
-
-INFO = DatasetInfo(
-    "toy",
-    (
-        ClassInfo("person", (220, 20, 60), True, 24),
-        ClassInfo("sky", (70, 130, 180), False, 23),
-        ClassInfo("train", (0, 80, 100), True, 31),
-    ),
-)
+from pem_lightning.types import Batch
 
 
 def fake_trainer(**attributes):
     return Mock(spec=Trainer, **attributes)
 
 
-def fake_module(**attributes):
-    return Mock(spec=PEMModule, info=INFO, **attributes)
-
-
 @pytest.fixture
-def sample():
-    """Left half a person, right half sky."""
-    ids = torch.ones(20, 30, dtype=torch.int32)
-    ids[:, 15:] = 2
-    return Sample(torch.zeros(3, 20, 30, dtype=torch.uint8), ids, (Segment(1, 0, True), Segment(2, 1, False)), "a")
-
-
-@pytest.fixture
-def result(sample):
-    return Result((sample.panoptic - 1).long(), sample.panoptic, sample.segments)
-
-
-@pytest.fixture
-def evaluation(sample, result):
-    evaluator = Evaluator(INFO, "panoptic")
+def evaluation(sample, result, info):
+    evaluator = Evaluator(info, "panoptic")
     evaluator.update(result, sample)
     return evaluator.compute()
 
 
-def test_table_and_summary(evaluation):
+def test_table_and_summary(evaluation, info):
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(class_table(evaluation, INFO))
+    console.print(class_table(evaluation, info))
     text = console.export_text()
     assert "person" in text
     assert "100.0" in text
@@ -72,8 +44,19 @@ def test_table_and_summary(evaluation):
     assert "mIoU 100.0" in summary(evaluation)
 
 
-def test_results_are_written_without_nan(tmp_path, evaluation, capsys):
-    module = fake_module(evaluation=evaluation)
+def test_summary_and_rows_of_the_instance_task(sample, info):
+    evaluator = Evaluator(info, "instance")
+    evaluator.update(Result(instances=(Instance(sample.panoptic == 1, 0, 0.9),)), sample)
+    evaluation = evaluator.compute()
+    assert summary(evaluation).splitlines()[0].split() == ["objects", "AP", "100.0", "AP50", "100.0", "AP75", "100.0"]
+    assert "large        AP -" in summary(evaluation)
+    assert [row["class"] for row in evaluation.per_class(info)] == ["person", "train"]  # things only
+    assert class_table(evaluation, info).row_count == 2
+    assert list(evaluation.scalars()) == ["val/AP", "val/AP50", "val/AP75", "val/APs", "val/APm", "val/APl"]
+
+
+def test_results_are_written_without_nan(tmp_path, evaluation, module, capsys):
+    module.evaluation = evaluation
     Results(tmp_path).on_fit_end(fake_trainer(global_step=7), module)
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert metrics["step"] == 7
@@ -81,34 +64,9 @@ def test_results_are_written_without_nan(tmp_path, evaluation, capsys):
     assert metrics["per_class"][2]["IoU"] is None
     assert (tmp_path / "per_class.csv").read_text().splitlines()[0] == "class,kind,PQ,SQ,RQ,TP,FP,FN,IoU"
     assert "numbers" in capsys.readouterr().out
-    Results(tmp_path / "never").on_fit_end(fake_trainer(), fake_module(evaluation=None))
+    module.evaluation = None
+    Results(tmp_path / "never").on_fit_end(fake_trainer(), module)
     assert not (tmp_path / "never").exists()
-
-
-def test_panel_is_legible_and_shows_three_pictures(sample, result):
-    panel = draw_panel(sample, result, INFO)
-    assert panel.dtype == np.uint8
-    assert panel.shape[0] > 256
-    assert panel.shape[1] >= 3 * 390
-    semantic = draw_panel(sample, Result(result.semantic), INFO)
-    assert semantic.shape == panel.shape
-
-
-def test_panel_of_a_resized_image(sample, result):
-    """Evaluation may resize the image and not the annotation."""
-    small = sample._replace(image=torch.zeros(3, 10, 15, dtype=torch.uint8))
-    assert draw_panel(small, result, INFO).shape == draw_panel(sample, result, INFO).shape
-
-
-def test_panels_of_the_first_images_only(tmp_path, sample, result):
-    callback = PredictionPanels(tmp_path, num_images=3)
-    module, trainer = fake_module(), fake_trainer(global_step=5)
-    for batch_idx in range(2):
-        samples = [sample._replace(name=f"{batch_idx}{i}") for i in range(2)]
-        batch = Batch([s.image for s in samples], [], samples)
-        callback.on_validation_batch_end(trainer, module, {"results": [result, result]}, batch, batch_idx)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["step_000005_00.png", "step_000005_01.png", "step_000005_10.png"]
 
 
 def test_curves_join_the_logs_of_a_resumed_run(tmp_path):
@@ -122,7 +80,7 @@ def test_curves_join_the_logs_of_a_resumed_run(tmp_path):
     draw_curves({}, tmp_path / "empty.png")
 
 
-def test_progress_is_lines_where_there_is_no_terminal(capsys):
+def test_progress_is_lines_where_there_is_no_terminal(module, capsys):
     bar = progress_bar("val/PQ")
     assert isinstance(bar, ProgressLines)
     trainer = fake_trainer(
@@ -131,17 +89,17 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys):
         world_size=1,
         callback_metrics={"train/loss": torch.tensor(2.5), "val/PQ": torch.tensor(60.0)},
     )
-    bar.on_train_start(trainer, fake_module())
+    bar.on_train_start(trainer, module)
     trainer.global_step = 3
-    bar.on_train_batch_end(trainer, fake_module(), None, Batch([torch.zeros(3, 1, 1)] * 2, [], []), 0)
+    bar.on_train_batch_end(trainer, module, None, Batch([torch.zeros(3, 1, 1)] * 2, [], []), 0)
     assert capsys.readouterr().out == ""  # not due yet
     trainer.global_step = 4
-    bar.on_train_batch_end(trainer, fake_module(), None, Batch([torch.zeros(3, 1, 1)] * 2, [], []), 0)
+    bar.on_train_batch_end(trainer, module, None, Batch([torch.zeros(3, 1, 1)] * 2, [], []), 0)
     line = capsys.readouterr().out
     assert line.startswith("step 4/4  loss 2.50  PQ 60.0")
     assert "images/s" in line
     bar.disable()
-    bar.on_validation_end(trainer, fake_module())
+    bar.on_validation_end(trainer, module)
     assert capsys.readouterr().out == ""
 
 
@@ -168,14 +126,14 @@ def test_wandb_is_offline_unless_logged_in(environment, netrc, offline, tmp_path
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
 
-def test_evaluation_names_and_percent(evaluation):
+def test_evaluation_names_and_percent(evaluation, info):
     scalars = evaluation.scalars()
     assert scalars["val/PQ_things"] == scalars["val/mIoU"] == 100
     assert len(scalars) == 11
-    assert math.isnan(evaluation.per_class(INFO)[2]["PQ"])
+    assert math.isnan(evaluation.per_class(info)[2]["PQ"])
 
 
-def test_progress_is_a_live_bar_on_a_terminal(monkeypatch):
+def test_progress_is_a_live_bar_on_a_terminal(module, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     bar = progress_bar("val/PQ")
     assert isinstance(bar, LiveProgress)
@@ -186,7 +144,7 @@ def test_progress_is_a_live_bar_on_a_terminal(monkeypatch):
         num_val_batches=[2],
         callback_metrics={"train/loss": torch.tensor(2.5)},
     )
-    module, batch = fake_module(), Batch([torch.zeros(3, 1, 1)] * 2, [], [])
+    batch = Batch([torch.zeros(3, 1, 1)] * 2, [], [])
     bar.setup(trainer, module, "fit")
     bar.on_train_start(trainer, module)
     trainer.global_step = 3

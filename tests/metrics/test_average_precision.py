@@ -1,0 +1,235 @@
+"""COCO's evaluator on JSON files, as everybody uses it, decides what is right."""
+
+import contextlib
+import io
+import json
+import math
+import socket
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from pem_lightning.metrics import AveragePrecision, instance_f1
+from pem_lightning.rle import encode_mask
+from pem_lightning.types import Segment
+
+K, SIZE = 5, (150, 200)
+STUFF = 4
+
+
+def draw(seed, levels=0):
+    """One image: an id map of rectangles with its segments, and detections that are near them or anywhere.
+
+    With `levels`, scores are rounded to so many values, so that there are ties.
+    """
+    rng = np.random.default_rng(seed)
+    ids, segments = torch.zeros(SIZE, dtype=torch.int32), []
+    detections = []
+    for number in range(1, rng.integers(2, 14)):
+        class_id, box = int(rng.integers(0, K)), box_of(rng)
+        ids[box] = number
+        crowd = bool(class_id != STUFF and rng.random() < 0.15)
+        segments.append(Segment(number, class_id, class_id != STUFF, is_crowd=crowd))
+        if class_id != STUFF and rng.random() < 0.8:
+            mask = torch.zeros(SIZE, dtype=torch.bool)
+            mask[box] = True
+            mask = mask.roll(tuple(rng.integers(-3, 4, 2).tolist()), (0, 1))
+            detections.append((mask, class_id if rng.random() < 0.9 else int(rng.integers(0, STUFF)), rng.random()))
+    for _ in range(rng.integers(0, 4)):
+        mask = torch.zeros(SIZE, dtype=torch.bool)
+        mask[box_of(rng)] = True
+        detections.append((mask, int(rng.integers(0, STUFF)), rng.random()))
+    if levels:
+        detections = [(mask, k, round(score * levels) / levels) for mask, k, score in detections]
+    return detections, ids, tuple(segments), f"image_{seed:03d}"
+
+
+def box_of(rng):
+    height, width = rng.integers(4, 120, 2)
+    top, left = rng.integers(0, SIZE[0] - 4), rng.integers(0, SIZE[1] - 4)
+    return slice(top, min(top + height, SIZE[0])), slice(left, min(left + width, SIZE[1]))
+
+
+def files(folder, images):
+    """What a COCO user has: the annotation and the results as JSON files."""
+    annotations, results = [], []
+    for image_id, (detections, ids, segments, _) in enumerate(images, start=1):
+        for s in segments:
+            rle = encode_mask(ids == s.id)
+            if s.is_thing and coco_mask.area(rle):
+                entry = {"image_id": image_id, "category_id": s.class_id + 10, "iscrowd": int(s.is_crowd)}
+                more = {"area": int(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist(), "segmentation": rle}
+                annotations.append({"id": len(annotations) + 1, **entry, **more})
+        for mask, class_id, score in detections:
+            entry = {"image_id": image_id, "category_id": class_id + 10, "score": score}
+            results.append({**entry, "segmentation": encode_mask(mask)})
+    sizes = [{"id": i + 1, "height": SIZE[0], "width": SIZE[1]} for i in range(len(images))]
+    categories = [{"id": k + 10, "name": str(k)} for k in range(K)]
+    truth = {"info": {}, "images": sizes, "annotations": annotations, "categories": categories}
+    (folder / "truth.json").write_text(json.dumps(truth))
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder / "truth.json", folder / "results.json"
+
+
+def official(truth, results, class_id=None):
+    """The six APs as `summarize` prints them, NaN for its -1."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        annotation = COCO(str(truth))
+        evaluation = COCOeval(annotation, annotation.loadRes(str(results)), "segm")
+        if class_id is not None:
+            evaluation.params.catIds = [class_id + 10]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return [math.nan if value == -1 else value for value in evaluation.stats[:6]]
+
+
+def evaluated(images):
+    metric = AveragePrecision(K)
+    for image in images:
+        metric.update(*image)
+    return metric.compute()
+
+
+@pytest.mark.parametrize(("levels", "first"), [(0, 0), (0, 100), (5, 200)])
+def test_equals_cocoeval_on_json_files(tmp_path, levels, first):
+    images = [draw(first + i, levels) for i in range(12)]
+    paths = files(tmp_path, images)
+    result = evaluated(images)
+    assert result.all == pytest.approx(official(*paths), abs=1e-9, nan_ok=True)
+    assert 0.05 < result.all.ap < result.all.ap50 < 1  # else the test would say little
+    for class_id in range(K):
+        expected = official(*paths, class_id)
+        assert result.by_class[class_id] == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    single = [s.class_id for _, ids, segments, _ in images for s in segments if not s.is_crowd and (ids == s.id).any()]
+    assert result.num_objects.tolist() == [*(single.count(k) for k in range(STUFF)), 0]
+
+
+def test_equal_scores_are_ranked_the_same_in_any_order_of_images():
+    images = [draw(i, levels=3) for i in range(8)]
+    assert evaluated(images[::-1]).all == evaluated(images).all
+
+
+class TestRules:
+    @pytest.fixture
+    def ids(self):
+        """A thing of 40x40 at the left, stuff elsewhere."""
+        ids = torch.full((50, 80), 2, dtype=torch.int32)
+        ids[:40, :40] = 1
+        return ids
+
+    segments = (Segment(1, 0, True), Segment(2, STUFF, False))
+
+    def test_the_truth_itself_is_perfect(self, ids):
+        result = evaluated([([(ids == 1, 0, 0.3)], ids, self.segments, "a")])
+        assert result.all[:3] == pytest.approx((1, 1, 1))  # COCO's own comes within rounding
+        assert math.isnan(result.all.small)
+        assert result.all.medium == pytest.approx(1)
+        assert result.num_objects.tolist() == [1, 0, 0, 0, 0]
+        assert math.isnan(result.by_class[1].ap)
+
+    def test_nothing_found_and_nothing_there(self, ids):
+        assert evaluated([([], ids, self.segments, "a")]).all.ap == 0
+        nothing = evaluated([([(ids == 1, 0, 0.3)], ids, self.segments[1:], "a")])
+        assert all(math.isnan(value) for value in nothing.all)
+
+    def test_an_object_without_pixels_is_not_missed(self, ids):
+        segments = (*self.segments, Segment(7, 0, True))
+        assert evaluated([([(ids == 1, 0, 0.3)], ids, segments, "a")]).all.ap == pytest.approx(1)
+
+    def test_a_crowd_is_neither_found_nor_missed(self, ids):
+        segments = (Segment(1, 0, True, is_crowd=True), self.segments[1])
+        assert math.isnan(evaluated([([(ids == 1, 0, 0.3)], ids, segments, "a")]).all.ap)
+
+    def test_an_unknown_class_is_named(self, ids):
+        with pytest.raises(ValueError, match=r"class 5 of a is not in 0\.\.4"):
+            AveragePrecision(K).update([(ids == 1, 5, 0.3)], ids, self.segments, "a")
+
+
+def test_pycocotools_prints_nothing(capsys):
+    evaluated([draw(0)])
+    assert capsys.readouterr().out == ""
+
+
+def test_keeps_run_lengths_instead_of_masks():
+    metric, images = AveragePrecision(K), [draw(i) for i in range(4)]
+    for image in images:
+        metric.update(*image)
+    kept = sum(line.numel() for line in metric.lines)
+    masks = sum((len(detections) + len(segments)) * SIZE[0] * SIZE[1] for detections, _, segments, _ in images)
+    assert kept < masks / 100
+    metric.reset()
+    assert len(metric.lines) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_result_of_one():
+    """With ties, which the order of images decides on; one process has fewer images than the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    processes = [context.Process(target=_one_of_two, args=(rank, port, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    expected = evaluated([draw(i, levels=3) for i in range(5)]).all
+    assert [answers.get() for _ in processes] == [tuple(expected)] * 2
+
+
+def _one_of_two(rank, port, answers):
+    torch.distributed.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=50)
+    )
+    metric = AveragePrecision(K)
+    for i in range(rank, 5, 2):
+        metric.update(*draw(i, levels=3))
+    answers.put(tuple(metric.compute().all))
+    torch.distributed.destroy_process_group()
+
+
+class TestInstanceF1:
+    @pytest.fixture
+    def ids(self):
+        """Two things of class 0 and a crowd of class 1, each a third of the image."""
+        return torch.tensor([1, 1, 2, 2, 3, 3], dtype=torch.int32).repeat(6, 1)
+
+    segments = (Segment(1, 0, True), Segment(2, 0, True), Segment(3, 1, True, is_crowd=True))
+
+    def score(self, ids, *detections):
+        return instance_f1(detections, ids, self.segments, 0.5)
+
+    def test_hits_and_misses(self, ids):
+        assert self.score(ids, (ids == 1, 0, 0.9), (ids == 2, 0, 0.9)) == 1
+        assert self.score(ids, (ids == 1, 0, 0.9)) == pytest.approx(2 / 3)
+        assert self.score(ids) == 0
+
+    def test_only_the_confident_count(self, ids):
+        assert self.score(ids, (ids == 1, 0, 0.9), (ids == 2, 0, 0.4)) == pytest.approx(2 / 3)
+
+    def test_a_second_detection_of_an_object_and_a_wrong_class_are_wrong(self, ids):
+        right = (ids == 1, 0, 0.9), (ids == 2, 0, 0.9)
+        assert self.score(ids, *right, (ids == 1, 0, 0.8)) == pytest.approx(4 / 5)
+        assert self.score(ids, *right, (ids == 1, 1, 0.8)) == pytest.approx(4 / 5)
+        assert self.score(ids, *right, (ids == 9, 1, 0.8)) == pytest.approx(4 / 5)  # without pixels
+
+    def test_iou_of_one_half_is_enough(self, ids):
+        # 2 columns of 4, and 2 of 5
+        assert self.score(ids, ((ids == 1) | (ids == 2), 0, 0.9)) == pytest.approx(2 / 3)
+        assert instance_f1([(ids < 9, 0, 0.9)], ids, self.segments, 0.5) == 0
+
+    def test_what_lies_in_its_classs_crowd_does_not_count(self, ids):
+        right = (ids == 1, 0, 0.9), (ids == 2, 0, 0.9)
+        assert self.score(ids, *right, (ids == 3, 1, 0.8)) == 1
+        assert self.score(ids, *right, (ids == 3, 0, 0.8)) == pytest.approx(4 / 5)
+
+    def test_an_empty_image_has_no_score(self, ids):
+        assert math.isnan(instance_f1([], ids, self.segments[2:], 0.5))
+        assert instance_f1([(ids == 1, 0, 0.9)], ids, (), 0.5) == 0
