@@ -30,6 +30,7 @@ from pem_lightning.config import (
 )
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.errors import UserError
+from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.inference.segment_files import segment_files
 from pem_lightning.inference.task import TaskInference
@@ -79,6 +80,8 @@ def evaluate(cfg: DictConfig) -> float:
     _check_classes(checkpoint, datamodule.info)
     module = build_module(cfg, datamodule.info)
     load_network(module.network, checkpoint)
+    if cfg.inference.precision != "float32" or cfg.inference.compile is not None:  # else to the digits of training
+        module.network = OptimizedNetwork(module.network, cfg.inference.precision, cfg.inference.compile)
     metrics = trainer.validate(module, datamodule, verbose=False)
     return float(metrics[0][cfg.task.monitor])
 
@@ -154,7 +157,7 @@ def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
     network = instantiate(cfg.network, num_classes=checkpoint.info.num_classes)
     load_network(network, checkpoint)
     return Predictor.from_parts(
-        network,
+        OptimizedNetwork(network, cfg.inference.precision, cfg.inference.compile),
         checkpoint.info,
         TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference),
         resize=instantiate(cfg.recipe.eval_transform),

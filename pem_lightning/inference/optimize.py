@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Literal, get_args
 
 import torch
@@ -26,7 +28,7 @@ class OptimizedNetwork(nn.Module):
             every new size takes minutes then.
 
     Raises:
-        UserError: the precision or the mode is unknown.
+        UserError: the precision or the mode is unknown, or there is no compiler.
     """
 
     def __init__(self, network: nn.Module, precision: str = "float32", compile: str | None = None) -> None:
@@ -35,6 +37,8 @@ class OptimizedNetwork(nn.Module):
             raise UserError(f"inference.precision={precision}: choose {', '.join(get_args(Precision))}")
         if compile is not None and compile not in get_args(CompileMode):
             raise UserError(f"inference.compile={compile}: choose null, {', '.join(get_args(CompileMode))}")
+        if compile is not None and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
+            raise UserError("inference.compile needs a C++ compiler: install g++, or use inference.compile=null")
         self.network = fold_batch_norms(network)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = next(network.parameters()).dtype

@@ -16,6 +16,7 @@ from pem_lightning.checkpoints import Checkpoint, load_network, read_checkpoint
 from pem_lightning.data.targets import check_task
 from pem_lightning.errors import UserError
 from pem_lightning.inference.images import ImageLike, read_image
+from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.postprocess import Size
 from pem_lightning.inference.results import SegmentedImage
 from pem_lightning.inference.selection import find_classes, only_classes
@@ -51,6 +52,8 @@ class Predictor:
         score_threshold: instances with a lower score are left out.
         scales: see `TestTimeAugmentation`.
         flip: likewise.
+        precision: see `OptimizedNetwork`, which the network is made into.
+        compile: likewise.
 
     Raises:
         UserError: the checkpoint cannot be read, or the task, the device or a class does not exist.
@@ -69,6 +72,8 @@ class Predictor:
         score_threshold: int | float = 0.0,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        precision: str = "float32",
+        compile: str | None = None,
     ) -> None:
         from hydra.utils import instantiate  # what follows is all that needs Hydra here
 
@@ -81,7 +86,7 @@ class Predictor:
         task = trained.config["task"]["name"] if task is None else task
         check_task(task)
         self._set_up(
-            network,
+            OptimizedNetwork(network, precision, compile),
             trained.info,
             TaskInference(task, trained.info.thing_classes, **settings),
             resize=instantiate(trained.config["recipe"]["eval_transform"]),
@@ -111,8 +116,8 @@ class Predictor:
         """Make a predictor without a checkpoint.
 
         Args:
-            model: takes normalised images [B, 3, H, W] of any size and returns `Predictions`. Is put into evaluation
-                mode and moved to `device`.
+            model: takes normalised images [B, 3, H, W] of any size and returns `Predictions`; an `OptimizedNetwork`
+                for speed. Is put into evaluation mode and moved to `device`.
             info: the classes it knows.
             inference: the task and its thresholds.
             resize: what evaluation does to an image before the model sees it, such as `EvalTransform(640, 2560)`; None
@@ -166,7 +171,7 @@ class Predictor:
         self.resize = resize
         self.batch_size = batch_size
         self.score_threshold = score_threshold
-        self.model = _ready(model, self.device)
+        self.model = model.to(self.device).eval()
 
     @overload
     def __call__(self, image: ImageLike, name: str | None = None) -> SegmentedImage: ...
@@ -254,11 +259,6 @@ class Predictor:
             semantic=None if result.semantic is None else result.semantic.int(),
             instances=found if self.inference.task == "instance" else None,
         )
-
-
-def _ready(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network as it is run: whatever changes it for speed happens here and nowhere else."""
-    return model.to(device).eval()
 
 
 def read_photo(image: ImageLike, name: str | None = None) -> Photo:

@@ -64,6 +64,12 @@ def test_compiled():
     subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parents[2], timeout=300)
 
 
+def test_compilation_without_a_compiler_is_refused(network, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="install g\\+\\+"):
+        OptimizedNetwork(network, compile="default")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"precision": "half"}, "precision=half: choose float32"), ({"compile": "fast"}, "compile=fast: choose null")],
