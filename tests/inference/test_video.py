@@ -202,6 +202,13 @@ class TestFrameRate:
 
 
 class TestInterrupt:
+    @pytest.fixture(autouse=True)
+    def _as_in_a_terminal(self):
+        """A shell starts what runs in the background with Ctrl-C ignored."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_the_first_one_is_an_event_and_the_second_one_interrupts(self):
         before = signal.getsignal(signal.SIGINT)
         with stop_on_interrupt() as stopped:
