@@ -97,7 +97,7 @@ def test_takes_any_size(height, width):
 
 
 def test_images_of_a_batch_do_not_influence_each_other_in_evaluation(models):
-    """In float64: in float32 the rounding of one image and of two may differ, and with it the sign of a logit near 0."""
+    """In float64: in float32 one image and two may be rounded differently, and with that a logit near 0 change sign."""
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = copy.deepcopy(models["city_pan_stdc1"]).double()
     with torch.no_grad():
