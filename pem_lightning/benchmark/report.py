@@ -1,0 +1,190 @@
+"""The benchmark's result in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """Write tables of what `job.run_benchmark` returned; what was not measured has no section."""
+    parts = [_head(result), _latency(result["contestants"]), _stages(result["contestants"])]
+    parts += [_roofline(result["contestants"], result["ceilings"])]
+    if any("memory" in row for row in result["contestants"]):
+        parts.append(_memory(result["contestants"], result["environment"]["device"]))
+    if result.get("equality"):
+        parts.append(_equality(result["equality"]))
+    if "kernels" in result:
+        parts.append(_kernels(result["kernels"]))
+    if result["skipped"]:
+        parts.append("## Skipped\n\n" + "\n".join(f"- {k}: {v}" for k, v in result["skipped"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(result: Mapping[str, Any]) -> str:
+    environment, settings = result["environment"], result["settings"]
+    height, width = settings["size"]
+    weights = sorted({row["weights"] for row in result["contestants"]})
+    facts = (
+        f"{height} x {width} pixels, batch {settings['batch']}, on {environment['device']}, torch "
+        f"{environment['torch']}; threads: {environment['threads']} on {environment['cores']} cores; rounds: "
+        f"{settings['rounds']} after {settings['warmup']} of warm-up; weights: {', '.join(weights)}."
+    )
+    return f"# Benchmark\n\n{facts}\n\n```\n{environment['command']}\n```"
+
+
+def _latency(rows: Sequence[Row]) -> str:
+    """The main table."""
+    columns = ("contestant", "ms", "quartiles", "min to max", "times as fast", "images/s", "semantic only, ms")
+    cells = []
+    for row in rows:
+        speedup = row["speedup"]
+        cells.append(
+            (
+                row["name"],
+                _number(row["latency_ms"]["median"]),
+                _range(row["latency_ms"], "low", "high"),
+                _range(row["latency_ms"], "min", "max"),
+                f"{speedup['median']:.2f} ({speedup['min']:.2f} to {speedup['max']:.2f})" if speedup else "",
+                f"{row['images_per_s']:.2f}",
+                _number(row["semantic_only_ms"]["median"]),
+                f"{row['gmacs']:.1f}",
+                f"{row['parameters_m']:.2f}",
+                "" if row["kept_queries"] is None else str(row["kept_queries"]),
+            )
+        )
+    notes = [f"- {row['name']}: {row['note']}." for row in rows if row["note"]]
+    text = (
+        "## Latency\n\nFrom the normalised image to the maps at its size: network, semantic and panoptic "
+        "post-processing, medians over the rounds. *Times as fast* as the straightforward path of the same backbone, "
+        "the median (and extremes) of the quotients within each round. *Queries kept* by panoptic post-processing: "
+        "its work grows with them.\n\n"
+    )
+    table = _table((*columns, "GMACs", "M parameters", "queries kept"), cells)
+    return text + table + ("\n\n" + "\n".join(notes) if notes else "")
+
+
+def _stages(rows: Sequence[Row]) -> str:
+    stages = list(dict.fromkeys(stage for row in rows for stage in row["stages_ms"]))
+    tasks = list(dict.fromkeys(task for row in rows for task in row["tasks_ms"]))
+    cells = [
+        (
+            row["name"],
+            *(_median(row["stages_ms"], stage) for stage in stages),
+            *(_median(row["tasks_ms"], task) for task in tasks),
+        )
+        for row in rows
+    ]
+    text = "## Stages, ms\n\nPost-processing makes all maps; to the right of it, each of them on its own.\n\n"
+    return text + _table(("contestant", *stages, *(f"{task} alone" for task in tasks)), cells)
+
+
+def _roofline(rows: Sequence[Row], ceilings: Mapping[str, Any]) -> str:
+    peaks = "; ".join(
+        f"{name} {matmul / 1e9:.0f} GFLOP/s in a matrix product, {ceilings['conv'][name] / 1e9:.0f} in a convolution"
+        for name, matmul in ceilings["matmul"].items()
+    )
+    text = (
+        f"## Roofline of the network\n\nThe device's ceilings, measured: copying {ceilings['bandwidth'] / 1e9:.1f} "
+        f"GB/s; {peaks}. Bytes are an estimate: what every function reads and writes, weights and activations, each "
+        "tensor once, caches left aside. The least time follows from operations and bytes; a network that keeps its "
+        "activations in caches can be faster than it.\n\n"
+    )
+    cells = [
+        (
+            row["name"],
+            f"{2 * row['gmacs']:.1f}",
+            f"{row['roofline']['gbytes']:.2f}",
+            _number(row["roofline"]["least_ms"]),
+            row["roofline"]["bound_by"],
+            _number(row["network_ms"]["median"]),
+            f"{row['roofline']['reached']:.0%}",
+        )
+        for row in rows
+    ]
+    return text + _table(("contestant", "GFLOP/image", "GB", "least ms", "bound by", "ms", "reached"), cells)
+
+
+def _memory(rows: Sequence[Row], device: str) -> str:
+    cells = []
+    for row in rows:
+        memory = row.get("memory", {"failed": "not measured"})
+        if "failed" in memory:
+            cells.append((row["name"], memory["failed"], "", ""))
+        else:
+            cells.append((row["name"], *(f"{memory[key]:.0f}" for key in ("increase", "base", "peak"))))
+    text = (
+        f"## Peak memory, MiB\n\nEach contestant once, alone in a fresh process on {device}. On a CPU *base* is the "
+        "resident set after the imports, on a GPU it is 0; the increase holds weights, activations and results.\n\n"
+    )
+    return text + _table(("contestant", "increase", "base", "peak"), cells)
+
+
+def _equality(rows: Sequence[Row]) -> str:
+    cells = []
+    for row in rows:
+        flips = row["prototype_flips"]
+        cells.append(
+            (
+                row["name"],
+                f"{row['semantic_pixels']} ({row['semantic_share']:.2e})",
+                f"{row['panoptic_pixels']} ({row['panoptic_share']:.2e})",
+                f"{row['class_logits']:.1e}",
+                f"{row['mask_logits']:.1e} of {row['largest_mask_logit']:.1f}",
+                "not seen" if flips is None else f"{flips} of {row['prototypes']}",
+            )
+        )
+    text = (
+        f"## Equality\n\nWhat differs from the straightforward path, of {rows[0]['pixels']} pixels; the row with "
+        "another library behind the same convolutions says how much of it is rounding.\n\n"
+    )
+    columns = (
+        "path",
+        "semantic pixels",
+        "panoptic pixels",
+        "class logits",
+        "mask logits",
+        "other prototypes",
+    )
+    return text + _table(columns, cells)
+
+
+def _kernels(kernels: Mapping[str, Any]) -> str:
+    cells = [
+        (
+            row["kernel"],
+            f"{row['height']} x {row['width']}",
+            _number(row["forward_ms"]["median"]),
+            _range(row["forward_ms"], "min", "max"),
+            _number(row["forward_backward_ms"]["median"]),
+            _range(row["forward_backward_ms"], "min", "max"),
+            f"{row['float64_difference']:.1e}",
+        )
+        for row in kernels["rows"]
+    ]
+    columns = ("kernel", "size", "forward, ms", "min to max", "with backward, ms", "min to max", "float64 deviation")
+    text = (
+        f"## Deformable convolution\n\n{kernels['channels']} channels, batch {kernels['batch']}. *Deviation*: the "
+        f"largest of outputs and gradients from {kernels['reference']}'s.\n\n"
+    )
+    missing = "".join(f"\n- skipped: {reason}" for reason in kernels["missing"].values())
+    return text + _table(columns, cells) + ("\n" + missing if missing else "")
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _range(spread: Mapping[str, float], low: str, high: str) -> str:
+    return f"{_number(spread[low])} to {_number(spread[high])}"
+
+
+def _median(spreads: Mapping[str, Mapping[str, float]], name: str) -> str:
+    return _number(spreads[name]["median"]) if name in spreads else ""
