@@ -21,7 +21,7 @@ from pem_lightning.benchmark.lineup import build_all, line_up, set_threads
 from pem_lightning.benchmark.memory import measure_child
 from pem_lightning.benchmark.roofline import Ceilings, bound, estimate_bytes, measure_ceilings
 from pem_lightning.benchmark.settings import Settings, describe_environment, load_images
-from pem_lightning.benchmark.timing import Clock, Spread, Task, Timing, measure_interleaved, paired_ratio
+from pem_lightning.benchmark.timing import Spread, Task, Timing, measure_interleaved, paired_ratio
 from pem_lightning.errors import UserError
 from pem_lightning.inference.task import size_of
 
@@ -125,7 +125,7 @@ def summarize(
     parts = parts or {c.tasks[0]: timing.stages[POSTPROCESSING]}
     network = [total - post for total, post in zip(timing.total, timing.stages[POSTPROCESSING], strict=True)]
     baseline = timings.get(c.baseline)
-    gmacs, moved = c.gmacs(height, width), estimate_bytes(c.uncompiled().predict, images)
+    gmacs, moved = c.gmacs(height, width), float(estimate_bytes(c.uncompiled().predict, images))
     least = bound(2e9 * gmacs * batch, moved, ceilings, c.precision)
     return {
         "name": c.name,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pem_lightning.benchmark.contestants import Contestant, straightforward_name
-from pem_lightning.benchmark.weights import CITYSCAPES_CLASSES, CITYSCAPES_THINGS
+from pem_lightning.benchmark.weights import CITYSCAPES_CLASSES, CITYSCAPES_THINGS, RANDOM_OVERLAP_THRESHOLD
 from pem_lightning.errors import UserError
 
 INSTALL = "python -m pip install -r requirements-bench.txt"
@@ -89,7 +89,11 @@ class Mask2Former(Peer):
             results += self.processor.post_process_semantic_segmentation(output, target_sizes=sizes)
         if "panoptic" in tasks:
             results += self.processor.post_process_panoptic_segmentation(
-                output, threshold=self.threshold, label_ids_to_fuse=self.stuff, target_sizes=sizes
+                output,
+                threshold=self.threshold,
+                overlap_mask_area_threshold=RANDOM_OVERLAP_THRESHOLD,
+                label_ids_to_fuse=self.stuff,
+                target_sizes=sizes,
             )
         return results
 

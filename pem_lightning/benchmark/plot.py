@@ -65,7 +65,7 @@ def draw_latencies(result: Mapping[str, Any]) -> bytes:
 def _before(stages: Mapping[str, Mapping[str, float]], stage: str) -> float:
     """Where a stage begins: after all that come before it."""
     names = list(COLORS)
-    return sum(stages[name]["median"] for name in names[: names.index(stage)] if name in stages)
+    return sum((stages[name]["median"] for name in names[: names.index(stage)] if name in stages), 0.0)
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -60,7 +60,7 @@ def _latency(rows: Sequence[Row]) -> str:
         "## Latency\n\nFrom the normalised image to the maps at its size: network, semantic and panoptic "
         "post-processing, medians over the rounds. *Times as fast* as the straightforward path of the same backbone, "
         "the median (and extremes) of the quotients within each round. *Queries kept* by panoptic post-processing: "
-        "its work grows with them.\n\n"
+        "its work grows with them. With random weights thresholds are set so that a given number is kept.\n\n"
     )
     table = _table((*columns, "GMACs", "M parameters", "queries kept"), cells)
     return text + table + ("\n\n" + "\n".join(notes) if notes else "")

@@ -18,6 +18,9 @@ CITYSCAPES_CLASSES = 19
 CITYSCAPES_THINGS = frozenset(range(11, 19))
 """As in `data.cityscapes.CITYSCAPES`, which is not imported, because the benchmark needs no data set."""
 
+RANDOM_OVERLAP_THRESHOLD = 0.0
+"""Masks of random networks lie across one another; with a usual threshold none would be left in the panoptic map."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -67,7 +70,7 @@ def random_weights(backbone: str, seed: int = 0) -> Weights:
             network.train()(torch.randn(4, 3, 128, 256))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    return Weights(backbone, network.eval())
+    return Weights(backbone, network.eval(), inference={"overlap_threshold": RANDOM_OVERLAP_THRESHOLD})
 
 
 def checkpoint_weights(path: str | Path) -> Weights:
