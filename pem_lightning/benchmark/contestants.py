@@ -232,15 +232,15 @@ def fast_name(backbone: str, precision: str = "float32", compile: str | None = N
 
 
 def choose_threshold(class_logits: Float[Tensor, "B Q _"], wanted: int) -> float:
-    """A class probability that at most `wanted` queries of the first image exceed, half-way to the next one's.
+    """A class probability that `wanted` queries of the first image exceed, half-way between the last and the next.
 
     Random networks are never sure, so that panoptic post-processing with a usual threshold would have nothing to do.
+    Queries that are just as sure as the last are kept, too; where there are not enough, all are.
     """
     scores, labels = class_logits[0].float().softmax(-1).max(-1)
     candidates = scores[labels != class_logits.shape[-1] - 1].sort(descending=True).values.tolist()
-    if len(candidates) <= wanted:
-        return 0.0
-    return (candidates[wanted - 1] + candidates[wanted]) / 2
+    last = candidates[min(wanted, len(candidates)) - 1] if candidates else 0.0
+    return (last + max((score for score in candidates if score < last), default=0.0)) / 2
 
 
 def count_kept(class_logits: Float[Tensor, "B Q _"], threshold: float) -> int:

@@ -25,11 +25,13 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 
 def _head(result: Mapping[str, Any]) -> str:
     environment, settings = result["environment"], result["settings"]
+    load = environment.get("load_average_before")
+    busy = "" if load is None else f", load before the start {load:.2f}"
     height, width = settings["size"]
     weights = sorted({row["weights"] for row in result["contestants"]})
     facts = (
         f"{height} x {width} pixels, batch {settings['batch']}, on {environment['device']}, torch "
-        f"{environment['torch']}; threads: {environment['threads']} on {environment['cores']} cores; rounds: "
+        f"{environment['torch']}; threads: {environment['threads']} on {environment['cores']} cores{busy}; rounds: "
         f"{settings['rounds']} after {settings['warmup']} of warm-up; weights: {', '.join(weights)}."
     )
     return f"# Benchmark\n\n{facts}\n\n```\n{environment['command']}\n```"

@@ -124,3 +124,14 @@ def test_the_threshold_keeps_as_many_queries_as_wanted():
     for wanted in (1, 7, objects):
         assert count_kept(logits, choose_threshold(logits, wanted)) == wanted
     assert count_kept(logits, choose_threshold(logits, objects + 1)) == objects
+
+
+def test_queries_that_are_equally_sure_are_kept_together():
+    logits = torch.zeros(1, 30, 6)
+    logits[0, :, 0] = 1
+    logits[0, :3, 0] = 2
+    logits[0, 20:, 0] = 0.5
+    for wanted, kept in ((2, 3), (3, 3), (4, 20), (20, 20), (25, 30)):
+        assert count_kept(logits, choose_threshold(logits, wanted)) == kept
+    logits[0, :, -1] = 9  # no object anywhere
+    assert count_kept(logits, choose_threshold(logits, 4)) == 0
