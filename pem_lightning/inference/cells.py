@@ -20,6 +20,8 @@ STRIDE = 4
 """Pixels between two logits."""
 MARGIN = 1e-5
 """Relative; float32 sums of a hundred numbers are exact to about 1e-6."""
+SLACK = 0.03
+"""Queries that together cannot add more than this to the score of any class are looked at last."""
 _ELEMENTS_AT_ONCE = {"cpu": 2**18, "cuda": 2**27}
 
 
@@ -105,24 +107,55 @@ def class_map_by_cells(
 ) -> Int32[Tensor, "H W"]:
     """The class with the highest score at every pixel.
 
-    A class is certain of a cell if its score at the lowest logits beats those of all others at the highest.
+    A class is certain of a cell if its score at the lowest logits beats those of all others at the highest. Queries of
+    small weight count with all that they could add; they are computed only where that leaves the winner open.
 
     Args:
         weights: probability of every class, by query.
         mask_logits: as of `Cells`.
         image_size: as of `Cells`.
     """
-    cells = Cells(mask_logits, image_size)
+    heavy, slack = _heavy_queries(weights)
+    everything = Cells(mask_logits, image_size)
+    cells, weights_of_heavy = everything, weights
+    if not heavy.all():
+        cells, weights_of_heavy = Cells(mask_logits[heavy], image_size), weights[heavy]
     canvas = cells.canvas()
     for strip in cells.strips():
         low, high = cells.bounds(strip)
-        winner, certain = _certain_winner(low.sigmoid_() @ weights, high.sigmoid_() @ weights)  # R S
+        lowest, highest = low.sigmoid_() @ weights_of_heavy, high.sigmoid_() @ weights_of_heavy
+        winner, certain = _certain_winner(lowest, highest.add_(slack))  # R S
         canvas[strip] = winner[:, None, :, None]
         rows, columns = torch.nonzero(~certain, as_tuple=True)
         rows += strip.start
-        for part, logits, _ in cells.pixels(rows, columns):
-            canvas[rows[part], :, columns[part]] = (logits.sigmoid_() @ weights).argmax(-1).int()
+        for part, logits, inside in cells.pixels(rows, columns):
+            i, j = rows[part], columns[part]
+            scores = logits.sigmoid_() @ weights_of_heavy
+            if cells is everything:
+                canvas[i, :, j] = scores.argmax(-1).int()
+                continue
+            winner, certain = _certain_winner(scores, scores + slack)
+            canvas[i, :, j] = winner.int()
+            left = torch.nonzero(~(certain | ~inside).flatten(1).all(1)).squeeze(1)
+            for some, all_logits, _ in everything.pixels(i[left], j[left]):
+                scores = all_logits.sigmoid_() @ weights
+                canvas[i[left[some]], :, j[left[some]]] = scores.argmax(-1).int()
     return cells.crop(canvas)
+
+
+def _heavy_queries(weights: Float[Tensor, "Q K"]) -> tuple[Bool[Tensor, " Q"], Float[Tensor, " K"]]:
+    """Which queries matter nearly everywhere, and how much the others can add to each class at most.
+
+    As many as possible are light, the lightest first, as long as together they stay below `SLACK` in every class.
+    """
+    order = weights.amax(1).argsort()
+    total = weights[order].cumsum(0)  # Q K
+    light = order[total.amax(1) < SLACK]
+    if len(light) < len(weights) / 4:  # too few to be worth a second look
+        light = light[:0]
+    heavy = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
+    heavy[light] = False
+    return heavy, weights[light].sum(0)
 
 
 def compete_by_cells(
@@ -166,8 +199,8 @@ def compete_by_cells(
 
 
 def _certain_winner(
-    low: Float[Tensor, "R S M"], high: Float[Tensor, "R S M"]
-) -> tuple[Int64[Tensor, "R S"], Bool[Tensor, "R S"]]:
+    low: Float[Tensor, "*places M"], high: Float[Tensor, "*places M"]
+) -> tuple[Int64[Tensor, "*places"], Bool[Tensor, "*places"]]:
     """Who has the highest lower bound, and whether it is above everybody else's upper bound. Overwrites `high`."""
     best, winner = low.max(-1)
     rest = high.scatter_(-1, winner[..., None], -1.0).amax(-1)

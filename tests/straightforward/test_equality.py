@@ -112,10 +112,11 @@ def test_network_on_random_sizes(height, width, batch, seed):
     st.sampled_from([None, (31, 77), (90, 40)]),
     st.booleans(),
     st.sampled_from([0.5, 4.0, 30.0]),
+    st.sampled_from([0, 9, 14]),
     st.integers(0, 10**6),
 )
-def test_postprocessing_on_random_sizes(height, width, output_size, resize_first, contrast, seed):
-    """From masks that are everywhere undecided to masks with a few sharp contours."""
+def test_postprocessing_on_random_sizes(height, width, output_size, resize_first, contrast, empty, seed):
+    """From masks that are everywhere undecided to masks with a few sharp contours; some or all queries see nothing."""
     draw = torch.Generator().manual_seed(seed)
     full_height, full_width = padded_size(height, width)
     coarse = torch.randn(1, 14, 4, 5, generator=draw, dtype=torch.float64)
@@ -123,6 +124,7 @@ def test_postprocessing_on_random_sizes(height, width, output_size, resize_first
     mask_logits = contrast * torch.nn.functional.interpolate(coarse, size, mode="bicubic")
     mask_logits += 0.1 * contrast * torch.randn(mask_logits.shape, generator=draw, dtype=torch.float64)
     class_logits = contrast * torch.randn(1, 14, 20, generator=draw, dtype=torch.float64)
+    class_logits[:, :empty, -1] += 9 + 4 * contrast
     predictions = Predictions(class_logits, mask_logits)
     assert_same_results(predictions, (height, width), output_size or (height, width), resize_first, (0.2, 0.3))
 
