@@ -16,7 +16,7 @@ from pem_lightning.data.cityscapes import (
     panoptic_from_instance_ids,
 )
 from pem_lightning.errors import UserError
-from pem_lightning.inference import find_images
+from pem_lightning.inference.images import find_images
 from pem_lightning.types import Segment
 
 OFFICIAL = (
