@@ -51,15 +51,19 @@ def deform_conv_torch(
     indices, corner_weights = _corners(offsets.float() if x.dtype != torch.float64 else offsets, mask, k)
     # Without `contiguous` a batch of one would give a strided view, which `embedding_bag` reads nine times as slowly.
     table = x.permute(0, 2, 3, 1).contiguous().view(B * H * W, C).to(corner_weights.dtype)
-    # [C_out, C_in, k, k] -> a 1x1 convolution over the channels of all taps, which CPUs run faster than a product
-    flat_weight = weight.permute(0, 2, 3, 1).reshape(C_out, k * k * C, 1, 1)
-    out = []
-    bags_at_once = len(indices) if torch.is_grad_enabled() or x.is_cuda else PIXELS_AT_ONCE * k * k
+    flat_weight = weight.permute(0, 2, 3, 1).reshape(C_out, k * k * C)
+    if torch.is_grad_enabled() or x.is_cuda:
+        samples = F.embedding_bag(indices, table, per_sample_weights=corner_weights, mode="sum").to(x.dtype)
+        out = samples.view(B * H * W, k * k * C) @ flat_weight.T
+        return out.view(B, H, W, C_out).permute(0, 3, 1, 2)
+    # Inference on a CPU: strips of pixels, and a 1x1 convolution instead of the product, faster and rounded less well.
+    strips = []
+    bags_at_once = PIXELS_AT_ONCE * k * k
     for bags, bag_weights in zip(indices.split(bags_at_once), corner_weights.split(bags_at_once), strict=True):
         samples = F.embedding_bag(bags, table, per_sample_weights=bag_weights, mode="sum").to(x.dtype)
         pixels = samples.view(1, -1, 1, k * k * C).permute(0, 3, 1, 2)
-        out.append(F.conv2d(pixels, flat_weight).permute(0, 2, 3, 1).flatten(0, 2))
-    return torch.cat(out).view(B, H, W, C_out).permute(0, 3, 1, 2)
+        strips.append(F.conv2d(pixels, flat_weight[:, :, None, None]).permute(0, 2, 3, 1).flatten(0, 2))
+    return torch.cat(strips).view(B, H, W, C_out).permute(0, 3, 1, 2)
 
 
 def _corners(

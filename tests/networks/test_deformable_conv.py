@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pem_lightning.errors import UserError
+from pem_lightning.networks import deformable_conv
 from pem_lightning.networks.deformable_conv import DeformableConv, deform_conv_torch, get_kernel
 
 
@@ -53,6 +54,14 @@ def assert_same(kernel, arguments, atol=1e-12):
 )
 def test_equals_the_definition_and_its_gradients(seed, batch, height, width, spread):
     assert_same(deform_conv_torch, inputs(seed, batch, 3, height, width, spread))
+
+
+@pytest.mark.parametrize("pixels_at_once", [1, 7, 4096])
+def test_without_gradients_strip_by_strip(pixels_at_once, monkeypatch):
+    monkeypatch.setattr(deformable_conv, "PIXELS_AT_ONCE", pixels_at_once)
+    arguments = inputs(0)
+    with torch.no_grad():
+        torch.testing.assert_close(deform_conv_torch(*arguments), by_grid_sample(*arguments), rtol=0, atol=1e-12)
 
 
 def test_takes_memory_in_any_order():
