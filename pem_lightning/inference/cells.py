@@ -40,6 +40,7 @@ class Cells:
         self.height, self.width = image_size
         self.table = mask_logits.permute(1, 2, 0).contiguous()  # h w Q
         self.device = mask_logits.device
+        self.elements_at_once = _ELEMENTS_AT_ONCE["cpu" if self.device.type == "cpu" else "cuda"]
         self.shape = ((self.height + 1) // STRIDE + 1, (self.width + 1) // STRIDE + 1)
         self.steps = (torch.arange(STRIDE, device=self.device, dtype=mask_logits.dtype) + 0.5) / STRIDE
         self.rows_inside, self.columns_inside = (
@@ -48,8 +49,7 @@ class Cells:
 
     def strips(self) -> Iterator[slice]:
         """Rows of cells, few enough at once for the caches of a CPU; on a GPU almost always all."""
-        budget = _ELEMENTS_AT_ONCE.get(self.device.type, _ELEMENTS_AT_ONCE["cuda"])
-        step = max(1, budget // (self.shape[1] * max(self.num_queries, 1)))
+        step = max(1, self.elements_at_once // (self.shape[1] * max(self.num_queries, 1)))
         for start in range(0, self.shape[0], step):
             yield slice(start, min(start + step, self.shape[0]))
 
@@ -68,8 +68,7 @@ class Cells:
         self, rows: Int64[Tensor, " N"], columns: Int64[Tensor, " N"]
     ) -> Iterator[tuple[slice, Float[Tensor, "_ four four Q"], Bool[Tensor, "_ four four"]]]:
         """Logits of the chosen cells' pixels, some cells at once, and which of the pixels lie in the image."""
-        budget = 4 * _ELEMENTS_AT_ONCE.get(self.device.type, _ELEMENTS_AT_ONCE["cuda"])
-        step = max(1, budget // (STRIDE * STRIDE * max(self.num_queries, 1)))
+        step = max(1, 4 * self.elements_at_once // (STRIDE * STRIDE * max(self.num_queries, 1)))
         weight = self.steps[:, None]
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
@@ -129,17 +128,15 @@ def class_map_by_cells(
         rows, columns = torch.nonzero(~certain, as_tuple=True)
         rows += strip.start
         for part, logits, inside in cells.pixels(rows, columns):
-            i, j = rows[part], columns[part]
             scores = logits.sigmoid_() @ weights_of_heavy
-            if cells is everything:
-                canvas[i, :, j] = scores.argmax(-1).int()
+            canvas[rows[part], :, columns[part]] = scores.argmax(-1).int()
+            if cells is everything:  # nothing was left out
                 continue
-            winner, certain = _certain_winner(scores, scores + slack)
-            canvas[i, :, j] = winner.int()
-            left = torch.nonzero(~(certain | ~inside).flatten(1).all(1)).squeeze(1)
-            for some, all_logits, _ in everything.pixels(i[left], j[left]):
-                scores = all_logits.sigmoid_() @ weights
-                canvas[i[left[some]], :, j[left[some]]] = scores.argmax(-1).int()
+            _, certain = _certain_winner(scores, scores + slack)
+            open_cells = (~certain & inside).flatten(1).any(1)
+            i, j = rows[part][open_cells], columns[part][open_cells]
+            for some, all_logits, _ in everything.pixels(i, j):
+                canvas[i[some], :, j[some]] = (all_logits.sigmoid_() @ weights).argmax(-1).int()
     return cells.crop(canvas)
 
 
