@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pem_lightning.errors import UserError
 from pem_lightning.networks.backbones import Backbone, build_backbone
 from pem_lightning.networks.pixel_decoder import PixelDecoder
 from pem_lightning.networks.transformer_decoder import TransformerDecoder
@@ -26,7 +27,10 @@ class PEM(nn.Module):
     """Backbone -> pixel decoder -> transformer decoder."""
 
     def __init__(
-        self, backbone: Backbone, pixel_decoder: PixelDecoder, transformer_decoder: TransformerDecoder
+        self,
+        backbone: Backbone,
+        pixel_decoder: PixelDecoder,
+        transformer_decoder: TransformerDecoder,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -58,8 +62,11 @@ def build_pem(
     num_queries: int = 100,
     backbone_norm: str = "batch",
     kernel: str = "auto",
+    pixel_decoder: str = "pem",
     pyramid_channels: int = 128,
     mask_channels: int = 256,
+    csm: bool = True,
+    deformable: bool = True,
     **decoder: Any,
 ) -> PEM:
     """Build PEM with random weights and the paper's sizes.
@@ -70,17 +77,24 @@ def build_pem(
         num_queries: how many segments an image can have at most.
         backbone_norm: "batch", or "frozen" for batch normalisation that does not learn. Only for a backbone by name.
         kernel: of the deformable convolutions: "auto", "torch", "torchvision" or "mmcv".
+        pixel_decoder: "pem", or "msdeform" for Mask2Former's.
         pyramid_channels: of the pixel decoder's levels.
         mask_channels: of the mask features.
+        csm: False leaves context-based self-modulation out of PEM's pixel decoder.
+        deformable: False makes its deformable convolutions ordinary ones.
         decoder: further arguments of `TransformerDecoder`, such as `num_layers`.
 
     Raises:
-        UserError: the backbone, the norm or the kernel is unknown or not installed.
+        UserError: the backbone, the norm, the kernel or a variant is unknown, not installed, or goes with no other.
     """
     if isinstance(backbone, str):
         backbone = build_backbone(backbone, backbone_norm)
-    pixel_decoder = PixelDecoder(backbone.channels, pyramid_channels, mask_channels, kernel)
+    sizes = (backbone.channels, pyramid_channels, mask_channels, kernel)
+    if pixel_decoder == "pem":
+        pixels = PixelDecoder(*sizes, csm=csm, deformable=deformable)
+    else:
+        raise UserError(f"pixel_decoder={pixel_decoder}: choose pem or msdeform")
     transformer_decoder = TransformerDecoder(
         pyramid_channels, mask_channels, num_classes=num_classes, num_queries=num_queries, **decoder
     )
-    return PEM(backbone, pixel_decoder, transformer_decoder)
+    return PEM(backbone, pixels, transformer_decoder)

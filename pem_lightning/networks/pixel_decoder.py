@@ -41,13 +41,19 @@ class ContextSelfModulation(nn.Module):
 
 
 class DeformableUpsampling(nn.Module):
-    """A deformable convolution that aligns features, then a transposed convolution that doubles the size."""
+    """A deformable convolution that aligns features, then a transposed convolution that doubles the size.
+
+    Args:
+        channels: of input and outputs.
+        kernel: of the deformable convolution.
+        deformable: False for the ablation with an ordinary 3x3 convolution in its place.
+    """
 
     foldable = (("deform", "deform_norm"), ("upsample", "upsample_norm"))
 
-    def __init__(self, channels: int, kernel: str = "auto") -> None:
+    def __init__(self, channels: int, kernel: str = "auto", *, deformable: bool = True) -> None:
         super().__init__()
-        self.deform = DeformableConv(channels, channels, kernel)
+        self.deform = DeformableConv(channels, channels, kernel) if deformable else _plain_conv(channels)
         self.deform_norm = nn.BatchNorm2d(channels)
         self.upsample = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1, bias=False)
         self.upsample_norm = nn.BatchNorm2d(channels)
@@ -64,6 +70,12 @@ class DeformableUpsampling(nn.Module):
         return x, F.relu(self.upsample_norm(self.upsample(x)), inplace=True)
 
 
+def _plain_conv(channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as the deformable one's
+    return conv
+
+
 class PixelDecoder(nn.Module):
     """Backbone features -> features for the masks (stride 4) and for the transformer decoder (32, 16, 8).
 
@@ -72,18 +84,30 @@ class PixelDecoder(nn.Module):
         channels: of the pyramid.
         mask_channels: of the mask features.
         kernel: of the deformable convolutions, see `deformable_conv.get_kernel`.
+        csm: False for the ablation without context-based self-modulation. The coarsest level still gets the global
+            context; what goes is the modulation of every level by its own.
+        deformable: False for the ablation with ordinary 3x3 convolutions. With neither it is a plain feature pyramid.
     """
 
     def __init__(
-        self, in_channels: Sequence[int], channels: int = 128, mask_channels: int = 256, kernel: str = "auto"
+        self,
+        in_channels: Sequence[int],
+        channels: int = 128,
+        mask_channels: int = 256,
+        kernel: str = "auto",
+        *,
+        csm: bool = True,
+        deformable: bool = True,
     ) -> None:
         super().__init__()
         self.channels = channels
         # All lists run from the coarsest level to the finest, the order of computation.
         self.laterals = nn.ModuleList(ConvBNReLU(c, channels, 1) for c in reversed(in_channels))
         self.global_context = ConvBNReLU(in_channels[-1], channels, 1)
-        self.csm = nn.ModuleList(ContextSelfModulation(channels) for _ in in_channels)
-        self.upsampling = nn.ModuleList(DeformableUpsampling(channels, kernel) for _ in in_channels[1:])
+        self.csm = nn.ModuleList(ContextSelfModulation(channels) if csm else nn.Identity() for _ in in_channels)
+        self.upsampling = nn.ModuleList(
+            DeformableUpsampling(channels, kernel, deformable=deformable) for _ in in_channels[1:]
+        )
         self.mask_projection = ConvBNReLU(channels, mask_channels, 1)
 
     def forward(
@@ -103,7 +127,15 @@ class PixelDecoder(nn.Module):
         for feature, lateral, csm, upsampling in zip(
             coarse_to_fine, self.laterals, self.csm, self.upsampling, strict=False
         ):
-            level, context = upsampling(csm(lateral(feature)).add_(context))
+            level, context = upsampling(_modulate(csm, lateral(feature), context))
             levels.append(level)
-        finest = self.csm[-1](self.laterals[-1](coarse_to_fine[-1])).add_(context)
+        finest = _modulate(self.csm[-1], self.laterals[-1](coarse_to_fine[-1]), context)
         return self.mask_projection(finest), levels
+
+
+def _modulate(
+    csm: nn.Module, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B C _ _"]
+) -> Float[Tensor, "B C H W"]:
+    # The modulated map is new and may be added to in place; without CSM it is a ReLU's output, which the ReLU's
+    # gradient needs.
+    return x + context if isinstance(csm, nn.Identity) else csm(x).add_(context)

@@ -22,7 +22,7 @@ POSITIONS_AT_ONCE = 1024
 def select_prototypes(
     features: Float[Tensor, "B P C"],
     queries: Float[Tensor, "B Q C"],
-    background: Bool[Tensor, "B Q P"],
+    background: Bool[Tensor, "B Q P"] | None,
     num_heads: int,
 ) -> tuple[Float[Tensor, "B Q C"], Int64[Tensor, "B M Q"]]:
     """Pick, per query and head, the most similar feature inside the query's mask (equations 2 and 3).
@@ -33,7 +33,7 @@ def select_prototypes(
     Args:
         features: keys, normalised over the channels.
         queries: normalised over the channels.
-        background: True where a position lies outside a query's mask.
+        background: True where a position lies outside a query's mask; None for no masking.
         num_heads: the heads share the channels out between them.
 
     Returns:
@@ -47,23 +47,30 @@ def select_prototypes(
 
 @torch.no_grad()
 def _most_similar(
-    keys: Float[Tensor, "B P M D"], queries: Float[Tensor, "B Q C"], background: Bool[Tensor, "B Q P"]
+    keys: Float[Tensor, "B P M D"], queries: Float[Tensor, "B Q C"], background: Bool[Tensor, "B Q P"] | None
 ) -> Int64[Tensor, "B M Q"]:
     """The first of the most similar positions, found in one pass that keeps the best so far."""
     heads = queries.unflatten(2, keys.shape[2:]).transpose(1, 2)  # B M Q D
-    background = background & ~background.flatten(1).all(1)[:, None, None]
-    penalty = torch.zeros(background.shape, dtype=keys.dtype, device=keys.device)
-    penalty = penalty.masked_fill_(background, float("-inf"))[:, None]  # B 1 Q P
+    penalty = None if background is None else _penalty(background, keys.dtype)
     step = POSITIONS_AT_ONCE if keys.device.type == "cpu" else keys.shape[1]
     best = heads.new_full(heads.shape[:3], float("-inf"))
     positions = torch.zeros_like(best, dtype=torch.int64)
     for start in range(0, keys.shape[1], step):
         part = slice(start, start + step)
-        similarity = (heads @ keys[:, part].permute(0, 2, 3, 1)).add_(penalty[..., part])  # B M Q P
+        similarity = heads @ keys[:, part].permute(0, 2, 3, 1)  # B M Q P
+        if penalty is not None:
+            similarity.add_(penalty[..., part])
         highest, where = similarity.max(-1)
         better = highest > best
         best, positions = torch.where(better, highest, best), torch.where(better, where + start, positions)
     return positions
+
+
+def _penalty(background: Bool[Tensor, "B Q P"], dtype: torch.dtype) -> Float[Tensor, "B 1 Q P"]:
+    """What is added to similarities: minus infinity in the background, but for images that are nothing else."""
+    background = background & ~background.flatten(1).all(1)[:, None, None]
+    penalty = torch.zeros(background.shape, dtype=dtype, device=background.device)
+    return penalty.masked_fill_(background, float("-inf"))[:, None]
 
 
 class PrototypeCrossAttention(nn.Module):
@@ -73,7 +80,8 @@ class PrototypeCrossAttention(nn.Module):
 
         output = W_out( alpha * normalise(W_interaction(K* x Q)) + K* ) + queries
 
-    where x is element-wise and `normalise` runs over the queries (equations 4 and 5).
+    where x is element-wise and `normalise` runs over the queries (equations 4 and 5). Its parts are methods, which
+    ablations replace one by one (see `attention_ablations`).
     """
 
     def __init__(self, channels: int = 256, num_heads: int = 8) -> None:
@@ -93,7 +101,7 @@ class PrototypeCrossAttention(nn.Module):
         queries: Float[Tensor, "B Q C"],
         query_positions: Float[Tensor, "Q C"],
         features: Float[Tensor, "B C H W"],
-        mask_logits: Float[Tensor, "B Q H W"],
+        mask_logits: Float[Tensor, "B Q H W"] | None,
     ) -> Float[Tensor, "B Q C"]:
         """Update the queries.
 
@@ -101,11 +109,25 @@ class PrototypeCrossAttention(nn.Module):
             queries: the residual stream.
             query_positions: learned position embeddings, added for attention only.
             features: of one level of the pixel decoder, their position encoding added.
-            mask_logits: the queries' masks so far, at the level's size; a logit of exactly 0 is foreground.
+            mask_logits: the queries' masks so far, at the level's size; a logit of exactly 0 is foreground. None for
+                the ablation without masks.
         """
         keys = pointwise(self.feature_linear, self.feature_conv(self.feature_norm(features)))
         keys = F.normalize(keys.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # B P C
         projected = F.normalize(self.query_linear(self.query_norm(queries + query_positions)), dim=-1)
-        prototypes, _ = select_prototypes(keys, projected, mask_logits.flatten(2).contiguous() < 0, self.num_heads)
-        interaction = F.normalize(self.interaction(prototypes * projected), dim=1)
-        return self.output(interaction * self.alpha + prototypes) + queries
+        background = None if mask_logits is None else mask_logits.flatten(2).contiguous() < 0
+        return self.interact(self.select(keys, projected, background), projected) + queries
+
+    def select(
+        self,
+        keys: Float[Tensor, "B P C"],
+        queries: Float[Tensor, "B Q C"],
+        background: Bool[Tensor, "B Q P"] | None,
+    ) -> Float[Tensor, "B Q C"]:
+        """Features -> what each query gets of them: its prototypes."""
+        return select_prototypes(keys, queries, background, self.num_heads)[0]
+
+    def interact(self, prototypes: Float[Tensor, "B Q C"], queries: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
+        """Prototypes and projected queries -> update of the queries."""
+        interaction = F.normalize(self.interaction(prototypes * queries), dim=1)
+        return self.output(interaction * self.alpha + prototypes)

@@ -8,13 +8,13 @@ Legend: B batch, Q queries, C channels, H W spatial, K classes.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pem_lightning.errors import UserError
+from pem_lightning.networks.attention_ablations import ATTENTIONS
 from pem_lightning.networks.layers import MLP
 from pem_lightning.networks.position_encoding import sine_position_encoding
 from pem_lightning.networks.prototype_attention import PrototypeCrossAttention
@@ -57,11 +57,17 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """PEM-CA, then self-attention, then feed-forward."""
+    """PEM-CA (or what an ablation puts in its place), then self-attention, then feed-forward."""
 
-    def __init__(self, channels: int, num_heads: int, hidden_channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        hidden_channels: int,
+        cross_attention: type[nn.Module] = PrototypeCrossAttention,
+    ) -> None:
         super().__init__()
-        self.cross_attention = PrototypeCrossAttention(channels, num_heads)
+        self.cross_attention = cross_attention(channels, num_heads)
         self.self_attention = SelfAttention(channels, num_heads)
         self.feed_forward = FeedForward(channels, hidden_channels)
 
@@ -70,9 +76,9 @@ class DecoderLayer(nn.Module):
         queries: Float[Tensor, "B Q C"],
         query_positions: Float[Tensor, "Q C"],
         features: Float[Tensor, "B C H W"],
-        mask_logits: Float[Tensor, "B Q H W"],
+        mask_logits: Float[Tensor, "B Q H W"] | None,
     ) -> Float[Tensor, "B Q C"]:
-        """Update the queries; arguments as of `PrototypeCrossAttention`."""
+        """Update the queries; arguments as of the cross-attention."""
         queries = self.cross_attention(queries, query_positions, features, mask_logits)
         return self.feed_forward(self.self_attention(queries, query_positions))
 
@@ -89,7 +95,15 @@ class TransformerDecoder(nn.Module):
         num_layers: the levels are visited in turns, 32, 16, 8, 32, ...
         num_heads: of PEM-CA and of self-attention.
         hidden_channels: of the feed-forward layers.
-        auxiliary: when to return the intermediate predictions that deep supervision needs.
+        auxiliary: when to return the intermediate predictions that deep supervision needs: "training", "always" or
+            "never".
+        attention: "prototype" (PEM-CA); ablations: "mean" of the masked features instead of a prototype, "dot_product"
+            for Mask2Former's cross-attention.
+        masked: False for the ablation in which queries look at all of a level.
+        interaction: False for the ablation of PEM-CA's element-wise product.
+
+    Raises:
+        UserError: there is no such attention, or nothing to leave out of it; no layer or no query.
     """
 
     def __init__(
@@ -103,16 +117,35 @@ class TransformerDecoder(nn.Module):
         num_layers: int = 6,
         num_heads: int = 8,
         hidden_channels: int = 2048,
-        auxiliary: Literal["training", "always", "never"] = "training",
+        auxiliary: str = "training",
+        attention: str = "prototype",
+        masked: bool = True,
+        interaction: bool = True,
     ) -> None:
         super().__init__()
+        _check_sizes(num_layers, num_queries, channels, num_heads)
+        if auxiliary not in ("training", "always", "never"):
+            raise UserError(f"auxiliary={auxiliary}: choose training, always or never")
+        if (attention, interaction) not in ATTENTIONS:
+            known = ", ".join(name for name, whole in ATTENTIONS if whole)
+            if (attention, True) in ATTENTIONS:
+                raise UserError(
+                    f"attention={attention} has no interaction to leave out: choose interaction=true with it"
+                )
+            raise UserError(f"attention={attention}: choose {known}")
         self.channels = channels
         self.auxiliary = auxiliary
+        self.attention = attention
+        self.masked = masked
+        num_levels = min(NUM_LEVELS, num_layers)  # those that are visited
         self.query_features = nn.Embedding(num_queries, channels)
         self.query_positions = nn.Embedding(num_queries, channels)
-        self.level_embedding = nn.Embedding(NUM_LEVELS, channels)
-        self.input_projections = nn.ModuleList(_projection(in_channels, channels) for _ in range(NUM_LEVELS))
-        self.layers = nn.ModuleList(DecoderLayer(channels, num_heads, hidden_channels) for _ in range(num_layers))
+        self.level_embedding = nn.Embedding(num_levels, channels)
+        self.input_projections = nn.ModuleList(_projection(in_channels, channels) for _ in range(num_levels))
+        self.layers = nn.ModuleList(
+            DecoderLayer(channels, num_heads, hidden_channels, ATTENTIONS[attention, interaction])
+            for _ in range(num_layers)
+        )
         self.norm = nn.LayerNorm(channels)
         self.class_head = nn.Linear(channels, num_classes + 1)
         self.mask_head = MLP(channels, channels, mask_channels, 3)
@@ -126,24 +159,30 @@ class TransformerDecoder(nn.Module):
         mask features, so without auxiliary predictions the features are resized, once per level, instead of all masks
         after every layer.
         """
+        levels = levels[: len(self.input_projections)]
         inputs = [self._project(i, level) for i, level in enumerate(levels)]
         queries = self.query_features.weight.expand(len(mask_features), -1, -1)
         auxiliary: list[Predictions] = []
         wanted = self.auxiliary == "always" or (self.auxiliary == "training" and self.training)
-        guides = [] if wanted else [_resize(mask_features, level.shape[-2:]) for level in levels]
+        with torch.no_grad():
+            guides = [] if wanted or not self.masked else [_resize(mask_features, x.shape[-2:]) for x in inputs]
         for i, layer in enumerate(self.layers):
-            features = inputs[i % NUM_LEVELS]
+            features, mask_logits = inputs[i % NUM_LEVELS], None
             if wanted:
                 auxiliary.append(self._predict(queries, mask_features))
-                mask_logits = _resize(auxiliary[-1].mask_logits.detach(), features.shape[-2:])
-            else:
-                mask_logits = _mask_logits(self._mask_embeddings(queries), guides[i % NUM_LEVELS])
+            with torch.no_grad():
+                if self.masked and wanted:
+                    mask_logits = _resize(auxiliary[-1].mask_logits, features.shape[-2:])
+                elif self.masked:
+                    mask_logits = _mask_logits(self._mask_embeddings(queries), guides[i % NUM_LEVELS])
             queries = layer(queries, self.query_positions.weight, features, mask_logits)
         return self._predict(queries, mask_features)._replace(auxiliary=tuple(auxiliary))
 
     def _project(self, i: int, level: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C H W"]:
         """What the layers see of a level: projected, level embedding and position encoding added."""
         x = self.input_projections[i](level)
+        if self.attention == "dot_product":  # which encodes positions itself, for values go without
+            return x + self.level_embedding.weight[i, :, None, None].to(x.dtype)
         y_encoding, x_encoding = sine_position_encoding(x.shape[2], x.shape[3], self.channels, device=x.device)
         x = x + (self.level_embedding.weight[i, :, None, None] + y_encoding).to(x.dtype)
         return x.add_(x_encoding.to(x.dtype))
@@ -154,6 +193,14 @@ class TransformerDecoder(nn.Module):
     def _predict(self, queries: Float[Tensor, "B Q C"], mask_features: Float[Tensor, "B C_mask H W"]) -> Predictions:
         mask_logits = _mask_logits(self._mask_embeddings(queries), mask_features)
         return Predictions(self.class_head(self.norm(queries)), mask_logits)
+
+
+def _check_sizes(num_layers: int, num_queries: int, channels: int, num_heads: int) -> None:
+    for name, value in (("num_layers", num_layers), ("num_queries", num_queries)):
+        if value < 1:
+            raise UserError(f"{name}={value}: choose at least 1")
+    if channels % num_heads or channels % 4:
+        raise UserError(f"channels={channels}: choose a multiple of 4 and of num_heads={num_heads}")
 
 
 def _mask_logits(embeddings: Float[Tensor, "B Q C"], features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B Q H W"]:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pem_lightning.errors import UserError
+from pem_lightning.networks.deformable_conv import DeformableConv
 from pem_lightning.networks.pem import PEM, padded_size
 from pem_lightning.networks.pixel_decoder import ContextSelfModulation, DeformableUpsampling, PixelDecoder
 from pem_lightning.networks.position_encoding import sine_position_encoding
@@ -22,12 +24,26 @@ from pem_lightning.types import Predictions
 
 
 def predict(network: PEM, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-    """Run a network. Arguments and result are those of `PEM.forward`, auxiliary predictions included."""
+    """Run a network. Arguments and result are those of `PEM.forward`, auxiliary predictions included.
+
+    Raises:
+        UserError: the network is an ablation, which the authors' algorithm does not describe.
+    """
+    _check_is_pem(network)
     height, width = images.shape[-2:]
     full_height, full_width = padded_size(height, width)
     images = F.pad(images, (0, full_width - width, 0, full_height - height))
     mask_features, levels = decode_pixels(network.pixel_decoder, network.backbone(images))
     return decode_queries(network.transformer_decoder, mask_features, levels)
+
+
+def _check_is_pem(network: PEM) -> None:
+    layers = network.transformer_decoder.layers
+    attentions = {type(layer.cross_attention) for layer in layers if isinstance(layer, DecoderLayer)}
+    parts = {type(module) for module in network.pixel_decoder.modules()}
+    whole = {PrototypeCrossAttention} == attentions and {ContextSelfModulation, DeformableConv} <= parts
+    if not (whole and network.transformer_decoder.masked):
+        raise UserError("the straightforward path is the authors' algorithm, and this network an ablation of it")
 
 
 def decode_pixels(
@@ -54,6 +70,7 @@ def _upsample(
     module: nn.Module, x: Float[Tensor, "B C H W"]
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C double_H double_W"]]:
     assert isinstance(module, DeformableUpsampling)
+    assert isinstance(module.deform, DeformableConv)
     offsets, mask = module.deform.offset(x).split((18, 9), dim=1)
     x = F.relu(module.deform_norm(deform_conv(x, offsets, mask.sigmoid(), module.deform.weight)))
     return x, F.relu(module.upsample_norm(module.upsample(x)))
@@ -84,8 +101,9 @@ def decode_queries(
 ) -> Predictions:
     """The transformer decoder; see `TransformerDecoder.forward`."""
     inputs, positions = [], []
+    visited = levels[: len(decoder.input_projections)]
     for level, projection, embedding in zip(
-        levels, decoder.input_projections, decoder.level_embedding.weight, strict=True
+        visited, decoder.input_projections, decoder.level_embedding.weight, strict=True
     ):
         inputs.append(projection(level) + embedding[:, None, None])
         y, x = sine_position_encoding(level.shape[2], level.shape[3], decoder.channels, device=level.device)
@@ -95,6 +113,7 @@ def decode_queries(
     predictions = [_predict(decoder, queries, mask_features)]
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
+        assert isinstance(layer.cross_attention, PrototypeCrossAttention)
         features = inputs[i % NUM_LEVELS]
         mask_logits = F.interpolate(
             predictions[-1].mask_logits, features.shape[-2:], mode="bilinear", align_corners=False

@@ -2,6 +2,8 @@
 
 import torch
 
+from pem_lightning.networks.deformable_conv import DeformableConv
+
 
 def randomize(network):
     """Give a PEM statistics, scales and offsets that matter; returns it."""
@@ -11,6 +13,6 @@ def randomize(network):
             module.running_var.uniform_(0.5, 2)
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.normal_(0, 0.1)
-    for upsampling in network.pixel_decoder.upsampling:
-        upsampling.deform.offset.weight.data.normal_(0, 0.05)
+        if isinstance(module, DeformableConv):
+            module.offset.weight.data.normal_(0, 0.05)
     return network
