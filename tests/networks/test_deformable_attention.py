@@ -13,6 +13,7 @@ from pem_lightning.networks.deformable_attention import (
     get_kernel,
     ms_deform_attn_torch,
 )
+from tests.networks.scattered import scattered
 
 SIZES = [(3, 5), (1, 1), (6, 7)]
 
@@ -79,12 +80,6 @@ def test_without_gradients_strip_by_strip(queries_at_once, monkeypatch):
     with torch.no_grad():
         actual = ms_deform_attn_torch(*arguments)
     torch.testing.assert_close(actual, by_grid_sample(*arguments), rtol=0, atol=1e-12)
-
-
-def scattered(tensor):
-    """The same numbers in reversed order of memory, with gaps."""
-    dims = tuple(reversed(range(tensor.ndim)))
-    return torch.stack((tensor.permute(dims), -tensor.permute(dims)), dim=-1)[..., 0].permute(dims)
 
 
 def test_takes_memory_in_any_order():
@@ -170,16 +165,36 @@ def test_bad_arguments_are_refused():
         MultiScaleDeformableAttention(30)
 
 
-@pytest.mark.mmcv
-@pytest.mark.parametrize("spread", [0.3, 100.0])
-@pytest.mark.parametrize("in_order", [True, False])
-def test_mmcv_kernel_equals_the_definition(spread, in_order):
+def mmcv_kernel():
     try:
-        kernel = get_kernel("mmcv")
+        return get_kernel("mmcv")
     except UserError as error:
         pytest.skip(str(error))
-    values, sizes, locations, weights = inputs(spread=spread)
-    if not in_order:
-        values, locations, weights = scattered(values), scattered(locations), scattered(weights)
-    assert_same(kernel, (values, sizes, locations, weights), atol=1e-10)
-    assert_same(kernel, inputs(batch=1, queries=1, sizes=[(1, 1)]), atol=1e-10)
+
+
+@pytest.mark.mmcv
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"spread": 100.0},
+        {"batch": 1, "queries": 1, "sizes": [(1, 1)]},
+        {"batch": 3, "sizes": [(1, 9), (7, 1), (2, 2), (5, 3)], "points": 3},
+    ],
+)
+def test_mmcv_equals_the_definition(arguments):
+    assert_same(mmcv_kernel(), inputs(**arguments), atol=1e-10)
+
+
+@pytest.mark.mmcv
+def test_mmcv_takes_memory_in_any_order():
+    values, sizes, locations, weights = inputs()
+    assert_same(mmcv_kernel(), (scattered(values), sizes, scattered(locations), scattered(weights)), atol=1e-10)
+
+
+@pytest.mark.mmcv
+def test_mmcv_takes_half_precision():
+    values, sizes, locations, weights = inputs()
+    out = mmcv_kernel()(values.bfloat16(), sizes, locations.float(), weights.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), by_grid_sample(values, sizes, locations, weights), rtol=0.02, atol=0.02)
