@@ -1,7 +1,8 @@
 """Multiply-accumulates of the network, by the conventions of fvcore, in which the field publishes them.
 
 Convolutions and matrix products count one per multiply-accumulate (deformable convolutions included, as their matrix
-product), batch normalisation 2 per element, layer normalisation 5, bilinear resizing 4; everything else is free.
+product), batch normalisation 2 per element, layer and group normalisation 5, bilinear resizing 4; everything else is
+free. So is the sampling of deformable attention, a custom operator in the networks whose numbers are published.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 _ELEMENTWISE = {
     torch.ops.aten._native_batch_norm_legit_no_training: 4,
     torch.ops.aten.native_layer_norm: 10,
+    torch.ops.aten.native_group_norm: 10,
     torch.ops.aten.upsample_bilinear2d: 8,
 }
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pem_lightning.errors import UserError
+from pem_lightning.networks.kernels import Kernels, at_least_float32, require_cuda_build
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(features, offsets, mask, weight) -> output; see `deform_conv_torch` for shapes."""
@@ -102,42 +102,50 @@ def _corners(
     return torch.stack(indices, -1).view(-1, 4), torch.stack(weights, -1).view(-1, 4)
 
 
-def _torchvision_kernel() -> Kernel:
+def _torchvision_kernel(device: str) -> Kernel:
     from torchvision.ops import deform_conv2d
 
     def kernel(x: Tensor, offsets: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
         padding = weight.shape[-1] // 2
-        return deform_conv2d(x, offsets, weight, padding=padding, mask=mask)
+        with torch.autocast(x.device.type, enabled=False):
+            features, offsets, mask, weight = at_least_float32(x, offsets, mask, weight)
+            return deform_conv2d(features, offsets, weight, padding=padding, mask=mask).to(x.dtype)
 
     return kernel
 
 
-def _mmcv_kernel() -> Kernel:
+def _mmcv_kernel(device: str) -> Kernel:
     from mmcv.ops import modulated_deform_conv2d
+
+    require_cuda_build(device)
 
     def kernel(x: Tensor, offsets: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
         padding = weight.shape[-1] // 2
-        return modulated_deform_conv2d(x, offsets, mask, weight, None, 1, padding, 1, 1, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            arguments = [t.contiguous() for t in at_least_float32(x, offsets, mask, weight)]
+            return modulated_deform_conv2d(*arguments, None, 1, padding, 1, 1, 1).to(x.dtype)
 
     return kernel
+
+
+_KERNELS = Kernels(
+    "deformable convolution",
+    plain=deform_conv_torch,
+    others={"torchvision": _torchvision_kernel, "mmcv": _mmcv_kernel},
+    # The CPU's order is measured (`scripts/benchmark.py --kernels`). CUDA's is not: mmcv's is one fused kernel, and who
+    # has built mmcv for a GPU has built it for this. torchvision's is alike, but often there by chance.
+    fastest={"cpu": ("torch",), "cuda": ("mmcv", "torch")},
+)
 
 
 @cache
 def get_kernel(name: str) -> Kernel:
-    """Look up a kernel: "torch", "torchvision", "mmcv", or "auto" (the one that is always there, "torch").
+    """Look up a kernel: "torch", "torchvision", "mmcv", or "auto" (the fastest installed for the features' device).
 
     Raises:
         UserError: the name is unknown, or its library cannot be loaded.
     """
-    loaders = {"torchvision": _torchvision_kernel, "mmcv": _mmcv_kernel}
-    if name in ("auto", "torch"):
-        return deform_conv_torch
-    if name not in loaders:
-        raise UserError(f"unknown deformable convolution kernel {name!r}: choose auto, torch, torchvision or mmcv")
-    try:
-        return loaders[name]()
-    except Exception as error:  # a torchvision built for another torch raises RuntimeError on import
-        raise UserError(f"kernel={name} needs a working {name} ({error}): install it, or use kernel=auto") from error
+    return _KERNELS.get(name)
 
 
 class DeformableConv(nn.Module):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pem_lightning.errors import UserError
 from pem_lightning.networks import deformable_conv
 from pem_lightning.networks.deformable_conv import DeformableConv, deform_conv_torch, get_kernel
+from tests.networks.scattered import scattered
 
 
 def by_grid_sample(x, offsets, mask, weight):
@@ -64,13 +65,6 @@ def test_without_gradients_strip_by_strip(pixels_at_once, monkeypatch):
         torch.testing.assert_close(deform_conv_torch(*arguments), by_grid_sample(*arguments), rtol=0, atol=1e-12)
 
 
-def test_takes_memory_in_any_order():
-    x, offsets, mask, weight = inputs(0)
-    x = x.detach().to(memory_format=torch.channels_last)
-    mask = mask.detach().transpose(2, 3).contiguous().transpose(2, 3)
-    torch.testing.assert_close(deform_conv_torch(x, offsets, mask, weight), by_grid_sample(x, offsets, mask, weight))
-
-
 def test_is_an_ordinary_convolution_without_offsets():
     x, _, _, weight = inputs(0)
     offsets, mask = torch.zeros(2, 18, 5, 7).double(), torch.ones(2, 9, 5, 7).double()
@@ -119,19 +113,38 @@ def test_unknown_or_missing_kernels_are_refused():
         get_kernel("cuda")
 
 
-@pytest.mark.torchvision
-def test_torchvision_kernel_equals_the_definition():
+def installed(name):
     try:
-        kernel = get_kernel("torchvision")
+        return get_kernel(name)
     except UserError as error:
         pytest.skip(str(error))
-    assert_same(kernel, inputs(0), atol=1e-10)
 
 
-@pytest.mark.mmcv
-def test_mmcv_kernel_equals_the_definition():
-    try:
-        kernel = get_kernel("mmcv")
-    except UserError as error:
-        pytest.skip(str(error))
-    assert_same(kernel, inputs(0), atol=1e-10)
+LIBRARIES = [
+    pytest.param("torchvision", marks=pytest.mark.torchvision),
+    pytest.param("mmcv", marks=pytest.mark.mmcv),
+]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "spread"), [(2, 5, 7, 2.0), (3, 1, 1, 1.0), (1, 1, 9, 2.0), (2, 6, 3, 300.0)]
+)
+def test_libraries_equal_the_definition(library, batch, height, width, spread):
+    assert_same(installed(library), inputs(0, batch, 3, height, width, spread), atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["torch", *LIBRARIES])
+def test_memory_in_any_order(kernel):
+    arguments = [scattered(t) for t in inputs(0)]
+    assert not any(t.is_contiguous() for t in arguments)
+    assert_same(installed(kernel), arguments, atol=1e-10)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_libraries_take_half_precision(library, dtype):
+    arguments = [t.detach().to(dtype) for t in inputs(0)]
+    out = installed(library)(*arguments)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, by_grid_sample(*(t.double() for t in arguments)).to(dtype))
