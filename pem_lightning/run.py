@@ -182,7 +182,7 @@ def _take_network(cfg: DictConfig) -> Checkpoint:
     """Read the checkpoint; the network is the trained one, whatever conf/ says today, unless the command line does."""
     checkpoint = read_checkpoint(cfg.checkpoint)
     asked_for = {key_of(o).split(".")[0] for o in set(_overrides()) - set(checkpoint.overrides)}
-    if not asked_for & {"network", "backbone"}:
+    if not asked_for & {"network", "backbone", "ablation", "decoder_layers", "num_queries"}:
         with open_dict(cfg):
             cfg.network = checkpoint.config["network"]
             cfg.backbone = checkpoint.config["backbone"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pem_lightning.errors import UserError
 from pem_lightning.networks.backbones import Backbone, build_backbone
+from pem_lightning.networks.msdeform_pixel_decoder import MSDeformPixelDecoder
 from pem_lightning.networks.pixel_decoder import PixelDecoder
 from pem_lightning.networks.transformer_decoder import TransformerDecoder
 from pem_lightning.types import Predictions
@@ -29,7 +30,7 @@ class PEM(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        pixel_decoder: PixelDecoder,
+        pixel_decoder: PixelDecoder | MSDeformPixelDecoder,
         transformer_decoder: TransformerDecoder,
     ) -> None:
         super().__init__()
@@ -90,7 +91,11 @@ def build_pem(
     if isinstance(backbone, str):
         backbone = build_backbone(backbone, backbone_norm)
     sizes = (backbone.channels, pyramid_channels, mask_channels, kernel)
-    if pixel_decoder == "pem":
+    if pixel_decoder == "msdeform":
+        if not (csm and deformable):
+            raise UserError("csm=false and deformable=false leave parts out of PEM's pixel decoder: msdeform has none")
+        pixels: PixelDecoder | MSDeformPixelDecoder = MSDeformPixelDecoder(*sizes)
+    elif pixel_decoder == "pem":
         pixels = PixelDecoder(*sizes, csm=csm, deformable=deformable)
     else:
         raise UserError(f"pixel_decoder={pixel_decoder}: choose pem or msdeform")

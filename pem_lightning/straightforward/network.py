@@ -30,6 +30,7 @@ def predict(network: PEM, images: Float[Tensor, "B 3 H W"]) -> Predictions:
         UserError: the network is an ablation, which the authors' algorithm does not describe.
     """
     _check_is_pem(network)
+    assert isinstance(network.pixel_decoder, PixelDecoder)
     height, width = images.shape[-2:]
     full_height, full_width = padded_size(height, width)
     images = F.pad(images, (0, full_width - width, 0, full_height - height))
