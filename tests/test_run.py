@@ -108,6 +108,21 @@ def test_evaluation_repeats_the_runs_numbers_to_the_last_digit(trained):
     assert {name: repeated[name] for name in names} == {name: original[name] for name in names}
 
 
+def test_an_ablation_evaluates_and_predicts_from_its_checkpoint_alone(work):
+    variant = ["ablation=[masked_cross_attention,msdeform,no_deep_supervision]", "decoder_layers=1"]
+    tiny = [key for key in TINY if not key.startswith("network.num_layers")]
+    assert call("train", *tiny, *variant, "recipe.max_steps=2", "recipe.val_interval=2", "hydra.run.dir=cut") == 0
+    checkpoint = f"checkpoint={work}/cut/checkpoints/best.ckpt"
+    assert call("evaluate", checkpoint, "hydra.run.dir=cut_again") == 0
+    first, again = (json.loads(Path(run, "metrics.json").read_text()) for run in ("cut", "cut_again"))
+    assert first["val/PQ"] == again["val/PQ"]
+    image = next(Path("drawn").rglob("*_leftImg8bit.png"))
+    assert call("predict", checkpoint, f"input={image}", "output=cut_predicted", "hydra.run.dir=cut_log") == 0
+    assert list(Path("cut_predicted").rglob("*.png"))
+    names = read_checkpoint(work / "cut" / "checkpoints" / "best.ckpt").network
+    assert not any(name.startswith("transformer_decoder.layers.1.") for name in names)
+
+
 def test_evaluation_takes_overrides(trained, capsys):
     code = call(
         "evaluate", f"checkpoint={trained}/checkpoints/last.ckpt", "task=semantic", "hydra.run.dir=evaluated_semantic"
