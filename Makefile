@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target that runs Python first makes .venv from the requirements if it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint types check format clean
+.PHONY: help demo mmcv test test-fast lint types check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +14,9 @@ help: ## List the targets
 
 demo: $(VENV)/.core ## Train PEM on drawn street scenes: minutes on two CPU cores, no download (ARGS="key=value ..." to change it)
 	$(BIN)/python train.py $(ARGS)
+
+mmcv: $(VENV)/.core ## Build mmcv's deformable operators for the installed torch, an option for GPUs (10 to 40 minutes)
+	@$(BIN)/python scripts/build_mmcv.py
 
 test: $(VENV)/.dev ## Run all tests (ARGS="-k name" to choose)
 	$(PYTEST) $(ARGS)

@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     for option, text in (
         ("memory", "measure peak memory, each contestant in its own process"),
         ("equality", "compare the fast path's results with the straightforward one's"),
-        ("kernels", "compare the kernels of the deformable convolution"),
+        ("kernels", "compare the kernels of deformable convolution and attention"),
     ):
         default = getattr(defaults, option)
         parser.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, default=default, help=text)

@@ -74,9 +74,8 @@ def run_benchmark(
     if settings.equality:
         result["equality"] = compare_paths(contestants, images, say)
     if settings.kernels:
-        say("comparing kernels of the deformable convolution")
         result["kernels"] = benchmark_kernels(
-            settings.size, batch=settings.batch, device=device, rounds=settings.rounds, warmup=settings.warmup
+            settings.size, batch=settings.batch, device=device, rounds=settings.rounds, warmup=settings.warmup, say=say
         )
     return result
 

@@ -16,8 +16,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         parts.append(_memory(result["contestants"], result["environment"]["device"]))
     if result.get("equality"):
         parts.append(_equality(result["equality"]))
-    if "kernels" in result:
-        parts.append(_kernels(result["kernels"]))
+    parts += [_kernels(section) for section in result.get("kernels", ())]
     if result["skipped"]:
         parts.append("## Skipped\n\n" + "\n".join(f"- {k}: {v}" for k, v in result["skipped"].items()))
     return "\n\n".join(parts) + "\n"
@@ -153,25 +152,26 @@ def _equality(rows: Sequence[Row]) -> str:
     return text + _table(columns, cells)
 
 
-def _kernels(kernels: Mapping[str, Any]) -> str:
+def _kernels(section: Mapping[str, Any]) -> str:
+    """One deformable operator."""
     cells = [
         (
             row["kernel"],
-            f"{row['height']} x {row['width']}",
+            row["size"],
             _number(row["forward_ms"]["median"]),
             _range(row["forward_ms"], "min", "max"),
             _number(row["forward_backward_ms"]["median"]),
             _range(row["forward_backward_ms"], "min", "max"),
             f"{row['float64_difference']:.1e}",
         )
-        for row in kernels["rows"]
+        for row in section["rows"]
     ]
     columns = ("kernel", "size", "forward, ms", "min to max", "with backward, ms", "min to max", "float64 deviation")
     text = (
-        f"## Deformable convolution\n\n{kernels['channels']} channels, batch {kernels['batch']}. *Deviation*: the "
-        f"largest of outputs and gradients from {kernels['reference']}'s.\n\n"
+        f"## {section['operator']}\n\n{section['note']}, batch {section['batch']}. *Deviation*: the largest of outputs "
+        f"and gradients from {section['reference']}'s.\n\n"
     )
-    missing = "".join(f"\n- skipped: {reason}" for reason in kernels["missing"].values())
+    missing = "".join(f"\n- skipped: {reason}" for reason in section["missing"].values())
     return text + _table(columns, cells) + ("\n" + missing if missing else "")
 
 

@@ -42,7 +42,7 @@ class Settings:
         kept_queries: with random weights, how many queries panoptic post-processing has to look at.
         memory: measure peak memory, each contestant in its own process.
         equality: compare the fast path with the straightforward one.
-        kernels: compare the kernels of the deformable convolution.
+        kernels: compare the kernels of deformable convolution and attention.
         small_ceilings: measure the roofline's ceilings with small operands, to see that it works.
 
     Raises:

@@ -146,6 +146,18 @@ def get_kernel(name: str) -> Kernel:
     return _KERNELS.get(name)
 
 
+def pixel_centres(
+    sizes: Sizes, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "S 2"]:
+    """(x, y) of every level's positions, 0 to 1 from the map's left or upper border to the opposite one."""
+
+    def centres(length: int) -> Float[Tensor, " length"]:
+        return (torch.arange(length, device=device, dtype=dtype) + 0.5) / length
+
+    grids = [torch.meshgrid(centres(height), centres(width), indexing="ij") for height, width in sizes]
+    return torch.cat([torch.stack((x, y), dim=-1).flatten(0, 1) for y, x in grids])
+
+
 class MultiScaleDeformableAttention(nn.Module):
     """Attention to a few points of every level, which every query chooses around its reference point.
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pem_lightning.errors import UserError
-from pem_lightning.networks.deformable_attention import MultiScaleDeformableAttention, Sizes
+from pem_lightning.networks.deformable_attention import MultiScaleDeformableAttention, Sizes, pixel_centres
 from pem_lightning.networks.position_encoding import sine_position_encoding
 
 NUM_LEVELS = 3
@@ -117,7 +117,8 @@ class MSDeformPixelDecoder(nn.Module):
         inputs = [project(x) for project, x in zip(self.input_projections, coarse_to_fine, strict=True)]
         sizes = [(x.shape[2], x.shape[3]) for x in inputs]
         x = torch.cat([x.flatten(2).transpose(1, 2) for x in inputs], dim=1)
-        positions, references = self._positions(sizes, x), _centres(sizes, x)
+        positions = self._positions(sizes, x)
+        references = pixel_centres(sizes, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         for layer in self.layers:
             x = layer(x, positions, references, sizes)
         lengths = [height * width for height, width in sizes]
@@ -135,17 +136,6 @@ class MSDeformPixelDecoder(nn.Module):
             y, x = sine_position_encoding(height, width, self.channels, device=like.device)
             encodings.append((y + x).flatten(1).T.to(like.dtype) + level)
         return torch.cat(encodings)
-
-
-def _centres(sizes: Sizes, like: Tensor) -> Float[Tensor, "S 2"]:
-    """(x, y) of every pixel's centre, 0 to 1 over its level."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-
-    def centres(length: int) -> Float[Tensor, " length"]:
-        return (torch.arange(length, device=like.device, dtype=dtype) + 0.5) / length
-
-    grids = [torch.meshgrid(centres(height), centres(width), indexing="ij") for height, width in sizes]
-    return torch.cat([torch.stack((x, y), dim=-1).flatten(0, 1) for y, x in grids])
 
 
 _kaiming_uniform = partial(nn.init.kaiming_uniform_, a=1)

@@ -37,6 +37,20 @@ def test_short_precision_is_near_and_comes_out_as_float32(network):
     assert next(network.parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.06), ("float16", 0.03)])
+def test_deformable_attention_in_every_precision(precision, tolerance):
+    torch.manual_seed(0)
+    arguments = {"pixel_decoder": "msdeform", "pyramid_channels": 64, "num_queries": 6, "num_layers": 1}
+    network = build_pem("stdc1", num_classes=3, **arguments).eval()
+    for layer in network.pixel_decoder.layers:
+        torch.nn.init.normal_(layer.attention.offsets.weight, std=0.05)
+    images = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        expected, actual = network(images), OptimizedNetwork(network, precision)(images)
+    assert actual.mask_logits.dtype == torch.float32
+    assert (actual.mask_logits - expected.mask_logits).norm() < tolerance * expected.mask_logits.norm()
+
+
 def test_channels_last_from_end_to_end(network):
     optimized = OptimizedNetwork(network)
     mask_logits = optimized(torch.randn(1, 3, 64, 96)).mask_logits
