@@ -31,7 +31,7 @@ def parameter_groups(
 
     Norms and embeddings do not decay; biases do, as in the authors' training. Everything under a module called
     `backbone` learns more slowly. Parameters that share both values share a group, because optimisers update a group
-    at once.
+    at once. A module may name further parameters of its own that do not decay: `no_weight_decay() -> set[str]`.
 
     Args:
         model: the network, or a module that holds it.
@@ -44,16 +44,22 @@ def parameter_groups(
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     seen: set[nn.Parameter] = set()
+    exempt = _exempt_by_themselves(model)
     for module_name, module in model.named_modules():
         group_lr = lr * backbone_lr_multiplier if "backbone" in module_name.split(".") else lr
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
-            decay = 0.0 if _is_norm_or_embedding(module, name) else weight_decay
+            decay = 0.0 if parameter in exempt or _is_norm_or_embedding(module, name) else weight_decay
             group = groups.setdefault((group_lr, decay), {"params": [], "lr": group_lr, "weight_decay": decay})
             group["params"].append(parameter)
     return list(groups.values())
+
+
+def _exempt_by_themselves(model: nn.Module) -> set[nn.Parameter]:
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "no_weight_decay")]
+    return {owner.get_parameter(name) for owner in owners for name in owner.no_weight_decay()}
 
 
 def _is_norm_or_embedding(module: nn.Module, name: str) -> bool:

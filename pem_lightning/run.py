@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
 import lightning
@@ -35,6 +35,7 @@ from pem_lightning.inference.predictor import Predictor
 from pem_lightning.inference.segment_files import segment_files
 from pem_lightning.inference.task import TaskInference
 from pem_lightning.module import PEMModule
+from pem_lightning.networks.backbones import Backbone
 from pem_lightning.networks.complexity import count_parameters
 from pem_lightning.types import DatasetInfo
 
@@ -51,6 +52,8 @@ def train(cfg: DictConfig) -> float:
     if checkpoint is not None:
         check_fits(module.network, checkpoint)
         log.info("resuming %s at step %d", checkpoint.path, checkpoint.step)
+    elif cfg.backbone.get("pretrained"):  # only here: whoever has a checkpoint has the weights
+        cast(Backbone, module.network.backbone).load_pretrained(cfg.backbone.pretrained)
     size = count_parameters(module.network) / 1e6
     log.info(
         "PEM, %s, %.2f M parameters, on %s in %s",
@@ -59,7 +62,7 @@ def train(cfg: DictConfig) -> float:
         trainer.strategy.root_device,
         trainer.precision,
     )
-    if cfg.backbone.norm == "frozen" and checkpoint is None:
+    if cfg.backbone.norm == "frozen" and checkpoint is None and not cfg.backbone.get("pretrained"):
         log.warning(
             "frozen batch normalisation expects pretrained weights, this run starts from random ones: "
             "backbone.norm=batch learns better"

@@ -81,6 +81,16 @@ def test_as_few_groups_as_possible() -> None:
     assert len(parameter_groups(Small(), lr=1.0, backbone_lr_multiplier=1.0, weight_decay=0.0)) == 1
 
 
+def test_a_module_exempts_its_own_parameters() -> None:
+    class Exempting(Small):
+        def no_weight_decay(self) -> set[str]:
+            return {"backbone.0.weight"}
+
+    model = nn.Sequential(Exempting())
+    found = values_by_name(model, parameter_groups(model, lr=1.0, weight_decay=0.2))
+    assert (found["0.backbone.0.weight"], found["0.backbone.0.bias"]) == ((0.1, 0.0), (0.1, 0.2))
+
+
 def test_wrapped_network_keeps_its_backbone() -> None:
     lrs = {group["lr"] for group in parameter_groups(nn.ModuleDict({"network": Small()}), lr=1.0)}
     assert lrs == {1.0, 0.1}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from torch import nn
 
 from pem_lightning.checkpoints import load_network, read_checkpoint
@@ -80,13 +81,14 @@ def checkpoint_weights(path: str | Path) -> Weights:
         UserError: the file is missing, damaged or not ours, or its network is not built by `build_pem`.
     """
     checkpoint = read_checkpoint(path)
-    settings = dict(checkpoint.config["network"])
-    if settings.pop("_target_", None) != "pem_lightning.build_pem" or not isinstance(settings.get("backbone"), str):
+    settings = checkpoint.config["network"]
+    if settings.get("_target_") != "pem_lightning.build_pem":
         raise UserError(f"{path} holds a network of its own kind: the benchmark takes those of conf/network/pem.yaml")
-    network = build_pem(**settings, num_classes=checkpoint.info.num_classes)
+    network = instantiate(settings, num_classes=checkpoint.info.num_classes)
     load_network(network, checkpoint)
+    backbone = settings["backbone"]
     return Weights(
-        settings["backbone"],
+        backbone if isinstance(backbone, str) else backbone["name"],
         network.eval(),
         checkpoint.info.thing_classes,
         dict(checkpoint.config["task"]["inference"]),

@@ -1,7 +1,8 @@
 """Batch normalisation folded into the convolution before it: the same function with one pass less per layer.
 
 Modules say themselves which of their children follow one another, in `foldable`: pairs of names of a convolution and of
-the normalisation of its output. Children of `nn.Sequential` do so by definition.
+the normalisation of its output. Children of `nn.Sequential` do so by definition, if they are PyTorch's own: subclasses
+(timm has some) do more than convolve or normalise.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from itertools import pairwise
 
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_weights
+
+from pem_lightning.networks.layers import FrozenBatchNorm2d
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
@@ -36,8 +39,8 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 def _pairs(parent: nn.Module) -> Iterator[tuple[str, str]]:
     yield from getattr(parent, "foldable", ())
     if isinstance(parent, nn.Sequential):
-        for (name, child), (next_name, _) in pairwise(parent.named_children()):
-            if isinstance(child, nn.Conv2d):
+        for (name, child), (next_name, follower) in pairwise(parent.named_children()):
+            if type(child) is nn.Conv2d and type(follower) in (nn.BatchNorm2d, FrozenBatchNorm2d):
                 yield name, next_name
 
 

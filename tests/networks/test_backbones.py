@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pem_lightning.errors import UserError
 from pem_lightning.networks.backbones import BACKBONES, build_backbone
 
 
@@ -44,3 +45,8 @@ def test_frozen_norm_never_learns():
     assert backbone.bn1.weight.grad is None
     assert backbone.conv1.weight.grad is not None
     assert set(backbone.state_dict()) == set(build_backbone("resnet18").state_dict())
+
+
+def test_backbones_by_name_have_no_weights_to_load():
+    with pytest.raises(UserError, match=r"backbone\.pretrained is for backbone=timm: leave it out"):
+        build_backbone("resnet18").load_pretrained()

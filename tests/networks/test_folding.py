@@ -33,3 +33,17 @@ def test_a_normalisation_that_does_not_follow_is_left_alone():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
     folded = fold_batch_norms(network)
     assert [type(m).__name__ for m in folded] == ["BatchNorm2d", "Conv2d", "ReLU", "BatchNorm2d"]
+
+
+def test_a_subclass_may_do_more_and_is_left_alone():
+    class NormAct(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) / self.weight.std()
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), NormAct(4), Standardized(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    images = torch.randn(1, 3, 8, 8)
+    assert torch.equal(fold_batch_norms(network)(images), network(images))

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pem_lightning.errors import UserError
+
 
 class Backbone(nn.Module, ABC):
     """A feature extractor.
@@ -27,3 +29,11 @@ class Backbone(nn.Module, ABC):
         Returns:
             Four feature maps, of strides 4, 8, 16 and 32.
         """
+
+    def load_pretrained(self, source: bool | str = True) -> None:
+        """Fill in pretrained weights: those of the backbone's library, or those of a file.
+
+        Raises:
+            UserError: there are none for this backbone.
+        """
+        raise UserError("backbone.pretrained is for backbone=timm: leave it out")
