@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pem_lightning.benchmark import Settings, draw_latencies, print_memory, run_benchmark, to_markdown
+from pem_lightning.benchmark import Settings, draw_latencies, parse_size, print_memory, run_benchmark, to_markdown
 from pem_lightning.benchmark.lineup import measure_memory, set_threads
 from pem_lightning.benchmark.peers import PEERS
 from pem_lightning.errors import UserError
@@ -99,14 +99,11 @@ def read_settings(options: argparse.Namespace) -> Settings:
         raise UserError("--backbones does not go with --checkpoint, which has its own: leave it out")
     if options.image is not None and not options.image.is_file():
         raise UserError(f"--image {options.image} does not exist: check the path")
-    height, x, width = options.size.partition("x")
-    if not (x and height.isdecimal() and width.isdecimal()):
-        raise UserError(f"--size {options.size}: give height x width in pixels, such as 1024x2048")
     same = ("batch", "precisions", "compile", "contestants", "peers", "device", "threads", "rounds", "warmup")
     same += ("checkpoint", "image", "kept_queries", "memory", "equality", "kernels", "small_ceilings")  # type: ignore
     return Settings(
         backbones=options.backbones or Settings.backbones,
-        size=(int(height), int(width)),
+        size=parse_size(options.size),
         **{name: getattr(options, name) for name in same},
     )
 

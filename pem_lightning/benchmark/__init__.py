@@ -8,7 +8,7 @@ from pem_lightning.benchmark.job import run_benchmark, time_contestants
 from pem_lightning.benchmark.memory import Memory, measure_child, measure_own, print_memory
 from pem_lightning.benchmark.plot import draw_latencies
 from pem_lightning.benchmark.report import to_markdown
-from pem_lightning.benchmark.settings import Settings
+from pem_lightning.benchmark.settings import Settings, parse_size
 from pem_lightning.benchmark.timing import Clock, Spread, Timing, measure_interleaved, paired_ratio
 from pem_lightning.benchmark.weights import Weights, checkpoint_weights, random_weights
 
@@ -29,6 +29,7 @@ __all__ = [
     "measure_interleaved",
     "measure_own",
     "paired_ratio",
+    "parse_size",
     "print_memory",
     "random_weights",
     "run_benchmark",

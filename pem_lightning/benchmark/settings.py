@@ -100,6 +100,18 @@ class Settings:
         return tuple(PEERS) if "all" in self.peers else tuple(name for name in self.peers if name != "none")
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of "1024x2048".
+
+    Raises:
+        UserError: it is no such text.
+    """
+    height, x, width = text.partition("x")
+    if not (x and height.isdecimal() and width.isdecimal()):
+        raise UserError(f"--size {text}: give height x width in pixels, such as 1024x2048")
+    return int(height), int(width)
+
+
 def load_images(settings: Settings) -> Float[Tensor, "B 3 H W"]:
     """The input, normalised: noise, or a photograph brought to the size.
 

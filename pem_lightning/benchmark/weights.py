@@ -48,30 +48,36 @@ class Weights:
 
 
 def random_weights(backbone: str, seed: int = 0) -> Weights:
-    """Build the paper's network for Cityscapes with random weights.
-
-    Freshly initialised, it would be no fair subject: deformable convolutions would sample the regular grid, and without
-    statistics the batch normalisations would let activations grow out of all proportion. So offsets are given random
-    weights (they come to about a pixel), and statistics are taken from noise.
+    """Build the paper's network for Cityscapes with random weights that behave like trained ones.
 
     Raises:
         UserError: the backbone is unknown.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_pem(backbone, num_classes=CITYSCAPES_CLASSES)
-        for module in network.modules():
-            if isinstance(module, DeformableConv):
-                nn.init.kaiming_uniform_(module.offset.weight, a=5**0.5)
-        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 1.0
-        with torch.no_grad():
-            network.train()(torch.randn(4, 3, 128, 256))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    return Weights(backbone, network.eval(), inference={"overlap_threshold": RANDOM_OVERLAP_THRESHOLD})
+        network = imitate_training(build_pem(backbone, num_classes=CITYSCAPES_CLASSES))
+    return Weights(backbone, network, inference={"overlap_threshold": RANDOM_OVERLAP_THRESHOLD})
+
+
+def imitate_training(network: PEM) -> PEM:
+    """Make freshly initialised weights behave like trained ones, in place; leaves the network in evaluation mode.
+
+    As it is, it would be no fair subject: deformable convolutions would sample the regular grid, and without statistics
+    the batch normalisations would let activations grow out of all proportion. So offsets are given random weights (they
+    come to about a pixel), and statistics are taken from noise.
+    """
+    for module in network.modules():
+        if isinstance(module, DeformableConv):
+            nn.init.kaiming_uniform_(module.offset.weight, a=5**0.5)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, 128, 256))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return network.eval()
 
 
 def checkpoint_weights(path: str | Path) -> Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,18 +34,24 @@ METRICS = {
 }
 
 
+def log_files(folder: Path) -> list[Path]:
+    """All csv logs of a run, in their order: a run that was resumed has several, `metrics*.csv`."""
+    return [*sorted(folder.glob("metrics_before_step_*.csv")), folder / "metrics.csv"]
+
+
 def read_metrics(paths: Iterable[Path]) -> Series:
     """Read Lightning's csv logs; later files win where steps meet, and missing files are passed over."""
     series: Series = defaultdict(list)
     for path in paths:
         if not path.is_file():
             continue
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and name not in ("step", "epoch"):
-                        # Lightning counts steps from 0; the reader of a curve counts those that are done.
-                        series[name].append((int(row["step"]) + 1, float(value)))
+        text = path.read_text()
+        complete = text[: text.rfind("\n") + 1]  # a run that goes on may be writing the last line
+        for row in csv.DictReader(io.StringIO(complete)):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    # Lightning counts steps from 0; the reader of a curve counts those that are done.
+                    series[name].append((int(row["step"]) + 1, float(value)))
     return {name: sorted(dict(points).items()) for name, points in series.items()}
 
 
@@ -88,9 +95,7 @@ def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
 
 
 class Curves(Callback):
-    """Redraws `curves.png` after every validation and at the end.
-
-    A run that was resumed has several logs, `metrics*.csv`, of which one curve is made.
+    """Redraws `curves.png` after every validation and at the end, from all logs of the run.
 
     Args:
         directory: where the picture goes.
@@ -104,9 +109,7 @@ class Curves(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()
-                folder = Path(logger.log_dir)
-                logs = [*sorted(folder.glob("metrics_before_step_*.csv")), folder / "metrics.csv"]
-                draw_curves(read_metrics(logs), self.directory / "curves.png")
+                draw_curves(read_metrics(log_files(Path(logger.log_dir))), self.directory / "curves.png")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Redraw; not in the run's own evaluation, which has no curve."""
