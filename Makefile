@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target that runs Python first makes .venv from the requirements if it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help demo mmcv test test-fast lint types check format clean
+.PHONY: help demo notebook mmcv test test-fast lint types check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +14,9 @@ help: ## List the targets
 
 demo: $(VENV)/.core ## Train PEM on drawn street scenes: minutes on two CPU cores, no download (ARGS="key=value ..." to change it)
 	$(BIN)/python train.py $(ARGS)
+
+notebook: $(VENV)/.notebooks ## Open the notebooks in the browser: look inside a network, compare ablations
+	$(BIN)/jupyter lab notebooks
 
 mmcv: $(VENV)/.core ## Build mmcv's deformable operators for the installed torch, an option for GPUs (10 to 40 minutes)
 	@$(BIN)/python scripts/build_mmcv.py
@@ -53,4 +56,8 @@ $(VENV)/.core: requirements.txt
 
 $(VENV)/.dev: $(VENV)/.core requirements-dev.txt requirements-eval.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.notebooks: $(VENV)/.core requirements-notebooks.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-notebooks.txt
 	@touch $@

@@ -4,6 +4,26 @@ import sys
 
 from pem_lightning import run
 
+TINY = (
+    "dataset.root=drawn",
+    "dataset.datamodule.num_train=8",
+    "dataset.datamodule.num_val=3",
+    "dataset.datamodule.height=64",
+    "dataset.datamodule.width=128",
+    "dataset.num_workers=0",
+    "recipe.batch_size=2",
+    "recipe.num_points=64",
+    "recipe.train_transform.crop_size=[64,128]",
+    "recipe.train_transform.shortest_edges=[64]",
+    "network.num_layers=2",
+    "network.num_queries=20",
+    "task.inference.object_mask_threshold=0.05",
+    "task.inference.overlap_threshold=0.05",
+    "trainer=cpu",
+    "trainer.log_every_n_steps=1",
+)
+"""Arguments of train.py for a run of seconds, on images that it draws in the current folder."""
+
 
 def call(job: str, *arguments: str) -> int:
     """Run a job as its entry point does; returns the exit code."""

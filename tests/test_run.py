@@ -18,7 +18,7 @@ from PIL import Image
 from pem_lightning.callbacks.curves import read_metrics
 from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.panoptic_png import rgb_to_id
-from tests.jobs import call
+from tests.jobs import TINY, call
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,26 +33,6 @@ def work(tmp_path_factory):
     os.chdir(folder)
     yield folder
     os.chdir(before)
-
-
-TINY = (
-    "dataset.root=drawn",
-    "dataset.datamodule.num_train=8",
-    "dataset.datamodule.num_val=3",
-    "dataset.datamodule.height=64",
-    "dataset.datamodule.width=128",
-    "dataset.num_workers=0",
-    "recipe.batch_size=2",
-    "recipe.num_points=64",
-    "recipe.train_transform.crop_size=[64,128]",
-    "recipe.train_transform.shortest_edges=[64]",
-    "network.num_layers=2",
-    "network.num_queries=20",
-    "task.inference.object_mask_threshold=0.05",
-    "task.inference.overlap_threshold=0.05",
-    "trainer=cpu",
-    "trainer.log_every_n_steps=1",
-)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from pem_lightning import straightforward
@@ -22,6 +22,7 @@ from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.task import Result, Sizes, TaskInference, size_of
 from pem_lightning.networks.complexity import count_gmacs
 from pem_lightning.networks.pem import PEM
+from pem_lightning.networks.recording import record_selections
 from pem_lightning.types import Predictions
 
 TASKS = ("semantic", "panoptic")
@@ -135,6 +136,14 @@ class PEMContestant(Contestant):
         """Those of the last layer."""
         return output.class_logits
 
+    @contextmanager
+    def record_prototypes(self) -> Iterator[list[Int64[Tensor, "B M Q"]]]:
+        """A list that holds the positions of every layer's prototypes when the context ends; empty if none are seen."""
+        positions: list[Int64[Tensor, "B M Q"]] = []
+        with record_selections(self.pem) as selections:
+            yield positions
+        positions += [selection.positions for selection in selections]
+
     def keep(self, output: Predictions) -> Predictions:
         """A copy: CUDA graphs write every output to the same memory."""
         return Predictions(output.class_logits.clone(), output.mask_logits.clone())
@@ -171,6 +180,15 @@ class Fast(PEMContestant):
         """None inside a compiled network: looking in would change it."""
         return {} if self.compile else super().stage_ends()
 
+    @contextmanager
+    def record_prototypes(self) -> Iterator[list[Int64[Tensor, "B M Q"]]]:
+        """None of a compiled network, likewise."""
+        if self.compile:
+            yield []
+            return
+        with super().record_prototypes() as positions:
+            yield positions
+
 
 class _StraightforwardNetwork(nn.Module):
     """`straightforward.predict` as a module, which can be counted and moved."""
@@ -178,9 +196,10 @@ class _StraightforwardNetwork(nn.Module):
     def __init__(self, network: PEM) -> None:
         super().__init__()
         self.network = network
+        self.prototypes: list[Int64[Tensor, "B M Q"]] | None = None
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-        return straightforward.predict(self.network, images)
+        return straightforward.predict(self.network, images, self.prototypes)
 
 
 class Straightforward(PEMContestant):
@@ -189,6 +208,17 @@ class Straightforward(PEMContestant):
     def __init__(self, weights: Weights) -> None:
         name = straightforward_name(weights.backbone)
         super().__init__(name, _StraightforwardNetwork(weights.network), weights)
+
+    @contextmanager
+    def record_prototypes(self) -> Iterator[list[Int64[Tensor, "B M Q"]]]:
+        """As this path chose them itself."""
+        assert isinstance(self.network, _StraightforwardNetwork)
+        positions: list[Int64[Tensor, "B M Q"]] = []
+        self.network.prototypes = positions
+        try:
+            yield positions
+        finally:
+            self.network.prototypes = None
 
     def postprocess(self, output: Predictions, size: tuple[int, int], tasks: Collection[str]) -> list[Result]:
         """Every mask at full resolution."""

@@ -5,19 +5,16 @@ The yardstick is one and the same path with another library behind its convoluti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from pem_lightning.benchmark.contestants import Fast, PEMContestant
+from pem_lightning.benchmark.contestants import PEMContestant
 from pem_lightning.inference.task import Result, size_of
-from pem_lightning.networks.prototype_attention import PrototypeCrossAttention
 from pem_lightning.types import Predictions
 
 
@@ -72,8 +69,7 @@ class Difference:
 @torch.no_grad()
 def observe(contestant: PEMContestant, images: Float[Tensor, "B 3 H W"]) -> Observation:
     """Segment images and watch which prototypes are chosen, unless the network is compiled."""
-    compiled = isinstance(contestant, Fast) and contestant.compile is not None
-    with record_prototypes(nn.Module() if compiled else contestant.pem) as prototypes:
+    with contestant.record_prototypes() as prototypes:
         predictions = contestant.keep(contestant.predict(images))
     results = contestant.postprocess(predictions, size_of(images), contestant.tasks)
     return Observation(predictions, results, prototypes)
@@ -113,54 +109,6 @@ def other_library(device: torch.device) -> tuple[str, AbstractContextManager[Any
         return "without cuDNN", torch.backends.cudnn.flags(enabled=False)
     # None: left as it is, because setting it warns where there is no GPU of Intel's
     return "without oneDNN", torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-
-
-@contextmanager
-def record_prototypes(network: nn.Module) -> Iterator[list[Int64[Tensor, "B M Q"]]]:
-    """Fill a list with the positions of the prototypes that every layer of PEM-CA chooses while the context is open."""
-    positions: list[Int64[Tensor, "B M Q"]] = []
-    handles = []
-    for module in network.modules():
-        if isinstance(module, PrototypeCrossAttention):
-            seen: dict[str, Tensor] = {}
-            handles += [
-                module.feature_conv.register_forward_hook(lambda _, x, y, seen=seen: seen.update(features=y)),
-                module.query_linear.register_forward_hook(lambda _, x, y, seen=seen: seen.update(queries=y)),
-                module.interaction.register_forward_hook(
-                    lambda _, x, y, seen=seen, module=module: positions.append(_positions(module, x[0], **seen))
-                ),
-            ]
-    try:
-        yield positions
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _positions(
-    module: PrototypeCrossAttention,
-    products: Float[Tensor, "B Q C"],
-    features: Float[Tensor, "B C H W"],
-    queries: Float[Tensor, "B Q C"],
-) -> Int64[Tensor, "B M Q"]:
-    """Which positions a layer chose, told from what it multiplied: the key k that makes k * query the product.
-
-    Per head, |k * q - p|^2 = k^2 . q^2 - 2 k . (q * p) + p^2, which two matrix products give for all pairs.
-    """
-    bias = module.feature_linear.bias.double()
-    keys = F.linear(features.flatten(2).mT.double(), module.feature_linear.weight.double(), bias)
-
-    def heads(x: Float[Tensor, "B N C"]) -> Float[Tensor, "B M N D"]:
-        return x.unflatten(2, (module.num_heads, -1)).transpose(1, 2)
-
-    keys = heads(F.normalize(keys, dim=-1))
-    q, p = heads(F.normalize(queries.double(), dim=-1)), heads(products.double())
-    chosen = []
-    for head in range(module.num_heads):
-        k = keys[:, head]
-        distance = k.square() @ q[:, head].square().mT - 2 * (k @ (q[:, head] * p[:, head]).mT)  # B P Q
-        chosen.append(distance.argmin(1))
-    return torch.stack(chosen, dim=1)
 
 
 def _deviation(a: Tensor, b: Tensor) -> float:

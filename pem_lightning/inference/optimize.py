@@ -39,6 +39,7 @@ class OptimizedNetwork(nn.Module):
             raise UserError(f"inference.compile={compile}: choose null, {', '.join(get_args(CompileMode))}")
         if compile is not None and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
             raise UserError("inference.compile needs a C++ compiler: install g++, or use inference.compile=null")
+        self.compile_mode = compile
         self.network = fold_batch_norms(network)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = next(network.parameters()).dtype

@@ -221,7 +221,7 @@ class Predictor:
         """A batch of images of one size."""
         height, width = photos[0].image.shape[:2]
         try:
-            inputs = torch.stack([self._prepare(photo.image) for photo in photos])
+            inputs = torch.stack([self.prepare(photo.image) for photo in photos])
             results = self._infer(inputs, (height, width))
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
@@ -238,8 +238,8 @@ class Predictor:
         """Network and post-processing: all that runs on the device happens here and nowhere else."""
         return [result.cpu() for result in self.augmentation(self.model, inputs, output_size)]
 
-    def _prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:
-        """Resized exactly as in evaluation, then normalised."""
+    def prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:
+        """What the network is given of a photograph: resized exactly as in evaluation, then normalised."""
         image = torch.tensor(photo).permute(2, 0, 1)
         if self.resize is not None:
             unlabelled = torch.full(photo.shape[:2], VOID_ID, dtype=torch.int32)

@@ -73,6 +73,23 @@ def _penalty(background: Bool[Tensor, "B Q P"], dtype: torch.dtype) -> Float[Ten
     return penalty.masked_fill_(background, float("-inf"))[:, None]
 
 
+class PrototypeSelection(nn.Module):
+    """`select_prototypes` as a module without parameters, so that a hook can see what is chosen (see `recording`)."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(
+        self,
+        features: Float[Tensor, "B P C"],
+        queries: Float[Tensor, "B Q C"],
+        background: Bool[Tensor, "B Q P"] | None,
+    ) -> tuple[Float[Tensor, "B Q C"], Int64[Tensor, "B M Q"]]:
+        """Select. Arguments and result are those of `select_prototypes`."""
+        return select_prototypes(features, queries, background, self.num_heads)
+
+
 class PrototypeCrossAttention(nn.Module):
     """PEM-CA.
 
@@ -87,6 +104,7 @@ class PrototypeCrossAttention(nn.Module):
     def __init__(self, channels: int = 256, num_heads: int = 8) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.selection = PrototypeSelection(num_heads)
         self.feature_norm = nn.BatchNorm2d(channels)
         self.feature_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.feature_linear = nn.Linear(channels, channels)
@@ -125,7 +143,7 @@ class PrototypeCrossAttention(nn.Module):
         background: Bool[Tensor, "B Q P"] | None,
     ) -> Float[Tensor, "B Q C"]:
         """Features -> what each query gets of them: its prototypes."""
-        return select_prototypes(keys, queries, background, self.num_heads)[0]
+        return self.selection(keys, queries, background)[0]
 
     def interact(self, prototypes: Float[Tensor, "B Q C"], queries: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
         """Prototypes and projected queries -> update of the queries."""

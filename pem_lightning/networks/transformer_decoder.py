@@ -169,14 +169,14 @@ class TransformerDecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             features, mask_logits = inputs[i % NUM_LEVELS], None
             if wanted:
-                auxiliary.append(self._predict(queries, mask_features))
+                auxiliary.append(self.predict(queries, mask_features))
             with torch.no_grad():
                 if self.masked and wanted:
                     mask_logits = _resize(auxiliary[-1].mask_logits, features.shape[-2:])
                 elif self.masked:
                     mask_logits = _mask_logits(self._mask_embeddings(queries), guides[i % NUM_LEVELS])
             queries = layer(queries, self.query_positions.weight, features, mask_logits)
-        return self._predict(queries, mask_features)._replace(auxiliary=tuple(auxiliary))
+        return self.predict(queries, mask_features)._replace(auxiliary=tuple(auxiliary))
 
     def _project(self, i: int, level: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C H W"]:
         """What the layers see of a level: projected, level embedding and position encoding added."""
@@ -190,7 +190,8 @@ class TransformerDecoder(nn.Module):
     def _mask_embeddings(self, queries: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C_mask"]:
         return self.mask_head(self.norm(queries))
 
-    def _predict(self, queries: Float[Tensor, "B Q C"], mask_features: Float[Tensor, "B C_mask H W"]) -> Predictions:
+    def predict(self, queries: Float[Tensor, "B Q C"], mask_features: Float[Tensor, "B C_mask H W"]) -> Predictions:
+        """What queries stand for, before any layer or after one: classes, and masks at the mask features' size."""
         mask_logits = _mask_logits(self._mask_embeddings(queries), mask_features)
         return Predictions(self.class_head(self.norm(queries)), mask_logits)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from pem_lightning.errors import UserError
@@ -23,8 +23,15 @@ from pem_lightning.networks.transformer_decoder import NUM_LEVELS, DecoderLayer,
 from pem_lightning.types import Predictions
 
 
-def predict(network: PEM, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-    """Run a network. Arguments and result are those of `PEM.forward`, auxiliary predictions included.
+def predict(
+    network: PEM, images: Float[Tensor, "B 3 H W"], prototypes: list[Int64[Tensor, "B M Q"]] | None = None
+) -> Predictions:
+    """Run a network. Images and result are those of `PEM.forward`, auxiliary predictions included.
+
+    Args:
+        network: whose weights are used.
+        images: normalised.
+        prototypes: the positions of every layer's are appended to it.
 
     Raises:
         UserError: the network is an ablation, which the authors' algorithm does not describe.
@@ -35,7 +42,7 @@ def predict(network: PEM, images: Float[Tensor, "B 3 H W"]) -> Predictions:
     full_height, full_width = padded_size(height, width)
     images = F.pad(images, (0, full_width - width, 0, full_height - height))
     mask_features, levels = decode_pixels(network.pixel_decoder, network.backbone(images))
-    return decode_queries(network.transformer_decoder, mask_features, levels)
+    return decode_queries(network.transformer_decoder, mask_features, levels, prototypes)
 
 
 def _check_is_pem(network: PEM) -> None:
@@ -98,9 +105,12 @@ def deform_conv(
 
 
 def decode_queries(
-    decoder: TransformerDecoder, mask_features: Float[Tensor, "B C_mask H W"], levels: list[Float[Tensor, "B C_in _ _"]]
+    decoder: TransformerDecoder,
+    mask_features: Float[Tensor, "B C_mask H W"],
+    levels: list[Float[Tensor, "B C_in _ _"]],
+    prototypes: list[Int64[Tensor, "B M Q"]] | None = None,
 ) -> Predictions:
-    """The transformer decoder; see `TransformerDecoder.forward`."""
+    """The transformer decoder; see `TransformerDecoder.forward`, and `predict`."""
     inputs, positions = [], []
     visited = levels[: len(decoder.input_projections)]
     for level, projection, embedding in zip(
@@ -119,9 +129,11 @@ def decode_queries(
         mask_logits = F.interpolate(
             predictions[-1].mask_logits, features.shape[-2:], mode="bilinear", align_corners=False
         )
-        queries = _attend(
+        queries, chosen = _attend(
             layer.cross_attention, queries, query_positions, features, positions[i % NUM_LEVELS], mask_logits
         )
+        if prototypes is not None:
+            prototypes.append(chosen)
         queries = layer.feed_forward(layer.self_attention(queries, query_positions))
         predictions.append(_predict(decoder, queries, mask_features))
     *auxiliary, final = predictions
@@ -143,8 +155,8 @@ def _attend(
     features: Float[Tensor, "B C H W"],
     feature_positions: Float[Tensor, "C H W"],
     mask_logits: Float[Tensor, "B Q H W"],
-) -> Float[Tensor, "B Q C"]:
-    """PEM-CA with the similarity of every pair of query and position, per head."""
+) -> tuple[Float[Tensor, "B Q C"], Int64[Tensor, "B M Q"]]:
+    """PEM-CA with the similarity of every pair of query and position, per head; also the prototypes' positions."""
     B, C, H, W = features.shape
     M = module.num_heads
     keys = module.feature_conv(module.feature_norm(features + feature_positions))
@@ -155,10 +167,11 @@ def _attend(
     background = (mask_logits.flatten(2) < 0)[:, None].repeat(1, M, 1, 1)  # B M Q P
     background &= ~background.flatten(1).all(1)[:, None, None, None]
     similarity = (queries_of_heads @ keys_of_heads.mT).masked_fill(background, float("-inf"))  # B M Q P
-    index = similarity.argmax(-1)[..., None].expand(-1, -1, -1, C // M)  # B M Q D
+    chosen = similarity.argmax(-1)
+    index = chosen[..., None].expand(-1, -1, -1, C // M)  # B M Q D
     prototypes = keys_of_heads.gather(2, index).transpose(1, 2).flatten(2)  # B Q C
     interaction = F.normalize(module.interaction(prototypes * projected), dim=1)
-    return module.output(interaction * module.alpha + prototypes) + queries
+    return module.output(interaction * module.alpha + prototypes) + queries, chosen
 
 
 def _linear(layer: nn.Linear) -> tuple[Tensor, Tensor]:

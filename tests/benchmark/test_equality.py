@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from pem_lightning.benchmark.contestants import Fast, Library, Straightforward
-from pem_lightning.benchmark.equality import compare, observe, other_library, panoptic_classes, record_prototypes
+from pem_lightning.benchmark.equality import compare, observe, other_library, panoptic_classes
 from pem_lightning.benchmark.weights import random_weights
 from pem_lightning.inference.task import Result
-from pem_lightning.networks.prototype_attention import select_prototypes
 from pem_lightning.types import Segment
 
 
@@ -51,25 +50,13 @@ def test_another_network_differs_in_everything(weights, images):
     assert difference.class_logits > 0.1
 
 
-def test_recorded_prototypes_are_those_that_were_selected():
-    """Against the positions that `select_prototypes` returns, on one layer."""
-    torch.manual_seed(0)
-    network = random_weights("stdc1").network
-    layer = network.transformer_decoder.layers[0].cross_attention
-    queries, query_positions = torch.randn(2, 9, 256), torch.randn(9, 256)
-    features, masks = torch.randn(2, 256, 6, 7), torch.randn(2, 9, 6, 7)
-    with torch.no_grad(), record_prototypes(layer) as recorded:
-        layer(queries, query_positions, features, masks)
-        keys = layer.feature_conv(layer.feature_norm(features))
-        keys = torch.nn.functional.linear(
-            keys.permute(0, 2, 3, 1).flatten(1, 2), layer.feature_linear.weight, layer.feature_linear.bias
-        )
-        keys = torch.nn.functional.normalize(keys, dim=-1)
-        projected = layer.query_linear(layer.query_norm(queries + query_positions))
-        projected = torch.nn.functional.normalize(projected, dim=-1)
-    _, positions = select_prototypes(keys, projected, masks.flatten(2) < 0, 8)
-    assert len(recorded) == 1
-    assert torch.equal(recorded[0], positions)
+def test_prototypes_are_seen_on_every_path(weights, images):
+    """The straightforward path tells its own; hardly any differ by rounding, and nothing stays behind."""
+    library, straightforward = Library(weights), Straightforward(weights)
+    one, other = observe(library, images).prototypes, observe(straightforward, images).prototypes
+    assert [x.shape for x in one] == [x.shape for x in other] == [(2, 8, 100)] * 6
+    assert torch.stack(one).ne(torch.stack(other)).float().mean() < 0.01
+    assert straightforward.network.prototypes is None
 
 
 def test_prototypes_of_a_compiled_network_are_not_seen(weights, images):

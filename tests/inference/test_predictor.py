@@ -275,7 +275,7 @@ class TestCheckpoint:
         assert (predictor.inference.object_mask_threshold, predictor.inference.overlap_threshold) == (0.1, 0.2)
         result = predictor(photo)
         assert result.panoptic.shape == (64, 128)
-        assert predictor._prepare(photo).shape == (3, 32, 64)
+        assert predictor.prepare(photo).shape == (3, 32, 64)
 
     def test_options_win(self, path, photo):
         predictor = Predictor(str(path), task="semantic", device="cpu", overlap_threshold=0.0, classes=["sky"])

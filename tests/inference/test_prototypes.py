@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pem_lightning.data.transforms import EvalTransform
+from pem_lightning.errors import UserError
+from pem_lightning.inference.optimize import OptimizedNetwork
+from pem_lightning.inference.predictor import Predictor
+from pem_lightning.inference.prototypes import LayerPrototypes, trace_decoder
+from pem_lightning.inference.task import TaskInference
+from pem_lightning.networks.pem import build_pem
+from pem_lightning.networks.recording import record_selections
+from pem_lightning.types import ClassInfo, DatasetInfo, Predictions
+
+INFO = DatasetInfo("toy", tuple(ClassInfo(f"class{i}", (i, i, i), i % 2 == 0, i) for i in range(4)))
+
+
+@pytest.fixture(scope="module")
+def network():
+    """With statistics of images and a mask head that does not shrink, so that masks have many sizes, and some none."""
+    torch.manual_seed(0)
+    network = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=4)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    for linear in network.transformer_decoder.mask_head.layers:
+        nn.init.orthogonal_(linear.weight)
+    with torch.no_grad():
+        network.train()(torch.randn(2, 3, 96, 160))
+        network.transformer_decoder.class_head.bias[-1] = -10  # "no object" is never found
+    return network.eval()
+
+
+def predictor_of(model, **options):
+    inference = TaskInference("panoptic", INFO.thing_classes, object_mask_threshold=0.0, overlap_threshold=0.0)
+    return Predictor.from_parts(model, INFO, inference, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """Of no multiple of 32 at either side."""
+    return np.random.default_rng(0).integers(0, 256, (75, 130, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def traced(network, photo):
+    return trace_decoder(predictor_of(network), photo)
+
+
+def test_the_layers_are_those_of_the_network(network, photo, traced):
+    """Positions, similarities and masks against a recording of the network itself; strides in turns."""
+    with torch.no_grad(), record_selections(network) as selections:
+        network(predictor_of(network).prepare(photo)[None])
+    assert [(layer.layer, layer.stride) for layer in traced.layers] == [(1, 32), (2, 16), (3, 8), (4, 32)]
+    for layer, selection in zip(traced.layers, selections, strict=True):
+        height, width = 96 // layer.stride, 160 // layer.stride  # padded
+        assert layer.masks.shape == (9, height, width)
+        assert torch.equal(layer.cells[..., 0] * width + layer.cells[..., 1], selection.positions[0])
+        assert torch.equal(layer.similarity, selection.similarity[0])
+        off = selection.background.all()
+        assert torch.equal(layer.masks.flatten(1), ~selection.background[0] | off)
+    assert sum(not selection.background.all() for selection in selections) >= 3
+
+
+def test_prototypes_lie_inside_their_querys_mask(traced):
+    chose = 0
+    for layer in traced.layers:
+        for query in torch.nonzero(~layer.empty).flatten().tolist():
+            rows, columns = layer.cells[:, query].unbind(-1)
+            assert layer.masks[query, rows, columns].all()
+            chose += 1
+        assert not layer.cells[:, layer.empty].any()
+    assert chose > 9
+
+
+def test_similarities_are_parts_of_unit_vectors_products(traced):
+    for layer in traced.layers:
+        assert layer.similarity.sum(0).abs().max() < len(layer.similarity)
+        assert layer.similarity.abs().max() <= 1
+
+
+def test_positions_are_in_the_images_own_pixels(network, photo):
+    """The image is halved for the network; a cell of the network's 32 pixels has 64 of the photograph's."""
+    large = photo.repeat(2, axis=0).repeat(2, axis=1)
+    trace = trace_decoder(predictor_of(network, resize=EvalTransform(75, 1000)), large)
+    assert trace.input_size == (75, 130)
+    layer = trace.layers[0]
+    assert layer.cell_size == (64, 64)
+    assert torch.equal(layer.positions, 64 * layer.cells.flip(-1) + 32.0)
+    assert trace.masks_of(0).shape == (5, 150, 260)
+    assert trace.image is large
+
+
+def test_cells_are_as_oblong_as_the_resizing():
+    layer = LayerPrototypes(1, 32, torch.tensor([[[1, 3]]]), (10.0, 20.0), torch.ones(1, 1), torch.ones(1, 2, 4).bool())
+    assert layer.positions.tolist() == [[[35.0, 30.0]]]
+
+
+def test_predictions_follow_the_queries(network, photo, traced):
+    """The last are the network's, the first are the learned queries', and those between are deep supervision's."""
+    network.transformer_decoder.auxiliary = "always"
+    with torch.no_grad():
+        out = network(predictor_of(network).prepare(photo)[None])
+    network.transformer_decoder.auxiliary = "training"
+    expected = (*out.auxiliary, out)
+    assert len(traced.predictions) == len(expected) == 5
+    for ours, theirs in zip(traced.predictions, expected, strict=True):
+        torch.testing.assert_close(ours.class_logits, theirs.class_logits, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours.mask_logits, theirs.mask_logits, rtol=1e-3, atol=1e-3)
+    final = traced.masks_of(3)[-1]
+    logits = nn.functional.interpolate(out.mask_logits, scale_factor=4, mode="bilinear")[0, 3, :75, :130]
+    torch.testing.assert_close(final, logits.sigmoid(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_optimised_network_can_be_traced(network, photo, traced, precision):
+    """Folding and precision change digits, and with them a choice here and there."""
+    trace = trace_decoder(predictor_of(OptimizedNetwork(network, precision)), photo)
+    same = [(a.cells == b.cells).all(-1) for a, b in zip(trace.layers, traced.layers, strict=True)]
+    assert torch.stack(same).float().mean() > (0.98 if precision == "float32" else 0.5)
+    assert trace.predictions[-1].mask_logits.dtype == torch.float32
+
+
+def test_heads_that_agree_are_counted():
+    cells = torch.tensor([[[0, 1], [0, 0], [1, 0]], [[0, 1], [0, 1], [0, 1]], [[0, 1], [1, 1], [1, 0]]])
+    layer = LayerPrototypes(1, 8, cells, (8.0, 8.0), torch.zeros(3, 3), torch.ones(3, 2, 2, dtype=torch.bool))
+    assert layer.num_distinct.tolist() == [1, 3, 2]
+
+
+def test_masks_that_are_all_empty_are_off(network, photo):
+    with torch.no_grad():
+        bias = network.transformer_decoder.mask_head.layers[-1].bias
+        before = bias.clone()
+        bias.fill_(-1e4)  # mask features are not negative
+        trace = trace_decoder(predictor_of(network), photo)
+        bias.copy_(before)
+    for layer in trace.layers:
+        assert layer.masks.all()
+        assert not layer.empty.any()
+
+
+def test_the_queries_behind_segments(network, photo):
+    predictor = predictor_of(network)
+    trace, result = trace_decoder(predictor, photo), predictor(photo)
+    queries = trace.queries_of(result)
+    assert len(set(queries.values())) == len(queries) > 0
+    labels = trace.predictions[-1].class_logits[0].argmax(-1)
+    for segment in result.segments:
+        if segment.id in queries:
+            query = queries[segment.id]
+            assert labels[query] == segment.class_id
+            if segment.is_thing:
+                inside = trace.masks_of(query)[-1][result.panoptic == segment.id]
+                assert (inside >= 0.5).float().mean() > 0.95
+    semantic = Predictor.from_parts(network, INFO, TaskInference("semantic", ()), device="cpu")(photo)
+    with pytest.raises(UserError, match="task=panoptic"):
+        trace.queries_of(semantic)
+
+
+class Blind(nn.Module):
+    """A network of another kind."""
+
+    def forward(self, images):
+        return Predictions(torch.zeros(1, 1, 5), torch.zeros(1, 1, 8, 8))
+
+
+def test_networks_that_cannot_be_looked_into(network, photo):
+    with pytest.raises(UserError, match="Blind has no transformer decoder"):
+        trace_decoder(predictor_of(Blind()), photo)
+    compiled = OptimizedNetwork(network)
+    compiled.compile_mode = "default"  # in name only, which spares the compiler
+    with pytest.raises(UserError, match="compile=None"):
+        trace_decoder(predictor_of(compiled), photo)
+
+
+@pytest.mark.parametrize("attention", ["mean", "dot_product"])
+def test_ablations_without_prototypes_say_so(photo, attention):
+    network = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=2, attention=attention)
+    with pytest.raises(UserError, match=f"attention={attention} chooses no prototypes"):
+        trace_decoder(predictor_of(network), photo)
+
+
+@pytest.mark.parametrize("variant", [{"masked": False}, {"interaction": False}])
+def test_ablations_with_prototypes_can_be_traced(photo, variant):
+    torch.manual_seed(0)
+    network = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=2, **variant)
+    trace = trace_decoder(predictor_of(network), photo)
+    assert len(trace.layers) == 2
+    assert trace.layers[0].masks.all() == ("masked" in variant)
