@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target that runs Python first makes .venv from the requirements if it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help demo notebook mmcv test test-fast lint types check format clean
+.PHONY: help demo ablations notebook mmcv test test-fast lint types check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +14,17 @@ help: ## List the targets
 
 demo: $(VENV)/.core ## Train PEM on drawn street scenes: minutes on two CPU cores, no download (ARGS="key=value ..." to change it)
 	$(BIN)/python train.py $(ARGS)
+
+# conf/sweep/synthetic_scale.yaml states the scale. Finished jobs are not run again, so an interrupted call goes on; a job
+# that fails does not keep the others from the report. Six layers are the unchanged network's, which the first sweep has.
+ABLATIONS := multirun/ablations
+SWEEP := hydra/launcher=joblib seed=0,1 $(ARGS)
+ablations: $(VENV)/.dev ## Train all variants of the network on drawn street scenes and report: an hour on two CPU cores
+	@failed=0; \
+	sweep() { $(BIN)/python train.py "$$@" $(SWEEP) || { test $$? -lt 128 || exit 130; failed=1; }; }; \
+	sweep 'sweep=[paper_ablations,synthetic_scale]' hydra.sweep.dir=$(ABLATIONS)/parts; \
+	sweep 'sweep=[paper_depth,synthetic_scale]' hydra.sweep.dir=$(ABLATIONS)/depth decoder_layers=1,2,3,4,5,7,8,9; \
+	$(BIN)/python scripts/ablation_report.py $(ABLATIONS) --output report && exit $$failed
 
 notebook: $(VENV)/.notebooks ## Open the notebooks in the browser: look inside a network, compare ablations
 	$(BIN)/jupyter lab notebooks
@@ -54,7 +65,7 @@ $(VENV)/.core: requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core requirements-dev.txt requirements-eval.txt
+$(VENV)/.dev: $(VENV)/.core requirements-dev.txt requirements-eval.txt requirements-sweep.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

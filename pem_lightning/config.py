@@ -19,13 +19,39 @@ from pem_lightning.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
-_NOT_TAKEN_OVER = ("resume", "output_dir", "hydra", "trainer", "logger", "callbacks")
+_NOT_TAKEN_OVER = ("resume", "output_dir", "hydra", "sweep", "trainer", "logger", "callbacks")
 """Choices of a training run that say nothing about evaluating or using its result."""
 
 
 def key_of(override: str) -> str:
     """The key that a command-line override changes: `+recipe.lr=1` -> `recipe.lr`."""
     return override.split("=", 1)[0].lstrip("+~").split("@")[0]
+
+
+_OPTIONAL = ("hydra/launcher/joblib", "hydra/launcher/submitit", "hydra/sweeper/optuna")
+"""Plugins of Hydra's that requirements-sweep.txt installs."""
+
+
+def folder_name(text: object) -> str:
+    """Make something that reads well in a folder's name: `ablation-[no_csm,fpn]` -> `ablation-no_csm+fpn`."""
+    name = re.sub(r"[\s'\"\[\]{}()]", "", str(text)).replace(",", "+")
+    return re.sub(r"[^\w.+=@-]", "-", name)[:120].rstrip(".")
+
+
+def sweep_name(overrides: Sequence[str], otherwise: str) -> str:
+    """The name of a sweep's folder: what is chosen by `sweep=`, or something else if nothing is."""
+    chosen = [o.split("=", 1)[1] for o in overrides if key_of(o) == "sweep"]
+    return folder_name(chosen[-1]) if chosen else otherwise
+
+
+def job_folder(number: int, overrides: str) -> str:
+    """The name of a job's folder in a sweep's: its number and what is its own."""
+    return f"{number}_{folder_name(overrides)}".rstrip("_")
+
+
+# Config files name folders with them. Every process that runs a job, of whatever launcher, imports this module.
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 def is_override(argument: str) -> bool:
@@ -95,11 +121,16 @@ def check_composes(job: str, arguments: Sequence[str]) -> DictConfig:
         try:
             return hydra.compose(job, overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_explain(error, job)) from error
+            raise UserError(explain(error, job)) from error
 
 
-def _explain(error: Exception, job: str) -> str:
-    """One line for one of Hydra's errors, with the nearest key or choice where one is near."""
+def explain(error: Exception, job: str) -> str:
+    """One line for one of Hydra's errors, with the nearest key or choice where one is near.
+
+    Args:
+        error: what Hydra raised while it composed.
+        job: name of the entry point's config.
+    """
     text = str(error)
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r} ({text.splitlines()[0]}): write key=value, and quote special characters"
@@ -107,6 +138,8 @@ def _explain(error: Exception, job: str) -> str:
         wrong = match[1]
         if pair := _impossible_pair(wrong):
             return pair
+        if wrong.startswith(_OPTIONAL):
+            return f"{wrong} needs an optional package: pip install -r requirements-sweep.txt"
         if options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text):
             choices = options[1].split()
             hint = _nearest(wrong.split("/")[-1], choices)

@@ -19,6 +19,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from pem_lightning.callbacks.loggers import log_config
 from pem_lightning.checkpoints import Checkpoint, check_fits, load_network, read_checkpoint
 from pem_lightning.config import (
     CONF,
@@ -37,6 +38,9 @@ from pem_lightning.inference.task import TaskInference
 from pem_lightning.module import PEMModule
 from pem_lightning.networks.backbones import Backbone
 from pem_lightning.networks.complexity import count_parameters
+from pem_lightning.sweeps.job import run_job
+from pem_lightning.sweeps.plan import plan_sweep
+from pem_lightning.sweeps.summary import run_sweep
 from pem_lightning.types import DatasetInfo
 
 log = logging.getLogger(__name__)
@@ -54,6 +58,7 @@ def train(cfg: DictConfig) -> float:
         log.info("resuming %s at step %d", checkpoint.path, checkpoint.step)
     elif cfg.backbone.get("pretrained"):  # only here: whoever has a checkpoint has the weights
         cast(Backbone, module.network.backbone).load_pretrained(cfg.backbone.pretrained)
+    log_config(trainer.loggers, module.record.get("config", {}))
     size = count_parameters(module.network) / 1e6
     log.info(
         "PEM, %s, %.2f M parameters, on %s in %s",
@@ -233,29 +238,37 @@ JOBS: dict[str, Callable[[DictConfig], float]] = {"train": train, "evaluate": ev
 
 
 def main(job: str) -> None:
-    """Run one of `JOBS` from the command line. A user's mistake ends in one line and exit code 2."""
+    """Run one of `JOBS` from the command line, or a sweep. A user's mistake ends in one line and exit code 2."""
 
     def task(cfg: DictConfig) -> float:
         """What Hydra calls with the composed experiment."""
+        # Lightning calls a function of PyTorch's that PyTorch has renamed; nobody else can mend it.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning.*")
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return run_job(JOBS[job], cfg)
         try:
             return JOBS[job](cfg)
         except Exception as error:
             message = user_error_behind(error)
-            # In a sweep Hydra records the failure and the other jobs go on.
-            if message is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+            if message is None:
                 raise
             _fail(message)
 
-    # Lightning calls a function of PyTorch's that PyTorch has renamed; nobody else can mend it.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning.*")
     try:
         if job != "train":
             sys.argv[1:] = take_over_choices(sys.argv[1:])
-        if not {"-m", "--multirun"} & set(sys.argv[1:]):
+        sweep = plan_sweep(job, sys.argv[1:])
+        if sweep is None:
             sys.argv[1:] = stay_in_resumed_run(check_composes(job, sys.argv[1:]), sys.argv[1:])
+        else:
+            sys.argv[1:] = sweep.arguments
     except UserError as error:
         _fail(str(error))
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(task)()
+    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(task)
+    if sweep is None:
+        run()
+    elif code := run_sweep(job, sweep, run):
+        sys.exit(code)
 
 
 def _fail(message: str) -> NoReturn:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,27 @@ def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
             "wandb: nobody is logged in, so the run is kept offline; upload it with: wandb sync %s/wandb/*", save_dir
         )
     return WandbLogger(save_dir=save_dir, offline=offline, **kwargs)
+
+
+def log_config(loggers: Iterable[Logger], config: Mapping[str, Any]) -> None:
+    """Tell Weights & Biases how the experiment is configured, by names such as `recipe.optimizer.lr`.
+
+    Args:
+        loggers: a trainer's; the others are left alone.
+        config: plain data.
+    """
+    flat = dict(_flat(config, ""))
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams(flat)
+
+
+def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _has_key() -> bool:
