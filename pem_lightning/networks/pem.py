@@ -77,7 +77,7 @@ def build_pem(
         num_classes: K, "no object" not counted.
         num_queries: how many segments an image can have at most.
         backbone_norm: "batch", or "frozen" for batch normalisation that does not learn. Only for a backbone by name.
-        kernel: of the deformable convolutions: "auto", "torch", "torchvision" or "mmcv".
+        kernel: of the deformable operators: "auto", "torch", "mmcv", of the convolutions also "torchvision".
         pixel_decoder: "pem", or "msdeform" for Mask2Former's.
         pyramid_channels: of the pixel decoder's levels.
         mask_channels: of the mask features.

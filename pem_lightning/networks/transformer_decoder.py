@@ -127,12 +127,11 @@ class TransformerDecoder(nn.Module):
         if auxiliary not in ("training", "always", "never"):
             raise UserError(f"auxiliary={auxiliary}: choose training, always or never")
         if (attention, interaction) not in ATTENTIONS:
-            known = ", ".join(name for name, whole in ATTENTIONS if whole)
             if (attention, True) in ATTENTIONS:
                 raise UserError(
                     f"attention={attention} has no interaction to leave out: choose interaction=true with it"
                 )
-            raise UserError(f"attention={attention}: choose {known}")
+            raise UserError(f"attention={attention}: choose {', '.join(name for name, whole in ATTENTIONS if whole)}")
         self.channels = channels
         self.auxiliary = auxiliary
         self.attention = attention

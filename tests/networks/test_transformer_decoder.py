@@ -48,6 +48,15 @@ def test_masks_guide_without_a_gradient():
     assert all(p.grad is None for p in decoder.mask_head.parameters())
 
 
+@pytest.mark.parametrize("auxiliary", ["training", "never"])
+def test_in_mixed_precision_masks_that_guide_do_not_spoil_the_gradients(auxiliary):
+    """Weights that are cast where no gradient is wanted must not be taken, cast, where one is."""
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder, out = decode(True, auxiliary)
+    (out.class_logits.float().sum() + out.mask_logits.float().sum()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in decoder.mask_head.parameters())
+
+
 @pytest.mark.parametrize(("height", "width"), [(3, 5), (1, 1), (8, 16)])
 def test_position_encoding_equals_its_definition(height, width):
     y, x = sine_position_encoding(height, width, 8)
