@@ -143,7 +143,7 @@ def explain(error: Exception, job: str) -> str:
         if options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text):
             choices = options[1].split()
             hint = _nearest(wrong.split("/")[-1], choices)
-            return f"there is no {wrong.replace('/', '=')}{hint}; choose one of: {', '.join(choices)}"
+            return f"there is no {'='.join(wrong.rsplit('/', 1))}{hint}; choose one of: {', '.join(choices)}"
         return f"there is no key {wrong}{_nearest(wrong, _all_keys(hydra.compose(job)))}; see them all with --cfg job"
     return " ".join(text.split())
 

@@ -49,9 +49,8 @@ class Kernels:
             devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
             kernels = {device: self.others[name](device) for device in devices}
         except Exception as error:  # a torchvision built for another torch raises RuntimeError on import
-            raise UserError(
-                f"kernel={name} needs a working {name} ({error}): install it, or use kernel=auto"
-            ) from error
+            cure = "build it with `make mmcv`" if name == "mmcv" else "install it"
+            raise UserError(f"kernel={name} needs a working {name} ({error}): {cure}, or use kernel=auto") from error
         return _by_device(kernels, self.plain)  # on the meta device, too, where multiply-accumulates are counted
 
     def _fastest(self, device: str) -> Kernel:
