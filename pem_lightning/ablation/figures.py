@@ -66,7 +66,7 @@ def _draw_quality(points: Sequence[Point], metric: str, x_label: str, style: Sty
     if max(costs) > LOGARITHMIC_FROM * min(costs):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if max(costs) > 20 * min(costs) else (1, 1.5, 2, 3, 5, 7))
+            LogLocator(subs=(1, 2, 5) if max(costs) > 5 * min(costs) else (1, 1.5, 2, 3, 5, 7))
         )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
