@@ -19,7 +19,7 @@ from pem_lightning.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
-_NOT_TAKEN_OVER = ("resume", "output_dir", "hydra", "sweep", "trainer", "logger", "callbacks")
+_NOT_TAKEN_OVER = ("resume", "weights", "output_dir", "hydra", "sweep", "trainer", "logger", "callbacks")
 """Choices of a training run that say nothing about evaluating or using its result."""
 
 

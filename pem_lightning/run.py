@@ -20,7 +20,14 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pem_lightning.callbacks.loggers import log_config
-from pem_lightning.checkpoints import Checkpoint, check_fits, load_network, read_checkpoint
+from pem_lightning.checkpoints import (
+    Checkpoint,
+    check_fits,
+    load_network,
+    load_weights,
+    read_checkpoint,
+    show_report,
+)
 from pem_lightning.config import (
     CONF,
     check_composes,
@@ -49,6 +56,7 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> float:
     """Train; returns the best value of the task's metric in percent, for sweeps."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    _check_one_start(cfg)
     checkpoint = _checkpoint_to_resume(cfg)
     trainer = build_trainer(cfg)
     datamodule = build_datamodule(cfg, trainer.world_size)
@@ -56,6 +64,10 @@ def train(cfg: DictConfig) -> float:
     if checkpoint is not None:
         check_fits(module.network, checkpoint)
         log.info("resuming %s at step %d", checkpoint.path, checkpoint.step)
+    elif cfg.weights is not None:
+        report = load_weights(module.network, str(cfg.weights), datamodule.info)
+        if trainer.is_global_zero:
+            show_report(report)
     elif cfg.backbone.get("pretrained"):  # only here: whoever has a checkpoint has the weights
         cast(Backbone, module.network.backbone).load_pretrained(cfg.backbone.pretrained)
     log_config(trainer.loggers, module.record.get("config", {}))
@@ -67,10 +79,10 @@ def train(cfg: DictConfig) -> float:
         trainer.strategy.root_device,
         trainer.precision,
     )
-    if cfg.backbone.norm == "frozen" and checkpoint is None and not cfg.backbone.get("pretrained"):
+    if cfg.backbone.norm == "frozen" and not (checkpoint or cfg.weights or cfg.backbone.get("pretrained")):
         log.warning(
             "frozen batch normalisation expects pretrained weights, this run starts from random ones: "
-            "backbone.norm=batch learns better"
+            "say weights=..., or backbone.norm=batch, which learns better"
         )
     # Lightning's own records of a checkpoint are plain data, too, so that nothing needs to be trusted.
     trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
@@ -203,6 +215,15 @@ def _check_classes(checkpoint: Checkpoint, info: DatasetInfo) -> None:
             f"{checkpoint.path} was trained on the {checkpoint.info.num_classes} classes of {checkpoint.info.name}, "
             f"which are not the {info.num_classes} of dataset={info.name}: choose a data set with the same classes"
         )
+
+
+def _check_one_start(cfg: DictConfig) -> None:
+    if cfg.weights is None:
+        return
+    if cfg.resume is not None:
+        raise UserError("weights= starts a new training and resume= goes on with an old one: leave one of them out")
+    if cfg.backbone.get("pretrained"):
+        raise UserError("weights= and backbone.pretrained= both say where to start from: leave one of them out")
 
 
 def _checkpoint_to_resume(cfg: DictConfig) -> Checkpoint | None:

@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from pem_lightning.callbacks import ConfusionMatrix, Curves, PredictionPanels, Results, SavePredictions, WorstImages
-from pem_lightning.config import CONF, check_composes, key_of, user_error_behind
+from pem_lightning.config import CONF, check_composes, key_of, take_over_choices, user_error_behind
 from pem_lightning.data import CITYSCAPES
 from pem_lightning.errors import UserError
 from pem_lightning.networks.pem import PEM
 from pem_lightning.run import build_datamodule, build_module, build_trainer
+from tests.checkpoint_files import write_checkpoint
 
 
 def choices(group):
@@ -214,3 +215,12 @@ def test_the_user_error_behind_a_chain_is_found():
 def test_entry_points_are_thin():
     for name in ("train", "evaluate", "predict"):
         assert len((Path(CONF).parent / f"{name}.py").read_text().splitlines()) < 10
+
+
+def test_where_a_training_started_from_is_not_taken_over(tmp_path):
+    """Evaluation has no such key, and the weights are in the checkpoint."""
+    overrides = ("weights=a.pth", "seed=3", "resume=b.ckpt", "task=semantic")
+    path = write_checkpoint(tmp_path / "a.ckpt", nn.Linear(1, 1), overrides)
+    assert take_over_choices([f"checkpoint={path}"]) == ["seed=3", "task=semantic", f"checkpoint={path}"]
+    assert compose("train").weights is None
+    assert "weights" not in compose("evaluate", "checkpoint=a")

@@ -195,6 +195,22 @@ def test_resume_last_goes_on_in_the_runs_own_folder(trained):
     assert json.loads(Path("chain/unused/metrics.json").read_text())["step"] == 7
 
 
+def test_training_starts_from_the_weights_of_another_run(trained):
+    """Almost without learning they stay what they were; steps count anew; the result is used as ever."""
+    weights = f"weights={trained}/checkpoints/best.ckpt"
+    limits = ("recipe.max_steps=1", "recipe.val_interval=1", "recipe.checkpoint_interval=1", "backbone.norm=frozen")
+    assert call("train", *TINY, *limits, "recipe.optimizer.lr=1e-30", weights, "hydra.run.dir=from_weights") == 0
+    source = read_checkpoint(trained / "checkpoints" / "best.ckpt").network
+    checkpoint = read_checkpoint("from_weights/checkpoints/last.ckpt")
+    assert checkpoint.step == 1
+    frozen = {k: v for k, v in checkpoint.network.items() if k.startswith("backbone.") and v.is_floating_point()}
+    assert all(torch.equal(v, source[k]) for k, v in frozen.items())
+    log = Path("from_weights/run.log").read_text()
+    assert f"weights from {trained}/checkpoints/best.ckpt (PEM-Lightning, step" in log
+    assert "frozen batch normalisation" not in log
+    assert call("evaluate", "checkpoint=from_weights/checkpoints/last.ckpt", "hydra.run.dir=from_weights_again") == 0
+
+
 def test_a_finished_run_is_not_resumed(trained, capsys):
     code = call("train", *TINY, "recipe.max_steps=4", f"resume={trained}/checkpoints/last.ckpt", "hydra.run.dir=again")
     assert code == 2
@@ -209,6 +225,11 @@ def test_a_finished_run_is_not_resumed(trained, capsys):
         ("train", [*TINY, "resume=last", "hydra.run.dir=lonely/run"], "start without resume"),
         ("train", [*TINY, "trainer=gpu"], "choose trainer=cpu or trainer=auto"),
         ("train", [*TINY, "recipe.batch_size=9"], "9"),
+        ("train", [*TINY, "weights=gone.pth"], "gone.pth does not exist"),
+        ("train", [*TINY, "weights=torchvision/resnet5"], "did you mean torchvision/resnet50?"),
+        ("train", [*TINY, "weights=a.pth", "resume={trained}/checkpoints/last.ckpt"], "leave one of them out"),
+        ("train", [*TINY, "weights=a.pth", "backbone=timm", "backbone.pretrained=true"], "leave one of them out"),
+        ("train", [*TINY, "weights={trained}/checkpoints/last.ckpt", "backbone=resnet18"], "choose backbone=stdc1"),
         ("evaluate", [], "checkpoint"),
         ("evaluate", ["checkpoint=nothing.ckpt"], "nothing.ckpt does not exist"),
         ("evaluate", ["checkpoint={trained}/checkpoints/last.ckpt", "network.num_queries=7"], "does not fit"),

@@ -38,6 +38,7 @@ class Run:
         overrides: the command line's part of the experiment.
         series: everything that was logged, metric -> (steps done, value) by rising step; metrics are in percent.
         step: how many steps are known to be done.
+        weights: what it started from, None for random weights.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Run:
     overrides: tuple[str, ...]
     series: Series
     step: int
+    weights: str | None = None
 
     @property
     def dataset(self) -> str:
@@ -162,6 +164,7 @@ def _read_run(folder: Path) -> Run | None:
         overrides=_overrides(folder),
         series=series,
         step=_last_step(folder, series),
+        weights=None if config.get("weights") is None else str(config.weights),
     )
 
 

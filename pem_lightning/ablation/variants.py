@@ -99,6 +99,8 @@ def terms_of(run: Run) -> tuple[Term, ...]:
     terms += _other_terms(
         run.written["recipe"], reference["recipe"], "", (*_SCALE, *_BOOKKEEPING, *_SAID_BY_THE_NETWORK)
     )
+    if run.weights is not None:
+        terms.append(Term("other", 2, f"weights={run.weights}"))
     return tuple(sorted(terms, key=lambda term: (FAMILIES.index(term.family), term.rank, term.words)))
 
 

@@ -121,6 +121,7 @@ def _go_on(cfg: DictConfig, folder: Path) -> None:
     if 0 < step < cfg.trainer.max_steps:
         with open_dict(cfg):
             cfg.resume = str(path)
+            cfg.weights = None  # they are in there
 
 
 def _group(cfg: DictConfig, folder: Path) -> None:

@@ -53,6 +53,13 @@ def test_other_changes_are_keys_and_values(tmp_path):
     ]
 
 
+def test_pretrained_weights_make_a_variant(tmp_path):
+    """Else they would be averaged with runs from random ones."""
+    assert words(tmp_path / "run", "weights=torchvision/resnet50", "num_queries=50") == [
+        *("50 queries", "weights=torchvision/resnet50"),
+    ]
+
+
 def test_what_does_not_decide_about_the_result_makes_no_variant(tmp_path):
     overrides = ("seed=7", "trainer=cpu", "logger=tensorboard", "callbacks.panels=null", "dataset.num_workers=0")
     more = ("dataset.root=elsewhere", "recipe.val_interval=10", "network.kernel=torch", "recipe.checkpoint_interval=9")

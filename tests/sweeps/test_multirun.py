@@ -69,13 +69,17 @@ def test_a_sweeps_checkpoint_is_evaluated_predicts_and_goes_on(swept, tiny, tmp_
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2
 
 
-def test_a_job_that_was_cut_off_goes_on_from_its_last_checkpoint(work, tiny):
-    arguments = (*tiny, "-m", "hydra.sweep.dir=cut", "recipe.max_steps=2")
+def test_a_job_that_was_cut_off_goes_on_from_its_last_checkpoint(work, swept, tiny):
+    """Even if it once started from weights."""
+    weights = f"weights='{swept}/0_ablation-no_masking_recipe.batch_size-2/checkpoints/last.ckpt'"
+    arguments = (*tiny, "-m", "hydra.sweep.dir=cut", "recipe.max_steps=2", weights)
     code = call("train", *arguments, "+callbacks.stop._target_=tests.sweeps.stop_once.StopOnce")
     assert code == 1
     assert "the first time" in record(work / "cut" / "0")["error"]
     assert call("train", *arguments, "+callbacks.stop._target_=tests.sweeps.stop_once.StopOnce") == 0
-    assert "at step 1" in (work / "cut" / "0" / "run.log").read_text()
+    log = (work / "cut" / "0" / "run.log").read_text()
+    assert "at step 1" in log
+    assert log.count("weights from") == 1
     assert json.loads((work / "cut" / "0" / "metrics.json").read_text())["step"] == 2
 
 

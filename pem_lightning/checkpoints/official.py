@@ -1,4 +1,4 @@
-"""Reading checkpoints: our own, and those of the PEM authors.
+"""Checkpoints of the PEM authors: their parameter names in ours.
 
 Nothing is dropped in silence: keys that nobody claims and parameters that nobody fills are reported.
 """
@@ -8,99 +8,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pem_lightning.errors import UserError
 from pem_lightning.networks.pem import build_pem
-from pem_lightning.types import DatasetInfo
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT_KEY = "pem_lightning"
-"""Where a Lightning checkpoint keeps what is ours."""
-
-_NETWORK_PREFIX = "network."
-
-
-class Checkpoint(NamedTuple):
-    """One of our checkpoints, as far as evaluation and prediction need it.
-
-    Attributes:
-        path: where it was read from.
-        step: how long it was trained.
-        config: the composed experiment.
-        overrides: the command line's part of it.
-        info: the classes it knows.
-        network: weights, by the network's own names.
-    """
-
-    path: Path
-    step: int
-    config: dict[str, Any]
-    overrides: list[str]
-    info: DatasetInfo
-    network: dict[str, Tensor]
-
-
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint that train.py wrote. Only plain data is unpickled, so a foreign file can do no harm.
-
-    Raises:
-        UserError: the file is missing, damaged, or not ours.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: train.py writes them to outputs/<experiment>/checkpoints")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        ours = content[CHECKPOINT_KEY]
-        state = content["state_dict"]
-    except Exception as error:  # torch.load has no common error for what is wrong with a file
-        raise UserError(f"{path} is damaged or was not written by train.py: give one of its .ckpt files") from error
-    return Checkpoint(
-        path=path,
-        step=content["global_step"],
-        config=ours["config"],
-        overrides=ours["overrides"],
-        info=DatasetInfo.from_dict(ours["dataset_info"]),
-        network={k.removeprefix(_NETWORK_PREFIX): v for k, v in state.items() if k.startswith(_NETWORK_PREFIX)},
-    )
-
-
-def load_network(network: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights, all of them.
-
-    Raises:
-        UserError: they do not fit the network.
-    """
-    check_fits(network, checkpoint)
-    network.load_state_dict(checkpoint.network, strict=True)
-
-
-def check_fits(network: nn.Module, checkpoint: Checkpoint) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        UserError: some differ; the message names the first.
-    """
-    wanted, given = network.state_dict(), checkpoint.network
-    problems = [f"{k} is missing" for k in wanted if k not in given]
-    problems += [f"{k} is not known" for k in given if k not in wanted]
-    problems += [
-        f"{k} has shape {list(given[k].shape)} instead of {list(v.shape)}"
-        for k, v in wanted.items()
-        if k in given and given[k].shape != v.shape
-    ]
-    if problems:
-        raise UserError(
-            f"{checkpoint.path} does not fit the network ({problems[0]}; {len(problems)} differences): "
-            "use the backbone, network and data set it was trained with"
-        )
-
 
 _PYRAMID = r"sem_seg_head\.pixel_decoder\."
 _PREDICTOR = r"sem_seg_head\.predictor\."
@@ -176,11 +92,22 @@ def rename_official_key(key: str) -> str | None:
     return None
 
 
+def translate_official(official_state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Rename what has a counterpart.
+
+    Returns:
+        Weights by our names, and the names of what is left, constants and stages that are there twice included.
+    """
+    renamed = {key: rename_official_key(key) for key in official_state}
+    state = {ours: official_state[key] for key, ours in renamed.items() if ours is not None}
+    return state, [key for key, ours in renamed.items() if ours is None]
+
+
 def from_official(official_state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Translate a state dict of the authors' implementation into ours.
 
-    Leftover keys and missing parameters are reported as warnings of the logger `pem_lightning.checkpoints`; loading the
-    result with `strict=True` then decides.
+    Leftover keys and missing parameters are reported as warnings of this module's logger; loading the result with
+    `strict=True` then decides. `load_weights` starts a network from a file of theirs, whole or in part.
 
     Args:
         official_state: the authors' state dict (arrays or tensors), or their checkpoint with the entry `model`.
@@ -193,18 +120,13 @@ def from_official(official_state: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     if isinstance(official_state.get("model"), Mapping):
         official_state = official_state["model"]
-    state: dict[str, Tensor] = {}
-    leftovers = []
-    for key, value in official_state.items():
-        renamed = rename_official_key(key)
-        if renamed is not None:
-            state[renamed] = torch.as_tensor(value)
-        elif not _NOT_WEIGHTS.fullmatch(key):
-            leftovers.append(key)
+    weights = {k: v for k, v in official_state.items() if not _NOT_WEIGHTS.fullmatch(k)}
+    renamed, leftovers = translate_official(weights)
+    state = {key: torch.as_tensor(value) for key, value in renamed.items()}
     if "transformer_decoder.class_head.weight" not in state:
         raise UserError("this is no checkpoint of the PEM authors' code: no key starts with sem_seg_head.predictor.")
     _fill_batch_counters(state)
-    expected = _expected_keys(state)
+    expected = describe_network(state).keys()
     for what, keys in (("no counterpart for", leftovers), ("no value for", sorted(expected - state.keys()))):
         if keys:
             log.warning("from_official: %s %d keys: %s", what, len(keys), ", ".join(keys))
@@ -217,23 +139,33 @@ def _fill_batch_counters(state: dict[str, Tensor]) -> None:
         state.setdefault(key.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
 
 
-def _expected_keys(state: Mapping[str, Tensor]) -> set[str]:
-    """The keys of the network that the state dict's shapes describe."""
+def describe_network(state: Mapping[str, Tensor], backbone: str | None = None) -> dict[str, Tensor]:
+    """What the network that weights belong to needs, concluded from their shapes.
+
+    Args:
+        state: weights by our names, those of the class head among them.
+        backbone: its name; None concludes it, too.
+
+    Returns:
+        A state dict of tensors on the meta device: names and shapes.
+    """
     layers = {match[1] for key in state if (match := re.match(r"transformer_decoder\.layers\.(\d+)\.", key))}
+    queries = state.get("transformer_decoder.query_features.weight")
     with torch.device("meta"):
         model = build_pem(
-            _guess_backbone(state),
+            backbone or guess_backbone(state) or "resnet50",
             num_classes=len(state["transformer_decoder.class_head.weight"]) - 1,
-            num_queries=len(state["transformer_decoder.query_features.weight"]),
-            num_layers=len(layers),
+            num_layers=len(layers) or 6,
+            num_queries=100 if queries is None else len(queries),
         )
-    return set(model.state_dict())
+    return model.state_dict()
 
 
-def _guess_backbone(state: Mapping[str, Tensor]) -> str:
+def guess_backbone(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the backbone that weights by our names belong to; None if it is none of ours."""
     if any(key.startswith("backbone.features.") for key in state):
         return "stdc2" if any(key.startswith("backbone.features.13.") for key in state) else "stdc1"
     blocks = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
     bottleneck = "backbone.layer1.0.conv3.weight" in state
     depths = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101}
-    return f"resnet{depths.get((bottleneck, blocks), 50)}"
+    return f"resnet{depths[bottleneck, blocks]}" if (bottleneck, blocks) in depths else None

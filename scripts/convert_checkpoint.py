@@ -1,0 +1,42 @@
+"""Writes published weights under our names, as a plain file of tensors that `weights=` reads.
+
+    python scripts/convert_checkpoint.py R-50.pkl resnet50.pth
+    python scripts/convert_checkpoint.py torchvision/resnet50 resnet50.pth    # by name, downloaded
+
+What is accepted is in docs/training.md. Exit code 2: not accepted, or the backbone is not covered; nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from pem_lightning.checkpoints import convert_weights
+from pem_lightning.checkpoints.report import report_table
+from pem_lightning.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Writes published weights under PEM-Lightning's names.")
+    parser.add_argument("source", metavar="IN", help="a file, or a name such as torchvision/resnet50")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
+    parser.add_argument("--backbone", metavar="NAME", help="that they are meant for (default: what they look like)")
+    parsed = parser.parse_args(arguments)
+    try:
+        report = convert_weights(parsed.source, parsed.target, parsed.backbone)
+        Console().print(report_table(report))
+        report.check_backbone()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {parsed.target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
