@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,14 @@ def test_optuna_searches_and_goes_on(work, tiny, monkeypatch):
     assert 1e-4 <= study.trials[0].params["recipe.optimizer.lr"] <= 3e-3
 
 
+def await_text(file, text, seconds=60):
+    """wandb's own process writes the file, and on a busy machine it does so later than `finish` returns."""
+    end = time.monotonic() + seconds
+    while text.encode() not in file.read_bytes():
+        assert time.monotonic() < end, f"{text} is not in {file}"
+        time.sleep(0.1)
+
+
 def test_jobs_are_a_group_in_weights_and_biases(work, tiny, monkeypatch):
     """Offline: the run's own file names group, job and every setting."""
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -125,13 +134,12 @@ def test_jobs_are_a_group_in_weights_and_biases(work, tiny, monkeypatch):
     files = sorted(work.glob("tracked/now/*/wandb/offline-run-*/*.wandb"))
     assert [file.parents[2].name for file in files] == ["0_seed-0", "1_seed-1"]
     for number, file in enumerate(files):
-        content = file.read_bytes()
         for text in ("tracked_now", f"{number}_seed-{number}", "recipe.optimizer.lr", "network.num_heads"):
-            assert text.encode() in content, text
+            await_text(file, text)
     assert call("train", *tiny, "logger=wandb", "hydra.run.dir=alone") == 0
     wandb.finish()  # as the end of the process does
     (file,) = work.glob("alone/wandb/offline-run-*/*.wandb")
-    assert b"recipe.optimizer.lr" in file.read_bytes()
+    await_text(file, "recipe.optimizer.lr")
 
 
 def test_jobs_on_several_devices_follow_one_another(work, tiny):
