@@ -4,10 +4,8 @@ import sys
 
 from pem_lightning import run
 
-TINY = (
+DRAWN = (
     "dataset.root=drawn",
-    "dataset.datamodule.num_train=8",
-    "dataset.datamodule.num_val=3",
     "dataset.datamodule.height=64",
     "dataset.datamodule.width=128",
     "dataset.num_workers=0",
@@ -15,14 +13,21 @@ TINY = (
     "recipe.num_points=64",
     "recipe.train_transform.crop_size=[64,128]",
     "recipe.train_transform.shortest_edges=[64]",
+    "trainer=cpu",
+)
+"""Arguments of train.py for small images that it draws in the current folder."""
+
+TINY = (
+    *DRAWN,
+    "dataset.datamodule.num_train=8",
+    "dataset.datamodule.num_val=3",
     "network.num_layers=2",
     "network.num_queries=20",
     "task.inference.object_mask_threshold=0.05",
     "task.inference.overlap_threshold=0.05",
-    "trainer=cpu",
     "trainer.log_every_n_steps=1",
 )
-"""Arguments of train.py for a run of seconds, on images that it draws in the current folder."""
+"""Arguments of train.py for a run of seconds on them."""
 
 
 def call(job: str, *arguments: str) -> int:

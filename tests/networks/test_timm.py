@@ -21,7 +21,7 @@ from pem_lightning.networks.backbones.timm import TimmBackbone, import_timm
 from pem_lightning.networks.complexity import count_gmacs
 from pem_lightning.optim import parameter_groups
 from pem_lightning.preprocess import IMAGE_MEAN, IMAGE_STD
-from tests.jobs import call
+from tests.jobs import DRAWN, call
 from tests.networks.randomize import randomize
 from tests.test_config import compose
 
@@ -207,22 +207,14 @@ def test_config_reaches_the_backbone(timm):
 
 
 TINY = (
-    "dataset.root=drawn",
+    *DRAWN,
     "dataset.datamodule.num_train=4",
     "dataset.datamodule.num_val=2",
-    "dataset.datamodule.height=64",
-    "dataset.datamodule.width=128",
-    "dataset.num_workers=0",
-    "recipe.batch_size=2",
-    "recipe.num_points=64",
-    "recipe.train_transform.crop_size=[64,128]",
-    "recipe.train_transform.shortest_edges=[64]",
     "recipe.max_steps=2",
     "recipe.val_interval=2",
     "recipe.checkpoint_interval=1",
     "network.num_layers=1",
     "network.num_queries=8",
-    "trainer=cpu",
 )
 
 

@@ -5,23 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs import DRAWN
+
 TINY = (
-    "dataset.root=drawn",
+    *DRAWN,
     "dataset.datamodule.num_train=4",
     "dataset.datamodule.num_val=2",
-    "dataset.datamodule.height=64",
-    "dataset.datamodule.width=128",
-    "dataset.num_workers=0",
-    "recipe.batch_size=2",
-    "recipe.num_points=64",
-    "recipe.train_transform.crop_size=[64,128]",
-    "recipe.train_transform.shortest_edges=[64]",
     "decoder_layers=1",
     "num_queries=10",
     "recipe.max_steps=1",
     "recipe.val_interval=1",
     "recipe.checkpoint_interval=1",
-    "trainer=cpu",
     "callbacks.panels=null",
     "callbacks.curves=null",
 )
