@@ -12,7 +12,6 @@ from pem_lightning.errors import UserError
 from pem_lightning.sweeps.plan import plan_sweep
 
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
-SCALES = {"synthetic_scale"}
 HAS_PLUGINS = importlib.util.find_spec("hydra_plugins") is not None
 needs_plugins = pytest.mark.skipif(not HAS_PLUGINS, reason="needs requirements-sweep.txt")
 
@@ -23,15 +22,29 @@ def added(sweep, key):
 
 @pytest.mark.parametrize("name", [pytest.param(s, marks=needs_plugins if s == "optuna" else ()) for s in SWEEPS])
 def test_every_shipped_sweep_is_one_without_m(name):
-    """All values of all its keys compose, and it says where its folders go; a scale is no sweep."""
+    """All values of all its keys compose, and it says where its folders go."""
     sweep = plan_sweep("train", [f"sweep={name}"])
-    assert (sweep is None) == (name in SCALES)
-    if sweep is not None:
-        assert sweep.directory.parts[:2] == ("multirun", name)
-        assert sweep.arguments[0] == f"sweep={name}"
+    assert sweep.directory.parts[:2] == ("multirun", name)
+    assert sweep.arguments[0] == f"sweep={name}"
 
 
-@pytest.mark.parametrize("name", [s for s in SWEEPS if s not in SCALES | {"optuna"}])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "scale").glob("*.yaml")))
+def test_a_scale_is_no_sweep_and_goes_with_every_job(name):
+    """What a checkpoint was trained at is taken over by its evaluation, hence only what all jobs know."""
+    assert plan_sweep("train", [f"scale={name}"]) is None
+    for job in ("train", "evaluate", "predict"):
+        cfgs = (check_composes(job, choice) for choice in ([], [f"scale={name}"]))
+        plain, scaled = (OmegaConf.to_container(cfg, resolve=False) for cfg in cfgs)
+        assert {key for key in plain if plain[key] != scaled[key]} - {"hydra"} == {"dataset", "recipe"}
+
+
+def test_sweeps_vary_and_leave_the_experiment_alone():
+    """Evaluation does not take `sweep=` over, so that it must not say what evaluation needs."""
+    for path in (CONF / "sweep").glob("*.yaml"):
+        assert set(OmegaConf.load(path)) <= {"defaults", "hydra"}, path
+
+
+@pytest.mark.parametrize("name", [s for s in SWEEPS if s != "optuna"])
 def test_ready_sweeps_suit_any_data_set(name):
     sweep = plan_sweep("train", [f"sweep={name}", "dataset=cityscapes", "seed=0,1,2"])
     assert "seed" not in added(sweep, "hydra.job.config.override_dirname.exclude_keys")
@@ -121,5 +134,5 @@ def test_names_of_job_folders(overrides, name):
 
 
 def test_names_of_sweep_folders():
-    assert sweep_name(["seed=1", "sweep=[paper_depth,synthetic_scale]"], "else") == "paper_depth+synthetic_scale"
+    assert sweep_name(["seed=1", "sweep=[paper_depth,paper_queries]"], "else") == "paper_depth+paper_queries"
     assert sweep_name(["seed=1"], "else") == "else"
