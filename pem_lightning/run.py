@@ -7,18 +7,16 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import hydra
 import lightning
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
-from lightning import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf, open_dict
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, open_dict
 
+from pem_lightning.build import build_datamodule, build_module, build_predictor, build_trainer, command_line
 from pem_lightning.callbacks.loggers import log_config
 from pem_lightning.checkpoints import (
     Checkpoint,
@@ -36,13 +34,9 @@ from pem_lightning.config import (
     take_over_choices,
     user_error_behind,
 )
-from pem_lightning.data import SegmentationDataModule
 from pem_lightning.errors import UserError
 from pem_lightning.inference.optimize import OptimizedNetwork
-from pem_lightning.inference.predictor import Predictor
 from pem_lightning.inference.segment_files import segment_files
-from pem_lightning.inference.task import TaskInference
-from pem_lightning.module import PEMModule
 from pem_lightning.networks.backbones import Backbone
 from pem_lightning.networks.complexity import count_parameters
 from pem_lightning.sweeps.job import run_job
@@ -121,87 +115,10 @@ def predict(cfg: DictConfig) -> float:
     return 0.0
 
 
-def build_trainer(cfg: DictConfig) -> Trainer:
-    """Make the trainer with its callbacks and loggers; `precision: auto` is decided here.
-
-    Raises:
-        UserError: a GPU is asked for where there is none.
-    """
-    settings: dict[str, Any] = {}
-    has_gpu = torch.cuda.is_available()
-    if cfg.trainer.accelerator in ("gpu", "cuda") and not has_gpu:
-        raise UserError("trainer.accelerator=gpu, but torch finds no GPU here: choose trainer=cpu or trainer=auto")
-    if cfg.trainer.precision == "auto":
-        settings["precision"] = "16-mixed" if has_gpu and cfg.trainer.accelerator != "cpu" else "32-true"
-    loggers = _instantiate_all(cfg.logger)
-    callbacks = _instantiate_all(cfg.callbacks)
-    if not loggers:  # Lightning refuses to watch the learning rate for nobody
-        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **settings)
-
-
-def build_datamodule(cfg: DictConfig, world_size: int) -> SegmentationDataModule:
-    """Make the data module; the recipe's batch is shared out between devices.
-
-    Raises:
-        UserError: it cannot be shared out evenly, or leaves a device with less than two images.
-    """
-    total = cfg.recipe.batch_size
-    if total < 2 * world_size:
-        # Context-based self-modulation normalises one value per image and channel over the batch.
-        raise UserError(f"recipe.batch_size={total} is too small: batch normalisation needs two images per device")
-    if total % world_size:
-        raise UserError(
-            f"recipe.batch_size={total} cannot be shared out between {world_size} devices: choose a multiple"
-        )
-    return instantiate(cfg.dataset.datamodule, batch_size=total // world_size)
-
-
-def build_module(cfg: DictConfig, info: DatasetInfo) -> PEMModule:
-    """Make network, losses and optimiser for a data set's classes."""
-    return PEMModule(
-        network=instantiate(cfg.network, num_classes=info.num_classes),
-        criterion=instantiate(cfg.criterion, num_classes=info.num_classes),
-        inference=TaskInference(cfg.task.name, info.thing_classes, **cfg.task.inference),
-        info=info,
-        parameter_groups=instantiate(cfg.recipe.parameter_groups),
-        optimizer=instantiate(cfg.recipe.optimizer),
-        schedule=instantiate(cfg.recipe.schedule),
-        record={"config": _plain(cfg), "overrides": _overrides()},
-        **_views(cfg),
-    )
-
-
-def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
-    """Make a predictor for a checkpoint, as the command line wants it."""
-    network = instantiate(cfg.network, num_classes=checkpoint.info.num_classes)
-    load_network(network, checkpoint)
-    return Predictor.from_parts(
-        OptimizedNetwork(network, cfg.inference.precision, cfg.inference.compile),
-        checkpoint.info,
-        TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference),
-        resize=instantiate(cfg.recipe.eval_transform),
-        device=cfg.device,
-        classes=cfg.classes,
-        batch_size=cfg.batch_size,
-        **_views(cfg),
-    )
-
-
-def _views(cfg: DictConfig) -> dict[str, Any]:
-    """The settings of `TestTimeAugmentation`."""
-    try:
-        return {"scales": tuple(float(scale) for scale in cfg.inference.scales), "flip": bool(cfg.inference.flip)}
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"inference.scales={cfg.inference.scales}: give a list of numbers, e.g. [0.75,1.0,1.25]"
-        ) from error
-
-
 def _take_network(cfg: DictConfig) -> Checkpoint:
     """Read the checkpoint; the network is the trained one, whatever conf/ says today, unless the command line does."""
     checkpoint = read_checkpoint(cfg.checkpoint)
-    asked_for = {key_of(o).split(".")[0] for o in set(_overrides()) - set(checkpoint.overrides)}
+    asked_for = {key_of(o).split(".")[0] for o in set(command_line()) - set(checkpoint.overrides)}
     if not asked_for & {"network", "backbone", "ablation", "decoder_layers", "num_queries"}:
         with open_dict(cfg):
             cfg.network = checkpoint.config["network"]
@@ -241,18 +158,6 @@ def _checkpoint_to_resume(cfg: DictConfig) -> Checkpoint | None:
     if log_file.exists():
         log_file.replace(log_file.with_name(f"metrics_before_step_{checkpoint.step:07d}.csv"))
     return checkpoint
-
-
-def _instantiate_all(group: DictConfig) -> list[Any]:
-    return [instantiate(node) for node in group.values() if node is not None]
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
-
-
-def _overrides() -> list[str]:
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 JOBS: dict[str, Callable[[DictConfig], float]] = {"train": train, "evaluate": evaluate, "predict": predict}

@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 from torch import nn
 
+from pem_lightning.build import build_datamodule, build_module, build_trainer
 from pem_lightning.callbacks import ConfusionMatrix, Curves, PredictionPanels, Results, SavePredictions, WorstImages
 from pem_lightning.config import CONF, check_composes, key_of, take_over_choices, user_error_behind
 from pem_lightning.data import CITYSCAPES
 from pem_lightning.errors import UserError
 from pem_lightning.networks.pem import PEM
-from pem_lightning.run import build_datamodule, build_module, build_trainer
 from tests.checkpoint_files import write_checkpoint
 
 

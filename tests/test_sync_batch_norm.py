@@ -1,8 +1,8 @@
 from hydra.utils import instantiate
 from torch import nn
 
+from pem_lightning.build import build_trainer
 from pem_lightning.networks.layers import FrozenBatchNorm2d
-from pem_lightning.run import build_trainer
 from pem_lightning.sync_batch_norm import PlainSyncBatchNorm
 from tests.test_config import compose
 
