@@ -6,7 +6,7 @@
 from pem_lightning.benchmark.contestants import Contestant, Fast, Library, Straightforward
 from pem_lightning.benchmark.job import run_benchmark, time_contestants
 from pem_lightning.benchmark.memory import Memory, measure_child, measure_own, print_memory
-from pem_lightning.benchmark.plot import draw_latencies
+from pem_lightning.benchmark.plot import draw_latencies, draw_steps
 from pem_lightning.benchmark.report import to_markdown
 from pem_lightning.benchmark.settings import Settings, parse_size
 from pem_lightning.benchmark.timing import Clock, Spread, Timing, measure_interleaved, paired_ratio
@@ -25,6 +25,7 @@ __all__ = [
     "Weights",
     "checkpoint_weights",
     "draw_latencies",
+    "draw_steps",
     "measure_child",
     "measure_interleaved",
     "measure_own",

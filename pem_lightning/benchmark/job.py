@@ -67,9 +67,7 @@ def run_benchmark(
         for c in contestants:
             say(f"memory of {c.name}")
             memory = measure_child(child_command(c.name, c.threshold))
-            rows[c.name]["memory"] = (
-                {"failed": memory} if isinstance(memory, str) else {**memory._asdict(), "increase": memory.increase}
-            )
+            rows[c.name]["memory"] = {"failed": memory} if isinstance(memory, str) else memory.to_dict()
     result |= {"contestants": list(rows.values()), "skipped": skipped}
     if settings.equality:
         result["equality"] = compare_paths(contestants, images, say)

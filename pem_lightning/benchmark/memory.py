@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,7 @@ class Memory(NamedTuple):
 
     Attributes:
         base: before the contestant was built: interpreter and libraries on a CPU, nothing on a GPU.
-        peak: the most there was until it had segmented the images.
+        peak: the most there was until it was done.
     """
 
     base: float
@@ -30,6 +30,10 @@ class Memory(NamedTuple):
     def increase(self) -> float:
         """What the contestant added: weights, activations and results."""
         return self.peak - self.base
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        return {**self._asdict(), "increase": self.increase}
 
 
 def high_water_mark(device: str | torch.device = "cpu") -> float:

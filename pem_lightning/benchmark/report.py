@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-Row = Mapping[str, Any]
+from pem_lightning.benchmark.markdown import (
+    Row,
+    format_head,
+    format_median,
+    format_memory,
+    format_number,
+    format_range,
+    format_skipped,
+    format_table,
+)
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """Write tables of what `job.run_benchmark` returned; what was not measured has no section."""
-    parts = [_head(result), _latency(result["contestants"]), _stages(result["contestants"])]
+    weights = sorted({row["weights"] for row in result["contestants"]})
+    parts = [format_head("Benchmark", result, f"weights: {', '.join(weights)}")]
+    parts += [_latency(result["contestants"]), _stages(result["contestants"])]
     parts += [_roofline(result["contestants"], result["ceilings"])]
     if any("memory" in row for row in result["contestants"]):
-        parts.append(_memory(result["contestants"], result["environment"]["device"]))
+        parts.append(format_memory(result["contestants"], result["environment"]["device"]))
     if result.get("equality"):
         parts.append(_equality(result["equality"]))
     parts += [_kernels(section) for section in result.get("kernels", ())]
     if result["skipped"]:
-        parts.append("## Skipped\n\n" + "\n".join(f"- {k}: {v}" for k, v in result["skipped"].items()))
+        parts.append(format_skipped(result["skipped"]))
     return "\n\n".join(parts) + "\n"
-
-
-def _head(result: Mapping[str, Any]) -> str:
-    environment, settings = result["environment"], result["settings"]
-    load = environment.get("load_average_before")
-    busy = "" if load is None else f", load before the start {load:.2f}"
-    height, width = settings["size"]
-    weights = sorted({row["weights"] for row in result["contestants"]})
-    facts = (
-        f"{height} x {width} pixels, batch {settings['batch']}, on {environment['device']}, torch "
-        f"{environment['torch']}; threads: {environment['threads']} on {environment['cores']} cores{busy}; rounds: "
-        f"{settings['rounds']} after {settings['warmup']} of warm-up; weights: {', '.join(weights)}."
-    )
-    return f"# Benchmark\n\n{facts}\n\n```\n{environment['command']}\n```"
 
 
 def _latency(rows: Sequence[Row]) -> str:
@@ -45,12 +42,12 @@ def _latency(rows: Sequence[Row]) -> str:
         cells.append(
             (
                 row["name"],
-                _number(row["latency_ms"]["median"]),
-                _range(row["latency_ms"], "low", "high"),
-                _range(row["latency_ms"], "min", "max"),
+                format_number(row["latency_ms"]["median"]),
+                format_range(row["latency_ms"], "low", "high"),
+                format_range(row["latency_ms"], "min", "max"),
                 f"{speedup['median']:.2f} ({speedup['min']:.2f} to {speedup['max']:.2f})" if speedup else "",
                 f"{row['images_per_s']:.2f}",
-                _number(row["semantic_only_ms"]["median"]),
+                format_number(row["semantic_only_ms"]["median"]),
                 f"{row['gmacs']:.1f}",
                 f"{row['parameters_m']:.2f}",
                 "" if row["kept_queries"] is None else str(row["kept_queries"]),
@@ -63,7 +60,7 @@ def _latency(rows: Sequence[Row]) -> str:
         "the median (and extremes) of the quotients within each round. *Queries kept* by panoptic post-processing: "
         "its work grows with them. With random weights thresholds are set so that a given number is kept.\n\n"
     )
-    table = _table((*columns, "GMACs", "M parameters", "queries kept"), cells)
+    table = format_table((*columns, "GMACs", "M parameters", "queries kept"), cells)
     return text + table + ("\n\n" + "\n".join(notes) if notes else "")
 
 
@@ -73,13 +70,13 @@ def _stages(rows: Sequence[Row]) -> str:
     cells = [
         (
             row["name"],
-            *(_median(row["stages_ms"], stage) for stage in stages),
-            *(_median(row["tasks_ms"], task) for task in tasks),
+            *(format_median(row["stages_ms"], stage) for stage in stages),
+            *(format_median(row["tasks_ms"], task) for task in tasks),
         )
         for row in rows
     ]
     text = "## Stages, ms\n\nPost-processing makes all maps; to the right of it, each of them on its own.\n\n"
-    return text + _table(("contestant", *stages, *(f"{task} alone" for task in tasks)), cells)
+    return text + format_table(("contestant", *stages, *(f"{task} alone" for task in tasks)), cells)
 
 
 def _roofline(rows: Sequence[Row], ceilings: Mapping[str, Any]) -> str:
@@ -98,29 +95,14 @@ def _roofline(rows: Sequence[Row], ceilings: Mapping[str, Any]) -> str:
             row["name"],
             f"{2 * row['gmacs']:.1f}",
             f"{row['roofline']['gbytes']:.2f}",
-            _number(row["roofline"]["least_ms"]),
+            format_number(row["roofline"]["least_ms"]),
             row["roofline"]["bound_by"],
-            _number(row["network_ms"]["median"]),
+            format_number(row["network_ms"]["median"]),
             f"{row['roofline']['reached']:.0%}",
         )
         for row in rows
     ]
-    return text + _table(("contestant", "GFLOP/image", "GB", "least ms", "bound by", "ms", "reached"), cells)
-
-
-def _memory(rows: Sequence[Row], device: str) -> str:
-    cells = []
-    for row in rows:
-        memory = row.get("memory", {"failed": "not measured"})
-        if "failed" in memory:
-            cells.append((row["name"], memory["failed"], "", ""))
-        else:
-            cells.append((row["name"], *(f"{memory[key]:.0f}" for key in ("increase", "base", "peak"))))
-    text = (
-        f"## Peak memory, MiB\n\nEach contestant once, alone in a fresh process on {device}. On a CPU *base* is the "
-        "resident set after the imports, on a GPU it is 0; the increase holds weights, activations and results.\n\n"
-    )
-    return text + _table(("contestant", "increase", "base", "peak"), cells)
+    return text + format_table(("contestant", "GFLOP/image", "GB", "least ms", "bound by", "ms", "reached"), cells)
 
 
 def _equality(rows: Sequence[Row]) -> str:
@@ -149,7 +131,7 @@ def _equality(rows: Sequence[Row]) -> str:
         "mask logits",
         "other prototypes",
     )
-    return text + _table(columns, cells)
+    return text + format_table(columns, cells)
 
 
 def _kernels(section: Mapping[str, Any]) -> str:
@@ -158,10 +140,10 @@ def _kernels(section: Mapping[str, Any]) -> str:
         (
             row["kernel"],
             row["size"],
-            _number(row["forward_ms"]["median"]),
-            _range(row["forward_ms"], "min", "max"),
-            _number(row["forward_backward_ms"]["median"]),
-            _range(row["forward_backward_ms"], "min", "max"),
+            format_number(row["forward_ms"]["median"]),
+            format_range(row["forward_ms"], "min", "max"),
+            format_number(row["forward_backward_ms"]["median"]),
+            format_range(row["forward_backward_ms"], "min", "max"),
             f"{row['float64_difference']:.1e}",
         )
         for row in section["rows"]
@@ -172,21 +154,4 @@ def _kernels(section: Mapping[str, Any]) -> str:
         f"and gradients from {section['reference']}'s.\n\n"
     )
     missing = "".join(f"\n- skipped: {reason}" for reason in section["missing"].values())
-    return text + _table(columns, cells) + ("\n" + missing if missing else "")
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _range(spread: Mapping[str, float], low: str, high: str) -> str:
-    return f"{_number(spread[low])} to {_number(spread[high])}"
-
-
-def _median(spreads: Mapping[str, Mapping[str, float]], name: str) -> str:
-    return _number(spreads[name]["median"]) if name in spreads else ""
+    return text + format_table(columns, cells) + ("\n" + missing if missing else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -69,35 +70,67 @@ class Settings:
     small_ceilings: bool = False
 
     def __post_init__(self) -> None:
-        _check_choices("backbones", self.backbones, BACKBONES)
-        _check_choices("precisions", self.precisions, get_args(Precision))
-        _check_choices("compile", self.compile, ("none", *get_args(CompileMode)))
-        _check_choices("contestants", self.contestants, KINDS)
-        _check_choices("peers", self.peers, ("all", "none", *PEERS))
-        _check_choices("device", (self.device,), ("cpu", "cuda", "auto"))
-        numbers = {"batch": self.batch, "rounds": self.rounds, "kept-queries": self.kept_queries}
-        numbers |= {} if self.threads is None else {"threads": self.threads}
-        for name, value in numbers.items():
-            if value < 1:
-                raise UserError(f"--{name} {value}: give 1 or more")
-        if self.warmup < 0:
-            raise UserError(f"--warmup {self.warmup}: give 0 or more")
-        if min(self.size) < 32:
-            raise UserError(f"--size {self.size[0]}x{self.size[1]}: each side needs 32 pixels or more")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda, but torch finds no GPU here: choose cpu or auto")
+        check_choices("backbones", self.backbones, BACKBONES)
+        check_choices("precisions", self.precisions, get_args(Precision))
+        check_choices("compile", self.compile, ("none", *get_args(CompileMode)))
+        check_choices("contestants", self.contestants, KINDS)
+        check_choices("peers", self.peers, ("all", "none", *PEERS))
+        others = {"batch": self.batch, "kept-queries": self.kept_queries}
+        check_numbers(self.size, self.rounds, self.warmup, self.threads, others)
+        find_device(self.device)
 
     @property
     def torch_device(self) -> torch.device:
         """Where everything runs."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return find_device(self.device)
 
     @property
     def peer_names(self) -> tuple[str, ...]:
         """The peers, "all" and "none" resolved."""
         return tuple(PEERS) if "all" in self.peers else tuple(name for name in self.peers if name != "none")
+
+
+def check_choices(option: str, given: tuple[str, ...], choices: Any) -> None:
+    """Refuse a name that is none of the choices.
+
+    Raises:
+        UserError: and names the choices.
+    """
+    for name in given:
+        if name not in choices:
+            raise UserError(f"--{option} {name}: choose of {', '.join(choices)}")
+
+
+def check_numbers(
+    size: tuple[int, int], rounds: int, warmup: int, threads: int | None, others: Mapping[str, int]
+) -> None:
+    """Refuse numbers that every benchmark has, and others that have to be 1 or more by their options' names.
+
+    Raises:
+        UserError: a number is too small.
+    """
+    positive = {**others, "rounds": rounds} | ({} if threads is None else {"threads": threads})
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"--{name} {value}: give 1 or more")
+    if warmup < 0:
+        raise UserError(f"--warmup {warmup}: give 0 or more")
+    if min(size) < 32:
+        raise UserError(f"--size {size[0]}x{size[1]}: each side needs 32 pixels or more")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of "cpu", "cuda" or "auto".
+
+    Raises:
+        UserError: it is none of them, or there is no GPU.
+    """
+    check_choices("device", (name,), ("cpu", "cuda", "auto"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no GPU here: choose cpu or auto")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -164,9 +197,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _check_choices(option: str, given: tuple[str, ...], choices: Any) -> None:
-    for name in given:
-        if name not in choices:
-            raise UserError(f"--{option} {name}: choose of {', '.join(choices)}")

@@ -90,8 +90,12 @@ def deform_conv(
     mask: Float[Tensor, "B T H W"],
     weight: Float[Tensor, "C_out C_in 3 3"],
 ) -> Float[Tensor, "B C_out H W"]:
-    """Modulated deformable convolution on PyTorch's own bilinear sampling, tap by tap, then one matrix product."""
+    """Modulated deformable convolution on PyTorch's own bilinear sampling, tap by tap, then one matrix product.
+
+    Positions, and with them all that is sampled, are at least float32 under autocast, too.
+    """
     B, C, H, W = x.shape
+    x, offsets, mask = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, offsets, mask))
     rows = torch.arange(H, dtype=x.dtype, device=x.device)[:, None]
     columns = torch.arange(W, dtype=x.dtype, device=x.device)
     samples = []

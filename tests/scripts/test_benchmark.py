@@ -110,6 +110,45 @@ def test_peers_take_part(main, tmp_path):
     assert row["speedup"] is None
 
 
+@pytest.mark.slow
+def test_a_training_step_is_measured(main, tmp_path, capsys):
+    arguments = ["--train", *TINY, "--segments", "3", "--num-points", "64", "--no-memory"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    result, table = read(tmp_path), (tmp_path / "benchmark.md").read_text()
+    straight, ours = result["steps"]
+    assert (straight["name"], ours["name"]) == ("stdc1 straightforward float32", "stdc1 ours float32")
+    quotients = np.divide(ours["rounds_ms"], straight["rounds_ms"])
+    assert ours["ratio"]["median"] == pytest.approx(np.median(quotients))
+    assert result["settings"]["batch"] == 2
+    assert [row["name"] for row in result["equality"]] == [f"{straight['name']} without oneDNN", ours["name"]]
+    assert table in capsys.readouterr().out
+    with Image.open(tmp_path / "benchmark.png") as picture:
+        assert picture.width > 800
+
+
+def test_the_child_process_measures_a_training_step(main, capsys):
+    one = ["--train", *TINY, "--segments", "3", "--num-points", "64"]
+    assert main([*one, "--measure-memory", "stdc1 ours float32"]) == 0
+    assert set(json.loads(capsys.readouterr().out.removeprefix("memory: "))) == {"base", "peak"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", "--kernels"], "error: --kernels does not go with --train"),
+        (["--train", "--image", "x.png"], "error: --image does not go with --train"),
+        (["--num-points", "9"], "error: --num-points goes with --train only"),
+        (["--train", "--batch", "1"], "error: --batch 1: training needs 2 or more"),
+        (["--train", "--contestants", ""], "error: nobody takes part"),
+    ],
+)
+def test_mistakes_with_training_end_in_one_line(main, arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--size", "64x96", "--output", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
 def write_checkpoint(path, settings):
     network = build_pem(**settings, num_classes=CITYSCAPES.num_classes)
     config = {
