@@ -14,51 +14,72 @@ from omegaconf import DictConfig, OmegaConf
 from pem_lightning.checkpoints import Checkpoint, load_network
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.errors import UserError
-from pem_lightning.inference.optimize import OptimizedNetwork
+from pem_lightning.inference.optimize import OptimizedNetwork, check_compile
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.inference.task import TaskInference
 from pem_lightning.module import PEMModule
+from pem_lightning.sync_batch_norm import PlainSyncBatchNorm
 from pem_lightning.types import DatasetInfo
+
+_DECIDED_BY_RECIPE = {
+    "accumulate_grad_batches": "max_per_device",
+    "gradient_clip_val": "gradient_clip",
+    "gradient_clip_algorithm": "gradient_clip",
+}
+"""Arguments of Lightning's that `PEMModule` does itself -> the recipe's key for it."""
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:
     """Make the trainer with its callbacks and loggers; `precision: auto` is decided here.
 
     Raises:
-        UserError: a GPU is asked for where there is none.
+        UserError: a GPU is asked for where there is none, or something that the recipe decides is set here.
     """
+    for key, instead in _DECIDED_BY_RECIPE.items():
+        if cfg.trainer.get(key) is not None:
+            raise UserError(f"trainer.{key} would change the recipe behind its back: set recipe.{instead} instead")
     settings: dict[str, Any] = {}
     has_gpu = torch.cuda.is_available()
+    on_gpu = has_gpu and cfg.trainer.accelerator != "cpu"
     if cfg.trainer.accelerator in ("gpu", "cuda") and not has_gpu:
         raise UserError("trainer.accelerator=gpu, but torch finds no GPU here: choose trainer=cpu or trainer=auto")
     if cfg.trainer.precision == "auto":
-        settings["precision"] = "16-mixed" if has_gpu and cfg.trainer.accelerator != "cpu" else "32-true"
+        settings["precision"] = "16-mixed" if on_gpu else "32-true"
+    if cfg.trainer.sync_batchnorm:  # Lightning applies it when there are several processes
+        settings["plugins"] = [*instantiate(cfg.trainer.get("plugins") or []), PlainSyncBatchNorm(cpu=not on_gpu)]
     loggers = _instantiate_all(cfg.logger)
     callbacks = _instantiate_all(cfg.callbacks)
     if not loggers:  # Lightning refuses to watch the learning rate for nobody
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+    settings["sync_batchnorm"] = False  # Lightning's own kind, which knows no frozen ones
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **settings)
 
 
-def build_datamodule(cfg: DictConfig, world_size: int) -> SegmentationDataModule:
-    """Make the data module; the recipe's batch is shared out between devices.
+def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> SegmentationDataModule:
+    """Make the data module.
+
+    Args:
+        cfg: the experiment.
+        batch_size: training images that a device loads per step; None for all of the recipe's.
+    """
+    return instantiate(cfg.dataset.datamodule, batch_size=batch_size or cfg.recipe.global_batch_size)
+
+
+def build_module(
+    cfg: DictConfig, info: DatasetInfo, *, micro_batches: int = 1, channels_last: bool = False
+) -> PEMModule:
+    """Make network, losses and optimiser for a data set's classes.
+
+    Args:
+        cfg: the experiment.
+        info: the classes.
+        micro_batches: see `PEMModule`.
+        channels_last: likewise.
 
     Raises:
-        UserError: it cannot be shared out evenly, or leaves a device with less than two images.
+        UserError: the network cannot be compiled as asked.
     """
-    total = cfg.recipe.batch_size
-    if total < 2 * world_size:
-        # Context-based self-modulation normalises one value per image and channel over the batch.
-        raise UserError(f"recipe.batch_size={total} is too small: batch normalisation needs two images per device")
-    if total % world_size:
-        raise UserError(
-            f"recipe.batch_size={total} cannot be shared out between {world_size} devices: choose a multiple"
-        )
-    return instantiate(cfg.dataset.datamodule, batch_size=total // world_size)
-
-
-def build_module(cfg: DictConfig, info: DatasetInfo) -> PEMModule:
-    """Make network, losses and optimiser for a data set's classes."""
+    check_compile("recipe.compile", cfg.recipe.compile)
     return PEMModule(
         network=instantiate(cfg.network, num_classes=info.num_classes),
         criterion=instantiate(cfg.criterion, num_classes=info.num_classes),
@@ -68,8 +89,26 @@ def build_module(cfg: DictConfig, info: DatasetInfo) -> PEMModule:
         optimizer=instantiate(cfg.recipe.optimizer),
         schedule=instantiate(cfg.recipe.schedule),
         record={"config": _plain(cfg), "overrides": command_line()},
+        micro_batches=micro_batches,
+        channels_last=channels_last,
+        compile=cfg.recipe.compile if cfg.job == "train" else None,
+        gradient_clip=float(cfg.recipe.gradient_clip or 0),
         **_views(cfg),
     )
+
+
+def wants_channels_last(cfg: DictConfig, trainer: Trainer) -> bool:
+    """Which memory format to work in; `auto` takes the faster one: tensor cores like channels last, and so do CPUs.
+
+    Raises:
+        UserError: the setting is unknown.
+    """
+    setting = cfg.recipe.channels_last
+    if setting not in ("auto", True, False):
+        raise UserError(f"recipe.channels_last={setting}: choose auto, true or false")
+    if setting == "auto":
+        return trainer.strategy.root_device.type == "cpu" or str(trainer.precision).endswith("-mixed")
+    return bool(setting)
 
 
 def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:

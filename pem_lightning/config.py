@@ -23,6 +23,10 @@ _NOT_TAKEN_OVER = ("resume", "weights", "output_dir", "hydra", "sweep", "trainer
 """Choices of a training run that say nothing about evaluating or using its result."""
 
 
+_RENAMED = {"recipe.batch_size": "recipe.global_batch_size"}
+"""Keys in the command lines of older checkpoints -> today's."""
+
+
 def key_of(override: str) -> str:
     """The key that a command-line override changes: `+recipe.lr=1` -> `recipe.lr`."""
     return override.split("=", 1)[0].lstrip("+~").split("@")[0]
@@ -72,9 +76,14 @@ def take_over_choices(arguments: Sequence[str]) -> list[str]:
     if not paths:
         return list(arguments)
     own = {key_of(a) for a in arguments if is_override(a)}
-    trained = read_checkpoint(paths[-1].strip("'\"")).overrides
+    trained = [_rename(o) for o in read_checkpoint(paths[-1].strip("'\"")).overrides]
     taken = [o for o in trained if key_of(o) not in own and key_of(o).split(".")[0] not in _NOT_TAKEN_OVER]
     return [*taken, *arguments]
+
+
+def _rename(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{_RENAMED.get(key, key)}{equals}{value}"
 
 
 def stay_in_resumed_run(cfg: DictConfig, arguments: Sequence[str]) -> list[str]:

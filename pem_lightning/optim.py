@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
+from lightning.pytorch.plugins import Precision
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -65,6 +66,35 @@ def _exempt_by_themselves(model: nn.Module) -> set[nn.Parameter]:
 def _is_norm_or_embedding(module: nn.Module, name: str) -> bool:
     # Vision transformers keep embeddings and position tables as bare parameters, known by name alone.
     return isinstance(module, (*NORMS, nn.Embedding)) or "embed" in name or name == "relative_position_bias_table"
+
+
+def unscale_gradients(optimizer: Optimizer, precision: Precision) -> None:
+    """Undo the scaling of the loss in float16 where Lightning has not done so.
+
+    Lightning leaves it to optimisers that can do it while they step, the fused ones, and a gradient would be clipped at
+    a multiple of its norm.
+
+    Args:
+        optimizer: about to step.
+        precision: the trainer's plugin.
+    """
+    scaler = getattr(precision, "scaler", None)
+    if scaler is not None and optimizer.defaults.get("fused"):
+        scaler.unscale_(optimizer)
+
+
+def clip_gradients(optimizer: Optimizer, largest_norm: float) -> Tensor:
+    """Scale the gradient down to a norm over all parameters.
+
+    Args:
+        optimizer: of the parameters.
+        largest_norm: 0 for no limit.
+
+    Returns:
+        The norm as it was, on the device.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return nn.utils.clip_grad_norm_(parameters, largest_norm or math.inf)
 
 
 def cosine_schedule(

@@ -28,14 +28,24 @@ def normalize(image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
     return (image - mean) / std
 
 
+def common_size(images: Sequence[UInt8[Tensor, "3 _ _"]]) -> tuple[int, int]:
+    """The size that all images fit into: a multiple of 32."""
+    return padded_size(max(x.shape[1] for x in images), max(x.shape[2] for x in images))
+
+
 def pad_batch(
-    images: Sequence[UInt8[Tensor, "3 _ _"]], targets: Sequence[Target]
+    images: Sequence[UInt8[Tensor, "3 _ _"]], targets: Sequence[Target], size: tuple[int, int] | None = None
 ) -> tuple[Float[Tensor, "B 3 H W"], list[Target]]:
-    """Normalise images and bring them, and their masks, to one size at right and bottom: a multiple of 32.
+    """Normalise images and bring them, and their masks, to one size at right and bottom.
 
     Padding is background of every mask.
+
+    Args:
+        images: of any sizes.
+        targets: one per image.
+        size: height and width; None for that of `common_size`.
     """
-    height, width = padded_size(max(x.shape[1] for x in images), max(x.shape[2] for x in images))
+    height, width = common_size(images) if size is None else size
 
     def pad(x: Tensor) -> Tensor:
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))

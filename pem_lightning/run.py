@@ -16,7 +16,15 @@ from hydra.types import RunMode
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, open_dict
 
-from pem_lightning.build import build_datamodule, build_module, build_predictor, build_trainer, command_line
+from pem_lightning.batch_split import split_batch
+from pem_lightning.build import (
+    build_datamodule,
+    build_module,
+    build_predictor,
+    build_trainer,
+    command_line,
+    wants_channels_last,
+)
 from pem_lightning.callbacks.loggers import log_config
 from pem_lightning.checkpoints import (
     Checkpoint,
@@ -53,8 +61,10 @@ def train(cfg: DictConfig) -> float:
     _check_one_start(cfg)
     checkpoint = _checkpoint_to_resume(cfg)
     trainer = build_trainer(cfg)
-    datamodule = build_datamodule(cfg, trainer.world_size)
-    module = build_module(cfg, datamodule.info)
+    split = split_batch(cfg.recipe.global_batch_size, trainer.world_size, cfg.recipe.max_per_device)
+    datamodule = build_datamodule(cfg, split.per_device)
+    layout = wants_channels_last(cfg, trainer)
+    module = build_module(cfg, datamodule.info, micro_batches=split.micro_batches, channels_last=layout)
     if checkpoint is not None:
         check_fits(module.network, checkpoint)
         log.info("resuming %s at step %d", checkpoint.path, checkpoint.step)
@@ -90,9 +100,10 @@ def evaluate(cfg: DictConfig) -> float:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = _take_network(cfg)
     trainer = build_trainer(cfg)
-    datamodule = build_datamodule(cfg, world_size=1)  # the recipe's batch, which is not used, need not be shared out
+    datamodule = build_datamodule(cfg)
     _check_classes(checkpoint, datamodule.info)
-    module = build_module(cfg, datamodule.info)
+    # In the layout of training, so that numbers are those of its validation to the last digit.
+    module = build_module(cfg, datamodule.info, channels_last=wants_channels_last(cfg, trainer))
     load_network(module.network, checkpoint)
     if cfg.inference.precision != "float32" or cfg.inference.compile is not None:  # else to the digits of training
         module.network = OptimizedNetwork(module.network, cfg.inference.precision, cfg.inference.compile)
@@ -118,6 +129,11 @@ def predict(cfg: DictConfig) -> float:
 def _take_network(cfg: DictConfig) -> Checkpoint:
     """Read the checkpoint; the network is the trained one, whatever conf/ says today, unless the command line does."""
     checkpoint = read_checkpoint(cfg.checkpoint)
+    if checkpoint.raw is not None:
+        averaged = "averaged weights (averaged_weights=false takes the last step's own)"
+        log.info("%s: using its %s", checkpoint.path, averaged if cfg.averaged_weights else "last step's own weights")
+        if not cfg.averaged_weights:
+            checkpoint = checkpoint._replace(network=checkpoint.raw)
     asked_for = {key_of(o).split(".")[0] for o in set(command_line()) - set(checkpoint.overrides)}
     if not asked_for & {"network", "backbone", "ablation", "decoder_layers", "num_queries"}:
         with open_dict(cfg):
@@ -170,6 +186,10 @@ def main(job: str) -> None:
         """What Hydra calls with the composed experiment."""
         # Lightning calls a function of PyTorch's that PyTorch has renamed; nobody else can mend it.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning.*")
+        # A checkpoint has the weights after the step that it is of, as it should.
+        warnings.filterwarnings(
+            "ignore", message="Using ModelCheckpoint with manual optimization", module="lightning.*"
+        )
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_job(JOBS[job], cfg)
         try:

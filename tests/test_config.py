@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 from torch import nn
 
-from pem_lightning.build import build_datamodule, build_module, build_trainer
+from pem_lightning.build import build_datamodule, build_module, build_trainer, wants_channels_last
 from pem_lightning.callbacks import ConfusionMatrix, Curves, PredictionPanels, Results, SavePredictions, WorstImages
 from pem_lightning.config import CONF, check_composes, key_of, take_over_choices, user_error_behind
 from pem_lightning.data import CITYSCAPES
@@ -69,7 +69,7 @@ def test_every_experiment_instantiates(job, dataset, task, tmp_path):
     cfg = compose(job, f"dataset={dataset}", f"task={task}", "backbone=resnet18", "network.num_layers=1", root)
     cfg.output_dir = str(tmp_path)
     trainer = build_trainer(cfg)
-    datamodule = build_datamodule(cfg, world_size=1)
+    datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule.info)
     assert trainer.max_steps == cfg.recipe.max_steps
     assert datamodule.task == task == module.inference.task
@@ -103,7 +103,7 @@ def test_gpu_trainers_compose(trainer):
 
 def test_recipe_and_backbone_follow_the_pair():
     cfg = compose("train", "task=panoptic", "dataset=cityscapes")
-    assert (cfg.backbone.name, cfg.recipe.max_steps, cfg.recipe.batch_size) == ("resnet50", 90000, 32)
+    assert (cfg.backbone.name, cfg.recipe.max_steps, cfg.recipe.global_batch_size) == ("resnet50", 90000, 32)
     assert list(cfg.recipe.train_transform.crop_size) == [512, 1024]
     assert cfg.recipe.train_transform.shortest_edges == [int(x * 0.1 * 1024) for x in range(5, 21)]
     assert (cfg.recipe.optimizer.lr, cfg.recipe.gradient_clip, cfg.criterion.num_points) == (7e-4, 0.01, 12544)
@@ -116,7 +116,7 @@ def test_recipe_and_backbone_follow_the_pair():
 def test_the_papers_numbers_for_ade20k(task, edge):
     cfg = compose("train", "dataset=ade20k", f"task={task}")
     recipe = cfg.recipe
-    assert (cfg.backbone.name, cfg.backbone.norm, recipe.batch_size) == ("resnet50", "frozen", 32)
+    assert (cfg.backbone.name, cfg.backbone.norm, recipe.global_batch_size) == ("resnet50", "frozen", 32)
     assert (recipe.max_steps, recipe.optimizer.lr, recipe.schedule.end_lr) == (160000, 4e-4, 1e-6)
     assert recipe.train_transform.crop_size == [edge, edge]
     assert recipe.train_transform.shortest_edges == [int(x * 0.1 * edge) for x in range(5, 21)]
@@ -195,12 +195,21 @@ def test_key_of(override, key):
     assert key_of(override) == key
 
 
-def test_batch_is_shared_out_evenly():
-    assert build_datamodule(compose(), world_size=2).batch_size == 2
-    with pytest.raises(UserError, match=r"two images per device"):
-        build_datamodule(compose("train", "recipe.batch_size=1"), world_size=1)
-    with pytest.raises(UserError, match=r"recipe\.batch_size=7 .* 3 devices"):
-        build_datamodule(compose("train", "recipe.batch_size=7"), world_size=3)
+@pytest.mark.parametrize(
+    ("setting", "instead"),
+    [
+        ("+trainer.accumulate_grad_batches=2", r"recipe\.max_per_device"),
+        ("+trainer.gradient_clip_val=1", r"recipe\.gradient_clip"),
+    ],
+)
+def test_what_the_recipe_decides_is_not_set_in_the_trainer(setting, instead):
+    with pytest.raises(UserError, match=instead):
+        build_trainer(compose("train", setting))
+
+
+def test_loading_takes_the_devices_share_of_the_batch():
+    assert build_datamodule(compose()).batch_size == 4
+    assert build_datamodule(compose(), batch_size=2).batch_size == 2
 
 
 def test_the_user_error_behind_a_chain_is_found():
@@ -215,6 +224,27 @@ def test_the_user_error_behind_a_chain_is_found():
 def test_entry_points_are_thin():
     for name in ("train", "evaluate", "predict"):
         assert len((Path(CONF).parent / f"{name}.py").read_text().splitlines()) < 10
+
+
+def test_older_checkpoints_are_understood(tmp_path):
+    """Their command lines say `batch_size`; today's are told the new name."""
+    path = write_checkpoint(tmp_path / "a.ckpt", nn.Linear(1, 1), ("recipe.batch_size=2", "task=semantic"))
+    taken = take_over_choices([f"checkpoint={path}"])
+    assert taken == ["recipe.global_batch_size=2", "task=semantic", f"checkpoint={path}"]
+    with pytest.raises(UserError, match=r"did you mean recipe\.global_batch_size\?"):
+        check_composes("train", ["recipe.batch_size=2"])
+
+
+@pytest.mark.parametrize(("setting", "wanted"), [("auto", True), ("true", True), ("false", False)])
+def test_memory_format_on_the_cpu(setting, wanted):
+    cfg = compose("train", f"recipe.channels_last={setting}", "trainer=cpu", "trainer.precision=bf16-mixed")
+    assert wants_channels_last(cfg, build_trainer(cfg)) == wanted
+
+
+def test_an_unknown_memory_format_is_refused():
+    cfg = compose("train", "recipe.channels_last=yes_please", "trainer=cpu")
+    with pytest.raises(UserError, match="choose auto, true or false"):
+        wants_channels_last(cfg, build_trainer(cfg))
 
 
 def test_where_a_training_started_from_is_not_taken_over(tmp_path):

@@ -153,3 +153,18 @@ def test_schedule_survives_a_checkpoint() -> None:
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.load_state_dict(first.state_dict())
     assert rates(first, 6) == rates(second, 6)
+
+
+def test_the_recipes_fused_optimizer_steps_like_the_plain_one() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(4, 3)
+    gradients = torch.randn(5, 4, 3)
+    results = []
+    for fused in (False, True):
+        parameter = nn.Parameter(start.clone())
+        adamw = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.05, fused=fused)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            adamw.step()
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)

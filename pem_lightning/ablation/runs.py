@@ -150,6 +150,7 @@ def _read_run(folder: Path) -> Run | None:
         raise UserError(".hydra/config.yaml is no experiment")
     if config.get("job") != "train":
         return None
+    _rename_old_keys(config)
     logs = log_files(folder / "csv")
     if not any(path.is_file() for path in logs):
         raise UserError("it has no log, csv/metrics.csv; its run.log may say why")
@@ -166,6 +167,13 @@ def _read_run(folder: Path) -> Run | None:
         step=_last_step(folder, series),
         weights=None if config.get("weights") is None else str(config.weights),
     )
+
+
+def _rename_old_keys(config: DictConfig) -> None:
+    """Bring the configuration of a run from before `global_batch_size` to today's names."""
+    if "batch_size" in config.recipe:
+        config.recipe.global_batch_size = config.recipe.pop("batch_size")
+        config.dataset.datamodule.batch_size = "${recipe.global_batch_size}"
 
 
 def _choices(folder: Path) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Table:
         """Batch and crop, and what all runs share beyond the default, in words."""
         recipe = self.example.config["recipe"]
         height, width = recipe["train_transform"]["crop_size"]
-        text = f"{recipe['batch_size']} crops of {height} x {width} per step"
+        text = f"{recipe['global_batch_size']} crops of {height} x {width} per step"
         return text + (f"; in all runs: {', '.join(self.common)}" if self.common else "")
 
     @cached_property

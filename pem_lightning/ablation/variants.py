@@ -64,9 +64,9 @@ _NETWORK_DEFAULTS = {
 }
 """What a run means that was trained before the argument existed."""
 
-_SCALE = ("batch_size", "max_steps", "train_transform", "eval_transform")
+_SCALE = ("global_batch_size", "max_steps", "train_transform", "eval_transform")
 """Of the recipe: runs that differ in it are not compared."""
-_BOOKKEEPING = ("val_interval", "checkpoint_interval")
+_BOOKKEEPING = ("val_interval", "checkpoint_interval", "max_per_device", "compile", "channels_last", "optimizer.fused")
 _SAID_BY_THE_NETWORK = ("num_queries", "resnet_norm")
 _PLACES = ("root", "num_workers", "cache", "on_error")
 """Of the data set: where it is and how it is read."""
@@ -131,15 +131,17 @@ def _network_terms(network: Mapping[str, Any], reference: Mapping[str, Any]) -> 
 
 def _other_terms(ours: Any, default: Any, prefix: str, ignored: tuple[str, ...]) -> Iterator[Term]:
     flat = (dict(_flatten({k: v for k, v in part.items() if k not in ignored}, prefix)) for part in (ours, default))
-    for _, words in _differences(*flat):
-        yield Term("other", 1, words)
+    for key, words in _differences(*flat):
+        if key not in ignored:
+            yield Term("other", 1, words)
 
 
 def _differences(ours: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Keys, and "key=value" for what differs."""
     for key in sorted({*ours, *default}):
         if key not in ours:
-            yield key, f"no {key}"
+            if default[key] is not None:  # else it is a newer option that the run did without
+                yield key, f"no {key}"
         elif key not in default or ours[key] != default[key]:
             yield key, f"{key}={_show(ours[key])}"
 

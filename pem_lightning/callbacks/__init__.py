@@ -1,5 +1,6 @@
 """What is shown and kept of training and evaluation: progress, curves, pictures, results, predictions."""
 
+from pem_lightning.callbacks.average_weights import AverageWeights
 from pem_lightning.callbacks.confusion import ConfusionMatrix
 from pem_lightning.callbacks.curves import Curves
 from pem_lightning.callbacks.panels import PredictionPanels, WorstImages
@@ -8,6 +9,7 @@ from pem_lightning.callbacks.results import Results
 from pem_lightning.callbacks.save_predictions import SavePredictions
 
 __all__ = [
+    "AverageWeights",
     "ConfusionMatrix",
     "Curves",
     "PredictionPanels",

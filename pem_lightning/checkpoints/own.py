@@ -27,7 +27,8 @@ class Checkpoint(NamedTuple):
         config: the composed experiment.
         overrides: the command line's part of it.
         info: the classes it knows.
-        network: weights, by the network's own names.
+        network: weights, by the network's own names; averaged ones if the training averaged them.
+        raw: the last step's weights beside averaged ones, else None.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Checkpoint(NamedTuple):
     overrides: list[str]
     info: DatasetInfo
     network: dict[str, Tensor]
+    raw: dict[str, Tensor] | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -57,13 +59,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def parse_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     """Find our own in what a checkpoint's file holds."""
     ours, state = content[CHECKPOINT_KEY], content["state_dict"]
+    raw = {k.removeprefix(_NETWORK_PREFIX): v for k, v in state.items() if k.startswith(_NETWORK_PREFIX)}
+    averaged = ours.get("averaged")
     return Checkpoint(
         path=path,
         step=content["global_step"],
         config=ours["config"],
         overrides=ours["overrides"],
         info=DatasetInfo.from_dict(ours["dataset_info"]),
-        network={k.removeprefix(_NETWORK_PREFIX): v for k, v in state.items() if k.startswith(_NETWORK_PREFIX)},
+        network=raw if averaged is None else averaged["weights"],
+        raw=None if averaged is None else raw,
     )
 
 

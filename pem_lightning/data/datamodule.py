@@ -93,7 +93,9 @@ class SegmentationDataModule(LightningDataModule, ABC):
         if stage in (None, "fit") and "train" not in self._datasets:
             dataset = self._open("train", self.train_transform)
             if (count := len(dataset)) < self.batch_size:
-                raise UserError(f"{count} training images make no batch of {self.batch_size}: lower recipe.batch_size")
+                raise UserError(
+                    f"{count} training images make no batch of {self.batch_size}: lower recipe.global_batch_size"
+                )
             self._datasets["train"] = dataset
         if "val" not in self._datasets:
             self._datasets["val"] = self._open("val", self.eval_transform)
@@ -118,6 +120,12 @@ class SegmentationDataModule(LightningDataModule, ABC):
         if count < world_size:  # the devices would wait for one another for ever
             raise UserError(f"{count} validation images are too few for {world_size} devices: lower trainer.devices")
         return self._loader("val", self.eval_batch_size, EvalSampler(count, rank, world_size), collate_eval)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Leave a training batch in the host's memory: the model takes its micro-batches from there one by one."""
+        if self.trainer is not None and self.trainer.training:
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _open(self, split: str, transform: SampleTransform) -> SegmentationDataset:
         dataset = self.make_dataset(split, transform)

@@ -18,6 +18,24 @@ Precision = Literal["float32", "bfloat16", "float16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 
+def check_compile(key: str, mode: str | None) -> None:
+    """Check a setting of `torch.compile`.
+
+    Args:
+        key: of the setting.
+        mode: its value; None for no compilation.
+
+    Raises:
+        UserError: the mode is unknown, or there is no compiler.
+    """
+    if mode is None:
+        return
+    if mode not in get_args(CompileMode):
+        raise UserError(f"{key}={mode}: choose null, {', '.join(get_args(CompileMode))}")
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
+        raise UserError(f"{key} needs a C++ compiler: install g++, or use {key}=null")
+
+
 class OptimizedNetwork(nn.Module):
     """A network with its batch normalisations folded, in channels-last memory format and in the wanted precision.
 
@@ -35,10 +53,7 @@ class OptimizedNetwork(nn.Module):
         super().__init__()
         if precision not in get_args(Precision):
             raise UserError(f"inference.precision={precision}: choose {', '.join(get_args(Precision))}")
-        if compile is not None and compile not in get_args(CompileMode):
-            raise UserError(f"inference.compile={compile}: choose null, {', '.join(get_args(CompileMode))}")
-        if compile is not None and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
-            raise UserError("inference.compile needs a C++ compiler: install g++, or use inference.compile=null")
+        check_compile("inference.compile", compile)
         self.compile_mode = compile
         self.network = fold_batch_norms(network)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,6 +1,6 @@
 """Matching of queries to segments, and the losses of the matched pairs."""
 
-from pem_lightning.losses.criterion import SetCriterion
+from pem_lightning.losses.criterion import LossTotals, SetCriterion
 from pem_lightning.losses.matcher import HungarianMatcher, Match
 from pem_lightning.losses.point_sampling import (
     UniformSource,
@@ -12,6 +12,7 @@ from pem_lightning.losses.point_sampling import (
 
 __all__ = [
     "HungarianMatcher",
+    "LossTotals",
     "Match",
     "SetCriterion",
     "UniformSource",

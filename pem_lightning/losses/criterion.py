@@ -11,11 +11,11 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from pem_lightning.distributed import mean_over_processes
 from pem_lightning.errors import UserError
 from pem_lightning.losses.matcher import HungarianMatcher, Match
 from pem_lightning.losses.point_sampling import (
@@ -40,6 +40,22 @@ class Pairs(NamedTuple):
     images: Int64[Tensor, "layers pairs"]
     queries: Int64[Tensor, "layers pairs"]
     segments: Int64[Tensor, "layers pairs"]
+
+
+class LossTotals(NamedTuple):
+    """What the losses of a step are divided by, as shares of one process: over all processes they average to these.
+
+    Gradients of processes are averaged, so that their sum over the whole step is divided by the whole step's total.
+    The authors divide the mask losses so, but the classification loss by each process's own total; with one process
+    both are the same, and with several only the whole step's total leaves the loss independent of who has which image.
+
+    Attributes:
+        masks: segments, at least 1.
+        class_weight: weights of all queries in the classification loss.
+    """
+
+    masks: Float[Tensor, ""]
+    class_weight: Float[Tensor, ""]
 
 
 class SetCriterion(nn.Module):
@@ -87,6 +103,7 @@ class SetCriterion(nn.Module):
         self.class_weight = class_weight
         self.mask_weight = mask_weight
         self.dice_weight = dice_weight
+        self.no_object_weight = no_object_weight
         self.num_points = num_points
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
@@ -102,13 +119,33 @@ class SetCriterion(nn.Module):
         weights[-1] = no_object_weight
         self.register_buffer("no_object_weighting", weights, persistent=False)
 
-    def forward(self, predictions: Predictions, targets: list[Target]) -> dict[str, Float[Tensor, ""]]:
+    def totals(self, targets: Sequence[Target], num_queries: int, device: torch.device) -> LossTotals:
+        """Count what a step's losses are divided by, over all processes; the device is not waited for.
+
+        Args:
+            targets: of all of this process's images in the step.
+            num_queries: Q, of an image.
+            device: where the losses are.
+        """
+        counts = [len(target.labels) for target in targets]
+        matched = sum(min(count, num_queries) for count in counts)
+        unmatched = len(targets) * num_queries - matched
+        own = (float(sum(counts)), matched + self.no_object_weight * unmatched)
+        # Numbers become arguments of kernels; a tensor of them would be copied, and the host would wait.
+        masks, class_weight = mean_over_processes(torch.stack([torch.full((), n, device=device) for n in own]))
+        return LossTotals(masks.clamp(min=1), class_weight)
+
+    def forward(
+        self, predictions: Predictions, targets: list[Target], totals: LossTotals | None = None
+    ) -> dict[str, Float[Tensor, ""]]:
         """Compute all losses, in float32 whatever the predictions' type and the autocast state.
 
         Args:
             predictions: the network's output in training.
             targets: one per image, masks of the padded images' size. Images without segments and segments without
                 pixels are fine.
+            totals: of the whole step, if these are only some of its images; the losses of its parts then add up to the
+                step's. None if they are all that this process has.
 
         Returns:
             Weighted losses, to be summed: "loss_ce", "loss_mask" and "loss_dice" of the last layer, and with "_0",
@@ -116,8 +153,10 @@ class SetCriterion(nn.Module):
         """
         layers = (predictions, *predictions.auxiliary)
         pairs = _gather_pairs(self.matcher(layers, targets), targets, predictions.mask_logits.device)
-        cross_entropy = self._classification_loss(layers, targets, pairs)
-        mask, dice = self._mask_losses(layers, targets, pairs)
+        if totals is None:
+            totals = self.totals(targets, predictions.class_logits.shape[1], predictions.class_logits.device)
+        cross_entropy = self._classification_loss(layers, targets, pairs) / totals.class_weight
+        mask, dice = (loss / totals.masks for loss in self._mask_losses(layers, targets, pairs))
         weighted = {
             "loss_ce": self.class_weight * cross_entropy,
             "loss_mask": self.mask_weight * mask,
@@ -129,13 +168,13 @@ class SetCriterion(nn.Module):
     def _classification_loss(
         self, layers: Sequence[Predictions], targets: Sequence[Target], pairs: Pairs
     ) -> Float[Tensor, " layers"]:
-        """Cross-entropy over all queries; those without a segment should say "no object"."""
+        """Sum of the cross-entropy over all queries; those without a segment should say "no object"."""
         logits = torch.stack([layer.class_logits.float() for layer in layers])  # L B Q K+1
         labels = logits.new_full(logits.shape[:3], self.num_classes, dtype=torch.long)  # L B Q
         layer_index = torch.arange(len(layers), device=logits.device)[:, None]
         labels[layer_index, pairs.images, pairs.queries] = torch.cat([t.labels for t in targets])[pairs.segments]
         loss = F.cross_entropy(logits.permute(0, 3, 1, 2), labels, self.no_object_weighting, reduction="none")
-        return loss.sum((1, 2)) / self.no_object_weighting[labels].sum((1, 2))
+        return loss.sum((1, 2))
 
     def _mask_losses(
         self, layers: Sequence[Predictions], targets: Sequence[Target], pairs: Pairs
@@ -153,8 +192,7 @@ class SetCriterion(nn.Module):
         expected = torch.cat(target)
         cross_entropy = F.binary_cross_entropy_with_logits(sampled, expected, reduction="none").mean(1)
         dice = dice_loss(sampled, expected)
-        normalizer = _mean_over_processes(len(target_masks), sampled.device).clamp(min=1)
-        return cross_entropy.view(L, M).sum(1) / normalizer, dice.view(L, M).sum(1) / normalizer
+        return cross_entropy.view(L, M).sum(1), dice.view(L, M).sum(1)
 
     def _choose_points(self, logits: Float[Tensor, "pairs height width"]) -> Float[Tensor, "pairs points 2"]:
         return choose_uncertain_points(
@@ -184,11 +222,3 @@ def _gather_pairs(matches: list[list[Match]], targets: Sequence[Target], device:
         images.append(torch.full_like(queries[-1], image))
     rows = torch.stack([torch.cat(images, 1), torch.cat(queries, 1), torch.cat(segments, 1)])  # 3 L M
     return Pairs(*rows.to(device, non_blocking=True))
-
-
-def _mean_over_processes(number: int, device: torch.device) -> Float[Tensor, ""]:
-    mean = torch.full((), float(number), device=device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean

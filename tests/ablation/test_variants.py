@@ -63,7 +63,8 @@ def test_pretrained_weights_make_a_variant(tmp_path):
 def test_what_does_not_decide_about_the_result_makes_no_variant(tmp_path):
     overrides = ("seed=7", "trainer=cpu", "logger=tensorboard", "callbacks.panels=null", "dataset.num_workers=0")
     more = ("dataset.root=elsewhere", "recipe.val_interval=10", "network.kernel=torch", "recipe.checkpoint_interval=9")
-    assert words(tmp_path / "run", *overrides, *more) == []
+    hardware = ("recipe.max_per_device=2", "recipe.optimizer.fused=false")
+    assert words(tmp_path / "run", *overrides, *more, *hardware) == []
     default, other = read_runs([write_run(tmp_path / "default"), tmp_path / "run"])
     assert setting_of(default) == setting_of(other)
     assert special_of(other) == []
@@ -74,7 +75,7 @@ def test_what_does_not_decide_about_the_result_makes_no_variant(tmp_path):
     [
         "recipe.max_steps=700",
         "trainer.max_steps=700",
-        "recipe.batch_size=8",
+        "recipe.global_batch_size=8",
         "recipe.train_transform.crop_size=[64,128]",
         "recipe.eval_transform.shortest_edge=64",
         "dataset.datamodule.num_train=8",
@@ -90,7 +91,7 @@ def test_runs_of_another_setting_are_not_compared(tmp_path, override):
 
 
 def test_what_is_special_about_a_setting(tmp_path):
-    overrides = ("dataset.datamodule.num_train=8", "inference.flip=true", "recipe.batch_size=8")
+    overrides = ("dataset.datamodule.num_train=8", "inference.flip=true", "recipe.global_batch_size=8")
     (run,) = read_runs([write_run(tmp_path / "run", *overrides)])
     assert special_of(run) == ["dataset.num_train=8", "inference.flip=True"]
 
@@ -113,3 +114,18 @@ def test_runs_from_before_an_argument_existed_have_its_default(tmp_path):
     path.write_text(text)
     (run,) = read_runs([folder])
     assert terms_of(run) == ()
+
+
+def test_runs_from_before_the_global_batch_size_are_compared(tmp_path):
+    folder = write_run(tmp_path / "old")
+    path = folder / ".hydra" / "config.yaml"
+    text = path.read_text()
+    assert text.count("global_batch_size") == 2
+    text = text.replace("global_batch_size", "batch_size")
+    for line in ("    fused: true\n", "  ema_decay: null\n", "  max_per_device: 16\n"):
+        assert line in text
+        text = text.replace(line, "")
+    path.write_text(text)
+    old, new = read_runs([folder, write_run(tmp_path / "new")])
+    assert setting_of(old) == setting_of(new)
+    assert (terms_of(old), special_of(old)) == ((), [])

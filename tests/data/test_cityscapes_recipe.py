@@ -40,7 +40,7 @@ def test_the_papers_recipe_starts(tree, task, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # Two images instead of 32, and one step instead of 90k, are all that is changed.
     arguments = [
-        "recipe.batch_size=2",
+        "recipe.global_batch_size=2",
         "trainer.max_steps=1",
         "recipe.val_interval=1",
         "dataset.num_workers=0",

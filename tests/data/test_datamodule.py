@@ -150,7 +150,7 @@ def test_validation_needs_no_training_images(root):
 
 
 def test_too_few_images_for_one_batch(root):
-    with pytest.raises(UserError, match=r"5 training images make no batch of 8: lower recipe\.batch_size"):
+    with pytest.raises(UserError, match=r"5 training images make no batch of 8: lower recipe\.global_batch_size"):
         make_data(root, batch_size=8)
 
 
@@ -270,3 +270,13 @@ def test_memory_of_a_worker_stays_flat(root, tmp_path, cached):
     loader = data.val_dataloader()
     epochs = [max(float(sample.name) for batch in loader for sample in batch.samples) for _ in range(60)]
     assert max(epochs[30:]) < max(epochs[5:30]) + 4
+
+
+def test_training_batches_wait_in_the_hosts_memory(root):
+    """Their micro-batches go to the device one by one; others go there whole."""
+    data = make_data(root)
+    (batch,) = list(data.val_dataloader())[:1]
+    for training in (True, False):
+        data.trainer = SimpleNamespace(training=training)
+        moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+        assert moved.images[0].device.type == ("cpu" if training else "meta")

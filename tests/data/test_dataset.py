@@ -145,7 +145,7 @@ def train(root, folder, *arguments):
         "backbone.norm=batch",
         "network.num_layers=1",
         "network.num_queries=5",
-        "recipe.batch_size=4",
+        "recipe.global_batch_size=4",
         "recipe.num_points=16",
         "recipe.max_steps=1",
         "recipe.val_interval=1",

@@ -17,7 +17,7 @@ from tests.jobs import call
 pytestmark = pytest.mark.slow
 
 TINY = (
-    "recipe.batch_size=2",
+    "recipe.global_batch_size=2",
     "recipe.max_steps=1",
     "recipe.val_interval=1",
     "recipe.num_points=64",

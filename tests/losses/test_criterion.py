@@ -190,6 +190,22 @@ def test_senseless_settings_are_refused(wrong: dict[str, float]) -> None:
         SetCriterion(5, **wrong)
 
 
+def test_losses_of_a_steps_parts_add_up() -> None:
+    """With the totals of all its images; by themselves, they are divided by their own."""
+    generator = torch.Generator().manual_seed(0)
+    logits, masks = torch.randn(3, 4, 6, generator=generator), torch.randn(3, 4, 8, 8, generator=generator)
+    targets = [  # more segments than queries, fewer, none
+        Target(torch.arange(n) % 5, torch.rand(n, 32, 32, generator=generator) < 0.5) for n in (6, 2, 0)
+    ]
+    criterion = SetCriterion(5, num_points=4, no_object_weight=0.3, rand=lambda shape, device: torch.full(shape, 0.3))
+    whole = criterion(Predictions(logits, masks), targets)
+    totals = criterion.totals(targets, 4, logits.device)
+    assert (totals.masks.item(), totals.class_weight.item()) == pytest.approx((8, 6 + 0.3 * 6))
+    parts = [criterion(Predictions(logits[i], masks[i]), targets[i], totals) for i in (slice(0, 1), slice(1, 3))]
+    for name, loss in whole.items():
+        assert (parts[0][name] + parts[1][name]).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
 WORKER = """
 import sys
 import torch
@@ -203,11 +219,13 @@ generator = torch.Generator().manual_seed(0)
 predictions = Predictions(torch.randn(1, 4, 6, generator=generator), torch.randn(1, 4, 8, 8, generator=generator))
 target = Target(torch.tensor([1]), torch.rand(1, 32, 32, generator=generator) < 0.5)
 criterion = SetCriterion(5, num_points=4, rand=lambda shape, device: torch.full(shape, 0.3))
-alone = criterion(predictions, [target])["loss_mask"]
+alone = criterion(predictions, [target])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 if rank == 0:  # one segment here, three there: two on average
-    together = criterion(predictions, [target])["loss_mask"]
-    torch.testing.assert_close(together, alone / 2)
+    together = criterion(predictions, [target])
+    torch.testing.assert_close(together["loss_mask"], alone["loss_mask"] / 2)
+    # Weights of the four queries: one matched and three not here, three and one there.
+    torch.testing.assert_close(together["loss_ce"], alone["loss_ce"] * 1.3 / ((1.3 + 3.1) / 2))
 else:
     criterion(predictions, [Target(target.labels.repeat(3), target.masks.repeat(3, 1, 1))])
 dist.destroy_process_group()

@@ -30,7 +30,7 @@ def record(folder):
 @pytest.fixture(scope="module")
 def swept(work, tiny):
     """Folder of a sweep of three jobs, one of which cannot run; in one process."""
-    arguments = ("sweep=paper_attention", "ablation=no_masking,[no_csm,no_deformable]", "recipe.batch_size=2,9")
+    arguments = ("sweep=paper_attention", "ablation=no_masking,[no_csm,no_deformable]", "recipe.global_batch_size=2,9")
     assert call("train", *tiny, *arguments, "hydra.sweep.dir=swept", "logger=csv") == 1
     return work / "swept"
 
@@ -38,10 +38,10 @@ def swept(work, tiny):
 def test_one_folder_per_job(swept):
     names = sorted(path.parent.name for path in swept.glob("*/job.json"))
     assert names == [
-        "0_ablation-no_masking_recipe.batch_size-2",
-        "1_ablation-no_masking_recipe.batch_size-9",
-        "2_ablation-no_csm+no_deformable_recipe.batch_size-2",
-        "3_ablation-no_csm+no_deformable_recipe.batch_size-9",
+        "0_ablation-no_masking_recipe.global_batch_size-2",
+        "1_ablation-no_masking_recipe.global_batch_size-9",
+        "2_ablation-no_csm+no_deformable_recipe.global_batch_size-2",
+        "3_ablation-no_csm+no_deformable_recipe.global_batch_size-9",
     ]
     for number, name in enumerate(names):
         finished = number in (0, 2)
@@ -55,7 +55,7 @@ def test_one_folder_per_job(swept):
 
 def test_a_sweeps_checkpoint_is_evaluated_predicts_and_goes_on(swept, tiny, tmp_path):
     """What chose its job in the sweep goes with it, the sweep itself does not."""
-    folder = swept / "2_ablation-no_csm+no_deformable_recipe.batch_size-2"
+    folder = swept / "2_ablation-no_csm+no_deformable_recipe.global_batch_size-2"
     checkpoint = folder / "checkpoints" / "last.ckpt"
     assert read_checkpoint(checkpoint).config["network"]["csm"] is False
     assert {"sweep=paper_attention", "ablation=[no_csm,no_deformable]"} <= set(read_checkpoint(checkpoint).overrides)
@@ -72,7 +72,7 @@ def test_a_sweeps_checkpoint_is_evaluated_predicts_and_goes_on(swept, tiny, tmp_
 
 def test_a_job_that_was_cut_off_goes_on_from_its_last_checkpoint(work, swept, tiny):
     """Even if it once started from weights."""
-    weights = f"weights='{swept}/0_ablation-no_masking_recipe.batch_size-2/checkpoints/last.ckpt'"
+    weights = f"weights='{swept}/0_ablation-no_masking_recipe.global_batch_size-2/checkpoints/last.ckpt'"
     arguments = (*tiny, "-m", "hydra.sweep.dir=cut", "recipe.max_steps=2", weights)
     code = call("train", *arguments, "+callbacks.stop._target_=tests.sweeps.stop_once.StopOnce")
     assert code == 1
@@ -90,14 +90,20 @@ def test_other_launchers(work, tiny, launcher):
     """From a folder that is not the project's, in processes of their own; each reports, and one summary tells."""
     if launcher == "joblib":
         tiny = (*tiny, "hydra.launcher.n_jobs=2")
-    arguments = (*tiny, "-m", f"hydra/launcher={launcher}", f"hydra.sweep.dir={launcher}", "recipe.batch_size=2,9")
+    arguments = (
+        *tiny,
+        "-m",
+        f"hydra/launcher={launcher}",
+        f"hydra.sweep.dir={launcher}",
+        "recipe.global_batch_size=2,9",
+    )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stderr
     summary = done.stdout[done.stdout.index("1 of 2 jobs finished") :].splitlines()
-    assert summary[1].startswith("  0_recipe.batch_size-2  val/PQ ")
-    assert summary[2].startswith("  1_recipe.batch_size-9  failed: ")
+    assert summary[1].startswith("  0_recipe.global_batch_size-2  val/PQ ")
+    assert summary[2].startswith("  1_recipe.global_batch_size-9  failed: ")
     assert "Traceback" not in done.stdout + done.stderr
 
 
@@ -144,7 +150,7 @@ def test_jobs_are_a_group_in_weights_and_biases(work, tiny, monkeypatch):
 
 def test_jobs_on_several_devices_follow_one_another(work, tiny):
     """Processes that Lightning adds belong to one job, and so does what connects them."""
-    devices = ("trainer.devices=2", "trainer.strategy=ddp", "recipe.batch_size=4", "hydra.sweep.dir=devices")
+    devices = ("trainer.devices=2", "trainer.strategy=ddp", "recipe.global_batch_size=4", "hydra.sweep.dir=devices")
     command = [sys.executable, str(ROOT / "train.py"), *tiny, "-m", "seed=0,1", *devices]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,142 @@
+"""Train a small PEM for one step: python -m tests.train_one_step DEVICES FOLDER CASE...
+
+A case is MICRO_BATCHES-NORM, with the norm in "train" or "eval" mode. Gradients before clipping, losses and the weights
+after the step go to FOLDER/DEVICES-CASE.pt. The images of the step, and the points drawn for each, are always the same.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning import Callback, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pem_lightning import build_pem
+from pem_lightning.data.cityscapes import CITYSCAPES
+from pem_lightning.data.sampler import TrainSampler
+from pem_lightning.inference.task import TaskInference
+from pem_lightning.losses import SetCriterion
+from pem_lightning.module import PEMModule
+from pem_lightning.optim import cosine_schedule, parameter_groups
+from pem_lightning.sync_batch_norm import PlainSyncBatchNorm
+from pem_lightning.types import Batch, Target
+
+IMAGES = 4
+
+
+def image_and_target(number: int) -> tuple[torch.Tensor, Target]:
+    """One of the images: random, smooth enough for a network to see something; some have few segments."""
+    generator = torch.Generator().manual_seed(number)
+    coarse = torch.rand(1, 3, 4, 8, generator=generator) * 255
+    image = nn.functional.interpolate(coarse, (64, 128), mode="bilinear")[0].to(torch.uint8)
+    count = (3, 1, 5, 2)[number % 4]
+    masks = nn.functional.interpolate(torch.rand(1, count, 4, 8, generator=generator), (64, 128))[0] > 0.5
+    return image, Target(torch.randint(19, (count,), generator=generator), masks)
+
+
+class PointsByImage:
+    """Random points that an image, or one of its pairs, gets whoever computes it and together with whatever else."""
+
+    def __init__(self):
+        self.seeds: list[int] = []
+        self.pairs: list[tuple[int, int]] = []
+
+    def see(self, targets: list[Target]) -> None:
+        self.seeds = [int(target.masks.sum()) for target in targets]
+        self.pairs = [(s, i) for s, t in zip(self.seeds, targets, strict=True) for i in range(len(t.labels))]
+
+    def __call__(self, shape, device):
+        if len(shape) == 4:  # layers, images, points, 2: the matcher's
+            rows = [draw(seed, shape[2:]) for seed in self.seeds]
+            return torch.stack(rows).expand(shape).clone()
+        rows = [draw(1000 * seed + pair, shape[1:]) for seed, pair in self.pairs]
+        return torch.stack(rows).repeat(shape[0] // len(rows), 1, 1)  # layer by layer, or all at once
+
+
+def draw(seed: int, shape) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed + 7919 * shape[0]))
+
+
+class Criterion(SetCriterion):
+    def forward(self, predictions, targets, totals=None):
+        self.rand.see(targets)
+        return super().forward(predictions, targets, totals)
+
+
+class Watch(Callback):
+    def __init__(self, path: Path, norm: str):
+        self.path, self.norm, self.seen = path, norm, {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        for module in pl_module.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.norm == "eval":
+                module.eval()
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen["gradients"] = {n: p.grad.clone() for n, p in pl_module.network.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen["losses"] = {k: v.clone() for k, v in trainer.callback_metrics.items()}
+        self.seen["weights"] = {k: v.clone() for k, v in pl_module.network.state_dict().items()}
+        if trainer.is_global_zero:
+            torch.save(self.seen, self.path)
+
+
+def train(devices: int, folder: Path, case: str) -> None:
+    micro_batches, norm = case.split("-")
+    torch.manual_seed(0)
+    network = build_pem("resnet18", num_classes=19, num_queries=8, num_layers=2).double()
+    network.register_forward_pre_hook(lambda network, images: (images[0].double(),))
+    rand = PointsByImage()
+    module = PEMModule(
+        network=network,
+        criterion=Criterion(19, num_points=32, rand=rand),
+        inference=TaskInference("panoptic", CITYSCAPES.thing_classes),
+        info=CITYSCAPES,
+        parameter_groups=lambda model: parameter_groups(model, lr=1e-3),
+        optimizer=lambda groups: torch.optim.AdamW(groups, fused=True, eps=1e-4),
+        schedule=lambda optimizer: cosine_schedule(optimizer, max_iterations=10),
+        micro_batches=int(micro_batches),
+        gradient_clip=0.5,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        plugins=[PlainSyncBatchNorm(cpu=True)],
+        callbacks=[Watch(folder / f"{devices}-{case}.pt", norm)],
+        log_every_n_steps=1,
+    )
+    data = [image_and_target(number) for number in range(IMAGES)]
+    loader = DataLoader(
+        Items(data),
+        batch_size=IMAGES // devices,
+        sampler=TrainSampler(IMAGES, 0, trainer.global_rank, devices),
+        collate_fn=lambda items: Batch([image for image, _ in items], [target for _, target in items], []),
+    )
+    trainer.fit(module, loader)
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, key):
+        return self.data[key.item]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for case in sys.argv[3:]:
+        train(int(sys.argv[1]), Path(sys.argv[2]), case)
