@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target that runs Python first makes .venv from the requirements if it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help demo ablations notebook mmcv test test-fast lint types check format clean
+.PHONY: help demo dashboard ablations notebook mmcv test test-fast lint types check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,12 +15,17 @@ help: ## List the targets
 demo: $(VENV)/.core ## Train PEM on drawn street scenes: minutes on two CPU cores, no download (ARGS="key=value ..." to change it)
 	$(BIN)/python train.py $(ARGS)
 
+PORT ?= 6006
+RUNS ?= outputs multirun
+dashboard: $(VENV)/.core ## Show all runs, those under way too, on a local page: curves, settings, pictures (PORT=6006 RUNS="outputs multirun")
+	@$(BIN)/python scripts/dashboard.py $(RUNS) --port $(PORT)
+
 # conf/scale/synthetic_small.yaml states the scale. Finished jobs are not run again, so an interrupted call goes on; a job
 # that fails does not keep the others from the report. Six layers are the unchanged network's, which the first sweep has. A job
 # takes two minutes: one that is cut off starts again, and needs no last.ckpt.
 ABLATIONS := multirun/ablations
 SWEEP := scale=synthetic_small hydra/launcher=joblib seed=0,1 \
-	+callbacks.best.save_weights_only=true callbacks.last=null callbacks.panels=null $(ARGS)
+	+callbacks.best.save_weights_only=true callbacks.last=null callbacks.panels=null callbacks.confusion=null $(ARGS)
 ablations: $(VENV)/.dev ## Train all variants of the network on drawn street scenes and report: an hour on two CPU cores
 	@failed=0; \
 	sweep() { $(BIN)/python train.py "$$@" $(SWEEP) || { test $$? -lt 128 || exit 130; failed=1; }; }; \

@@ -8,7 +8,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 from pem_lightning.checkpoints import Checkpoint, load_network
@@ -48,11 +47,8 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     if cfg.trainer.sync_batchnorm:  # Lightning applies it when there are several processes
         settings["plugins"] = [*instantiate(cfg.trainer.get("plugins") or []), PlainSyncBatchNorm(cpu=not on_gpu)]
     loggers = _instantiate_all(cfg.logger)
-    callbacks = _instantiate_all(cfg.callbacks)
-    if not loggers:  # Lightning refuses to watch the learning rate for nobody
-        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     settings["sync_batchnorm"] = False  # Lightning's own kind, which knows no frozen ones
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **settings)
+    return instantiate(cfg.trainer, callbacks=_instantiate_all(cfg.callbacks), logger=loggers or False, **settings)
 
 
 def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> SegmentationDataModule:

@@ -25,7 +25,7 @@ from pem_lightning.build import (
     command_line,
     wants_channels_last,
 )
-from pem_lightning.callbacks.loggers import log_config
+from pem_lightning.callbacks.loggers import RunStart, record_start
 from pem_lightning.checkpoints import (
     Checkpoint,
     check_fits,
@@ -74,7 +74,8 @@ def train(cfg: DictConfig) -> float:
             show_report(report)
     elif cfg.backbone.get("pretrained"):  # only here: whoever has a checkpoint has the weights
         cast(Backbone, module.network.backbone).load_pretrained(cfg.backbone.pretrained)
-    log_config(trainer.loggers, module.record.get("config", {}))
+    start = RunStart(module.record["config"], command_line(), cfg.task.monitor, checkpoint.step if checkpoint else 0)
+    record_start(trainer.loggers, start)
     size = count_parameters(module.network) / 1e6
     log.info(
         "PEM, %s, %.2f M parameters, on %s in %s",

@@ -3,6 +3,7 @@
 from pem_lightning.callbacks.average_weights import AverageWeights
 from pem_lightning.callbacks.confusion import ConfusionMatrix
 from pem_lightning.callbacks.curves import Curves
+from pem_lightning.callbacks.measures import LearningRates, Throughput
 from pem_lightning.callbacks.panels import PredictionPanels, WorstImages
 from pem_lightning.callbacks.progress import progress_bar
 from pem_lightning.callbacks.results import Results
@@ -12,9 +13,11 @@ __all__ = [
     "AverageWeights",
     "ConfusionMatrix",
     "Curves",
+    "LearningRates",
     "PredictionPanels",
     "Results",
     "SavePredictions",
+    "Throughput",
     "WorstImages",
     "progress_bar",
 ]

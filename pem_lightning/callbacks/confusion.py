@@ -13,7 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from PIL import Image
 
+from pem_lightning.callbacks.loggers import record_picture
 from pem_lightning.files import write_file
 from pem_lightning.module import PEMModule
 from pem_lightning.types import DatasetInfo
@@ -85,7 +87,7 @@ def _write_numbers(axes: Axes, percent: Float64[np.ndarray, "K columns"], size: 
 
 
 class ConfusionMatrix(Callback):
-    """Writes the confusion matrix of an evaluation; the instance task has none.
+    """Writes the confusion matrix of every validation, and tells it the trackers; the instance task has none.
 
     Args:
         directory: gets `confusion.png`.
@@ -101,3 +103,5 @@ class ConfusionMatrix(Callback):
         if module.evaluation is not None and module.evaluation.semantic is not None:
             picture = draw_confusion(module.evaluation.semantic.confusion, module.info)
             write_file(self.directory / "confusion.png", picture)
+            with Image.open(io.BytesIO(picture)) as image:
+                record_picture(trainer.loggers, "val/confusion", np.array(image.convert("RGB")), trainer.global_step)

@@ -1,65 +1,127 @@
-"""Trackers that need a hand to start."""
+"""What a run tells its trackers besides scalars. Every such call of a tracker passes through this module."""
 
 from __future__ import annotations
 
-import logging
-import netrc
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+from typing import Any, NamedTuple
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+import numpy as np
+from jaxtyping import UInt8
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger
 
-log = logging.getLogger(__name__)
+from pem_lightning.callbacks.shown import Pictures, Shown
+from pem_lightning.types import DatasetInfo
 
 
-def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
-    """Make a Weights & Biases logger that works offline when nobody is logged in, and says how to upload later.
+class RunStart(NamedTuple):
+    """What is known of a run when it starts.
 
-    Args:
-        save_dir: where the run's files go.
-        kwargs: of `WandbLogger`; `offline` decides by itself when it is not given.
+    Attributes:
+        config: the composed experiment, plain data.
+        overrides: the command line's part of it.
+        monitor: the logged name of the task's metric.
+        step: training steps that are done; more than 0 in a resumed run.
     """
-    offline = kwargs.pop("offline", None)
-    if offline is None:
-        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled") or not _has_key()
-    if offline:
-        os.environ.setdefault("WANDB_MODE", "offline")
-        log.warning(
-            "wandb: nobody is logged in, so the run is kept offline; upload it with: wandb sync %s/wandb/*", save_dir
-        )
-    return WandbLogger(save_dir=save_dir, offline=offline, **kwargs)
+
+    config: Mapping[str, Any]
+    overrides: Sequence[str]
+    monitor: str
+    step: int
 
 
-def log_config(loggers: Iterable[Logger], config: Mapping[str, Any]) -> None:
-    """Tell Weights & Biases how the experiment is configured, by names such as `recipe.optimizer.lr`.
+class Panel(NamedTuple):
+    """One image's prediction.
 
-    Args:
-        loggers: a trainer's; the others are left alone.
-        config: plain data.
+    Attributes:
+        name: the image's.
+        what: image, truth and prediction.
+        pictures: the three of them drawn.
     """
-    flat = dict(_flat(config, ""))
+
+    name: str
+    what: Shown
+    pictures: Pictures
+
+
+class Tracker(ABC):
+    """A logger of Lightning's that takes more than scalars. Steps are numbers of training steps that are done."""
+
+    @abstractmethod
+    def record_start(self, start: RunStart) -> None:
+        """Show how the experiment is configured."""
+
+    @abstractmethod
+    def record_panel(self, panel: Panel, info: DatasetInfo, step: int) -> None:
+        """Show a prediction; the tracker keeps those of earlier validations."""
+
+    @abstractmethod
+    def record_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Show a table; the tracker keeps those of earlier validations."""
+
+    @abstractmethod
+    def record_picture(self, name: str, picture: UInt8[np.ndarray, "height width 3"], step: int) -> None:
+        """Show a picture."""
+
+    def closing_words(self) -> tuple[str, str] | None:
+        """What the user may want to do with the tracked run: a word and a command."""
+        return None
+
+
+def record_start(loggers: Iterable[Logger], start: RunStart) -> None:
+    """Tell a trainer's trackers how the experiment is configured, before anything is logged."""
+    _tell(loggers, lambda tracker: tracker.record_start(start))
+
+
+def record_panel(loggers: Iterable[Logger], panel: Panel, info: DatasetInfo, step: int) -> None:
+    """Tell a trainer's trackers a prediction."""
+    _tell(loggers, lambda tracker: tracker.record_panel(panel, info, step))
+
+
+def record_table(loggers: Iterable[Logger], name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Tell a trainer's trackers a table: rows with the same keys."""
+    _tell(loggers, lambda tracker: tracker.record_table(name, rows, step))
+
+
+def record_picture(
+    loggers: Iterable[Logger], name: str, picture: UInt8[np.ndarray, "height width 3"], step: int
+) -> None:
+    """Tell a trainer's trackers a picture, RGB."""
+    _tell(loggers, lambda tracker: tracker.record_picture(name, picture, step))
+
+
+def closing_words(loggers: Iterable[Logger]) -> list[tuple[str, str]]:
+    """What the user may want to do with the tracked run, as words and commands."""
+    words: list[tuple[str, str]] = []
+
+    def ask(tracker: Tracker) -> None:
+        if (said := tracker.closing_words()) is not None:
+            words.append(said)
+
+    _tell(loggers, ask)
+    return words
+
+
+@rank_zero_only
+def _tell(loggers: Iterable[Logger], what: Callable[[Tracker], None]) -> None:
+    """Loggers that are no trackers, such as the csv file, have scalars only."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_hyperparams(flat)
+        if isinstance(logger, Tracker):
+            what(logger)
 
 
-def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by names such as `recipe.optimizer.lr`."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _has_key() -> bool:
-    """Whether wandb will find a key. Asking `wandb.login` would start a session that cannot go offline any more."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def readable(path: Path) -> str:
+    """A path as it is typed: from the current folder on, if it is in there."""
+    absolute = path.resolve()
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path)

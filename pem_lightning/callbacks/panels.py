@@ -5,76 +5,22 @@ from __future__ import annotations
 import math
 from bisect import insort
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import numpy as np
-import torch
-from jaxtyping import Int32, Integer, UInt8
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
-from torch import Tensor
 
+from pem_lightning.callbacks.loggers import Panel, record_panel
 from pem_lightning.callbacks.processes import gather
-from pem_lightning.data.targets import class_map
+from pem_lightning.callbacks.shown import Shown, draw_panel, draw_pictures, shown
 from pem_lightning.files import write_file
-from pem_lightning.inference.results import encode_png, stack_instances
-from pem_lightning.inference.task import Result
-from pem_lightning.inference.visualize import overlay_panoptic, side_by_side
+from pem_lightning.inference.results import encode_png
 from pem_lightning.module import PEMModule
-from pem_lightning.types import VOID_ID, Batch, DatasetInfo, Sample, Segment
-
-LEGIBLE_HEIGHT = 256
-"""Smaller images are enlarged, so that the names on them can be read."""
-
-Segmentation = tuple[Int32[Tensor, "map_height map_width"], tuple[Segment, ...]]
-"""An id map and what its ids mean."""
-
-
-class Shown(NamedTuple):
-    """What a panel shows of one image: on the CPU, and small enough to keep some."""
-
-    image: UInt8[Tensor, "3 height width"]
-    truth: Segmentation
-    prediction: Segmentation
-
-
-def shown(sample: Sample, result: Result, info: DatasetInfo) -> Shown:
-    """What the task of a result is about: segments, single things or classes."""
-    image, ids, result = sample.image.cpu(), sample.panoptic.cpu(), result.cpu()
-    if result.panoptic is not None:
-        return Shown(image, (ids, sample.segments), (result.panoptic, result.segments))
-    if result.semantic is not None:
-        truth = class_map(sample._replace(panoptic=ids))
-        return Shown(image, _regions(truth, info), _regions(result.semantic, info))
-    objects, segments = stack_instances(result.instances, tuple(ids.shape))
-    things = tuple(segment for segment in sample.segments if segment.is_thing)
-    return Shown(image, (ids, things), (objects, tuple(segments)))
-
-
-def _regions(classes: Integer[Tensor, "map_height map_width"], info: DatasetInfo) -> Segmentation:
-    """A class map as one segment per class."""
-    ids = torch.where(classes < info.num_classes, classes + 1, VOID_ID).int()
-    return ids, tuple(Segment(k + 1, k, is_thing=False) for k in range(info.num_classes))
-
-
-def draw_panel(what: Shown, info: DatasetInfo) -> UInt8[np.ndarray, "height width 3"]:
-    """Image, truth and prediction side by side, at the annotation's size or at its least multiple that is legible."""
-    height, width = what.truth[0].shape
-    factor = -(-LEGIBLE_HEIGHT // height)
-    image = Image.fromarray(what.image.permute(1, 2, 0).numpy())
-    photo = np.array(image.resize((factor * width, factor * height), Image.Resampling.BICUBIC))
-
-    def overlay(ids: Tensor, segments: tuple[Segment, ...]) -> np.ndarray:
-        enlarged = ids.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-        return overlay_panoptic(photo, enlarged, segments, info)
-
-    pictures = [photo, overlay(*what.truth), overlay(*what.prediction)]
-    return side_by_side(pictures, ["image", "truth", "prediction"])
+from pem_lightning.types import Batch
 
 
 class PredictionPanels(Callback):
-    """Draws the first images of every validation.
+    """Draws the first images of every validation; trackers get them, too.
 
     Args:
         directory: pictures go to `directory/step_<step>_<name>.png`.
@@ -101,8 +47,11 @@ class PredictionPanels(Callback):
             if i >= self.num_images:
                 return
             info = cast(PEMModule, pl_module).info
-            panel = encode_png(draw_panel(shown(sample, result, info), info))
-            write_file(self.directory / f"step_{trainer.global_step:06d}_{sample.name}.png", panel)
+            what = shown(sample, result, info)
+            panel = Panel(sample.name, what, draw_pictures(what, info))
+            path = self.directory / f"step_{trainer.global_step:06d}_{sample.name}.png"
+            write_file(path, encode_png(draw_panel(panel.pictures)))
+            record_panel(trainer.loggers, panel, info, trainer.global_step)
 
 
 class WorstImages(Callback):
@@ -153,6 +102,6 @@ class WorstImages(Callback):
         for score, name, what in self._worst:
             rank = keys.index((score, name)) + 1
             if rank <= self.num_images:
-                panel = encode_png(draw_panel(what, cast(PEMModule, pl_module).info))
+                panel = encode_png(draw_panel(draw_pictures(what, cast(PEMModule, pl_module).info)))
                 write_file(self.directory / f"{rank:0{digits}d}_{100 * score:.1f}_{name}.png", panel)
         self._worst = []

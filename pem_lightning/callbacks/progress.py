@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from pem_lightning.callbacks.measures import is_logging_step
+from pem_lightning.callbacks.stopwatch import Stopwatch
+
+NOTABLE_WAIT = 5.0
+"""Percent of the time that training may wait for data before the console mentions it."""
+
+PARTS = {"class": "train/loss_ce", "mask": "train/loss_mask", "dice": "train/loss_dice"}
+"""The last layer's losses by what they are called here."""
 
 
 class ProgressLines(ProgressBar):
-    """Prints step, loss, metric, speed and time to go.
+    """Prints step, losses, metric, speed and time to go.
+
+    The time to go includes the validations to come, which are taken to be as long as those before; as long as there
+    was none it is called "at least".
 
     Args:
         monitor: the metric to show, by its logged name.
@@ -25,8 +41,9 @@ class ProgressLines(ProgressBar):
         self.monitor = monitor
         self.interval = interval
         self._enabled = True
-        self._start = (0.0, 0)
-        self._last = 0.0
+        self._watch = Stopwatch()
+        self._last = self._read = 0.0
+        self._values: dict[str, float] = {}
 
     def disable(self) -> None:
         """Print nothing, as Lightning asks of all processes but one."""
@@ -34,48 +51,98 @@ class ProgressLines(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._start = time.monotonic(), trainer.global_step
-        self._last = self._start[0]
+        self._watch = Stopwatch()
+        self._last = time.monotonic()
+        self._read = 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print a line when one is due."""
+        self._watch.step(len(batch.images) * trainer.world_size)
+        if not self._enabled:
+            return
         now = time.monotonic()
-        if self._enabled and (now - self._last >= self.interval or trainer.global_step == trainer.max_steps):
+        # To read a value waits for the GPU: only where Lightning's loggers do so, too. A CPU has nothing to wait for.
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if is_logging_step(trainer) or (on_cpu and now - self._read >= 1):
+            self._read = now
+            self._read_values(trainer)
+        self._step_is_done(trainer, now)
+
+    def _read_values(self, trainer: Trainer) -> None:
+        names = ("train/loss", *PARTS.values(), "train/data_wait_percent", self.monitor)
+        metrics = trainer.callback_metrics
+        self._values = {name: float(metrics[name]) for name in names if name in metrics}
+
+    def _step_is_done(self, trainer: Trainer, now: float) -> None:
+        if now - self._last >= self.interval or trainer.global_step == trainer.max_steps:
             self._last = now
-            print(self.status(trainer, len(batch.images)), flush=True)
+            step, *to_go = self.place(trainer)
+            print("  ".join([step, *self.state(), *to_go]), flush=True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._watch.pause()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Go on after a validation and all that was done at its end."""
+        self._watch.resume()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metric."""
-        if self._enabled and (value := trainer.callback_metrics.get(self.monitor)) is not None:
-            print(f"step {trainer.global_step}  {self.monitor} {float(value):.2f}", flush=True)
+        if self._enabled:
+            self._read_values(trainer)
+            self._validation_is_done(trainer)
 
-    def status(self, trainer: Trainer, batch_size: int) -> str:
-        """Where training stands, in one line.
+    def _validation_is_done(self, trainer: Trainer) -> None:
+        if self.monitor in self._values:
+            print(f"step {trainer.global_step}  {self._metric(2)}", flush=True)
 
-        Args:
-            trainer: in training.
-            batch_size: images per device in one iteration.
-        """
-        step, total, metrics = trainer.global_step, trainer.max_steps, trainer.callback_metrics
-        pace = (time.monotonic() - self._start[0]) / max(step - self._start[1], 1)
-        parts = [f"step {step}/{total}" if total > 0 else f"step {step}"]
-        parts.append(f"loss {float(metrics.get('train/loss', float('nan'))):.2f}")
-        if self.monitor in metrics:
-            parts.append(f"{self.monitor.removeprefix('val/')} {float(metrics[self.monitor]):.1f}")
-        parts.append(f"{batch_size * trainer.world_size / pace:.1f} images/s")
-        if total > 0:
-            parts.append(f"{timedelta(seconds=round(pace * (total - step)))} to go")
-        return "  ".join(parts)
+    def place(self, trainer: Trainer) -> list[str]:
+        """Where training stands: step and time to go."""
+        step, total = trainer.global_step, trainer.max_steps
+        if total <= 0:
+            return [f"step {step}"]
+        validations = _validations_to_come(trainer)
+        seconds = self._watch.to_go(total - step, validations)
+        if seconds is None:
+            return [f"step {step}/{total}"]
+        at_least = "at least " if validations and not self._watch.validations else ""
+        return [f"step {step}/{total}", f"{at_least}{timedelta(seconds=round(seconds))} to go"]
+
+    def state(self) -> list[str]:
+        """How training stands: losses, metric, speed, and waiting for data where it is notable."""
+        values, parts = self._values, []
+        if (loss := values.get("train/loss")) is not None:
+            last = ", ".join(f"{label} {values[name]:.2f}" for label, name in PARTS.items() if name in values)
+            parts.append(f"loss {loss:.2f}" + (f" (last layer: {last})" if last else ""))
+        if self.monitor in values:
+            parts.append(self._metric(1))
+        if (speed := self._watch.images_per_second) is not None:
+            parts.append(f"{speed:.1f} images/s")
+        if (wait := values.get("train/data_wait_percent", 0.0)) >= NOTABLE_WAIT:
+            parts.append(f"{wait:.0f} % waiting for data")
+        return parts
+
+    def _metric(self, digits: int) -> str:
+        return f"{self.monitor.removeprefix('val/')} {self._values[self.monitor]:.{digits}f}"
+
+
+def _validations_to_come(trainer: Trainer) -> int:
+    interval = trainer.val_check_interval
+    batches = trainer.num_val_batches
+    if not isinstance(interval, int) or not interval or not sum(batches if isinstance(batches, list) else [batches]):
+        return 0
+    return trainer.max_steps // interval - (trainer.global_step - 1) // interval  # that of the last step is to come
 
 
 class LiveProgress(ProgressLines):
-    """Shows the same as `ProgressLines` as one live bar, and a second one during validation."""
+    """Shows the same as `ProgressLines` as one live bar over a line of numbers, and a second bar during validation."""
 
     def __init__(self, monitor: str) -> None:
         super().__init__(monitor)
-        self._bars = Progress(BarColumn(), TextColumn("{task.description}"))
+        self._bars = _Bars()
         self._training: TaskID | None = None
         self._validation: TaskID | None = None
 
@@ -91,16 +158,15 @@ class LiveProgress(ProgressLines):
         total = trainer.max_steps if trainer.max_steps > 0 else None
         self._training = self._bars.add_task("training", total=total, completed=trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Move the bar."""
+    def _step_is_done(self, trainer: Trainer, now: float) -> None:
         if self._training is not None:
-            description = self.status(trainer, len(batch.images))
+            self._bars.show(self.state())
+            description = "  ".join(self.place(trainer))
             self._bars.update(self._training, completed=trainer.global_step, description=description)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the second bar."""
+        super().on_validation_start(trainer, pl_module)
         total = sum(int(count) for count in trainer.num_val_batches)
         self._validation = self._bars.add_task("validating", total=total)
 
@@ -117,11 +183,13 @@ class LiveProgress(ProgressLines):
         if self._validation is not None:
             self._bars.advance(self._validation)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the second bar away; the metric is in the first."""
+    def _validation_is_done(self, trainer: Trainer) -> None:
+        """Take the second bar away; the metric is among the numbers."""
         if self._validation is not None:
             self._bars.remove_task(self._validation)
             self._validation = None
+        if self._training is not None:
+            self._bars.show(self.state())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the full bar behind, before the results are printed."""
@@ -134,6 +202,49 @@ class LiveProgress(ProgressLines):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the terminal back."""
         self._bars.stop()
+
+
+class _Bars(Progress):
+    """Bars that fill the terminal's width, and below them numbers that wrap where it is narrow."""
+
+    def __init__(self) -> None:
+        columns: list[ProgressColumn] = [
+            BarColumn(None, table_column=Column(ratio=1, min_width=4)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        ]
+        self._numbers = _Numbers()
+        super().__init__(*columns, expand=True, refresh_per_second=4)
+
+    def show(self, parts: list[str]) -> None:
+        """Change the numbers."""
+        self._numbers.parts = parts
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars and the numbers."""
+        yield from super().get_renderables()
+        yield self._numbers
+
+
+class _Numbers:
+    """Parts that are broken between, and not inside, where the terminal is narrow."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield _wrapped(self.parts, options.max_width)
+
+
+def _wrapped(parts: list[str], width: int) -> Text:
+    """Parts in lines of a terminal's width, broken between parts if need be."""
+    lines = [""]
+    for part in parts:
+        longer = f"{lines[-1]}  {part}".strip()
+        if len(longer) > width and lines[-1]:
+            lines.append(part)
+        else:
+            lines[-1] = longer
+    return Text("\n".join(line for line in lines if line))
 
 
 def progress_bar(monitor: str) -> ProgressBar:

@@ -1,4 +1,4 @@
-"""The end of a run: a table of classes on the console, the same numbers as files, and where everything is."""
+"""The end of a run: a table of classes on the console, the same numbers as files, where all is, what to do next."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from pem_lightning.callbacks.closing import course, next_steps, places
+from pem_lightning.callbacks.loggers import closing_words, record_table
 from pem_lightning.evaluation import Evaluation
 from pem_lightning.files import write_file
 from pem_lightning.module import PEMModule
@@ -53,54 +55,69 @@ def _cell(value: Any) -> str:
 
 
 class Results(Callback):
-    """Prints and writes the last validation's numbers when a run ends.
+    """Tells trackers every validation's classes, and prints and writes the last one's numbers when a run ends.
 
     Args:
         directory: gets `metrics.json` and `per_class.csv`.
+        monitor: the task's metric, by its logged name; the more the better.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, monitor: str) -> None:
         self.directory = Path(directory)
+        self.monitor = monitor
+        self._best: tuple[float, int] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best validation, which a resumed run goes on from."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._best = state_dict["best"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report training's last validation."""
         self._report(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report an evaluation by itself."""
+        """Report an evaluation by itself; in training remember the best, and let trackers have the classes."""
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module)
+            return
+        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        if not math.isnan(value) and (self._best is None or value > self._best[0]):
+            self._best = (value, trainer.global_step)
+        module = cast(PEMModule, pl_module)
+        if module.evaluation is not None:
+            rows = module.evaluation.per_class(module.info)
+            record_table(trainer.loggers, "val/per_class", rows, trainer.global_step)
 
     @rank_zero_only
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(PEMModule, pl_module)
         evaluation, info = module.evaluation, module.info
-        if evaluation is None:  # stopped before the first validation
-            return
-        rows = evaluation.per_class(info)
-        metrics = {"step": trainer.global_step, **evaluation.scalars(), "per_class": rows}
-        write_file(self.directory / "metrics.json", json.dumps(_without_nan(metrics), indent=2) + "\n")
-        table = io.StringIO()
-        writer = csv.DictWriter(table, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-        write_file(self.directory / "per_class.csv", table.getvalue())
         console = Console()
-        console.print(class_table(evaluation, info))
-        console.print(summary(evaluation), highlight=False)
-        for what, path in self._places():
-            console.print(f"{what:12} {path}", highlight=False, soft_wrap=True)
-
-    def _places(self) -> list[tuple[str, Path]]:
-        places = {
-            "checkpoints": "checkpoints",
-            "curves": "curves.png",
-            "overlays": "panels",
-            "worst images": "worst",
-            "confusion": "confusion.png",
-            "numbers": "metrics.json",
-        }
-        return [(what, self.directory / name) for what, name in places.items() if (self.directory / name).exists()]
+        if evaluation is not None:  # None if training stopped before the first validation
+            rows = evaluation.per_class(info)
+            metrics = {"step": trainer.global_step, **evaluation.scalars(), "per_class": rows}
+            write_file(self.directory / "metrics.json", json.dumps(_without_nan(metrics), indent=2) + "\n")
+            table = io.StringIO()
+            writer = csv.DictWriter(table, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+            write_file(self.directory / "per_class.csv", table.getvalue())
+            console.print(class_table(evaluation, info))
+            console.print(summary(evaluation), highlight=False)
+        lines = places(self.directory)
+        if trainer.state.fn == "fit":
+            overrides = module.record.get("overrides", [])
+            lines = [
+                *course(trainer, self.monitor, self._best),
+                *lines,
+                *next_steps(trainer, self.directory, overrides),
+            ]
+        for what, text in [*lines, *closing_words(trainer.loggers)]:
+            console.print(f"{what:12} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _without_nan(value: Any) -> Any:

@@ -23,7 +23,7 @@ def info():
 @pytest.fixture
 def trainer():
     """Stands in for Lightning's, alone and at its only process."""
-    return Mock(spec=Trainer, global_step=5, global_rank=0, world_size=1, is_global_zero=True)
+    return Mock(spec=Trainer, global_step=5, global_rank=0, world_size=1, is_global_zero=True, loggers=[])
 
 
 @pytest.fixture

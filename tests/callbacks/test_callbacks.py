@@ -10,19 +10,12 @@ from lightning import Trainer
 from PIL import Image
 from rich.console import Console
 
-from pem_lightning.callbacks import Results, progress_bar
+from pem_lightning.callbacks import Results, Throughput
 from pem_lightning.callbacks.curves import draw_curves, read_metrics
-from pem_lightning.callbacks.loggers import wandb_logger
-from pem_lightning.callbacks.progress import LiveProgress, ProgressLines
 from pem_lightning.callbacks.results import class_table, summary
 from pem_lightning.evaluation import Evaluator
 from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.task import Result
-from pem_lightning.types import Batch
-
-
-def fake_trainer(**attributes):
-    return Mock(spec=Trainer, **attributes)
 
 
 @pytest.fixture
@@ -55,18 +48,54 @@ def test_summary_and_rows_of_the_instance_task(sample, info):
     assert list(evaluation.scalars()) == ["val/AP", "val/AP50", "val/AP75", "val/APs", "val/APm", "val/APl"]
 
 
+def fitting(step, **attributes):
+    return Mock(
+        spec=Trainer, global_step=step, max_steps=10, callbacks=[], loggers=[], state=Mock(fn="fit"), **attributes
+    )
+
+
 def test_results_are_written_without_nan(tmp_path, evaluation, module, capsys):
-    module.evaluation = evaluation
-    Results(tmp_path).on_fit_end(fake_trainer(global_step=7), module)
+    module.evaluation, module.record = evaluation, {}
+    Results(tmp_path, "val/PQ").on_fit_end(fitting(7), module)
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert metrics["step"] == 7
     assert metrics["val/PQ"] == 100
     assert metrics["per_class"][2]["IoU"] is None
     assert (tmp_path / "per_class.csv").read_text().splitlines()[0] == "class,kind,PQ,SQ,RQ,TP,FP,FN,IoU"
     assert "numbers" in capsys.readouterr().out
-    module.evaluation = None
-    Results(tmp_path / "never").on_fit_end(fake_trainer(), module)
+    module.evaluation = None  # stopped before the first validation
+    Results(tmp_path / "never", "val/PQ").on_fit_end(fitting(7), module)
     assert not (tmp_path / "never").exists()
+
+
+def test_the_end_says_how_it_went_and_how_to_go_on(tmp_path, evaluation, module, capsys):
+    module.evaluation = evaluation
+    module.record = {"overrides": ["task=panoptic", "recipe.max_steps=10", "resume=old"]}
+    first = Results(tmp_path, "val/PQ")
+    for step, quality in ((2, 40.0), (4, 60.0), (6, 50.0)):
+        first.on_validation_end(fitting(step, callback_metrics={"val/PQ": torch.tensor(quality)}), module)
+    resumed = Results(tmp_path, "val/PQ")
+    resumed.load_state_dict(first.state_dict())
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("best", "last"):
+        (tmp_path / "checkpoints" / f"{name}.ckpt").touch()
+    measured = Throughput()
+    measured.watch.step(20)
+    trainer = fitting(7)
+    trainer.callbacks = [measured]
+    resumed.on_fit_end(trainer, module)
+    said = capsys.readouterr().out
+    assert "best         PQ 60.0 at step 4" in said
+    assert "0:00:00 for 1 steps, of which validation 0:00:00" in said
+    assert "images/s" in said
+    folder = tmp_path / "checkpoints"
+    assert f"go on        python train.py task=panoptic recipe.max_steps=10 resume={folder}/last.ckpt\n" in said
+    assert f"python evaluate.py checkpoint={folder}/best.ckpt\n" in said
+    assert f"python predict.py checkpoint={folder}/best.ckpt input=IMAGE\n" in said
+    trainer.global_step = 10
+    resumed.on_fit_end(trainer, module)
+    longer = f"train longer python train.py task=panoptic recipe.max_steps=20 resume={folder}/last.ckpt\n"
+    assert longer in capsys.readouterr().out
 
 
 def test_curves_join_the_logs_of_a_resumed_run(tmp_path):
@@ -80,82 +109,8 @@ def test_curves_join_the_logs_of_a_resumed_run(tmp_path):
     draw_curves({}, tmp_path / "empty.png")
 
 
-def test_progress_is_lines_where_there_is_no_terminal(module, capsys):
-    bar = progress_bar("val/PQ")
-    assert isinstance(bar, ProgressLines)
-    trainer = fake_trainer(
-        global_step=4,
-        max_steps=4,
-        world_size=1,
-        callback_metrics={"train/loss": torch.tensor(2.5), "val/PQ": torch.tensor(60.0)},
-    )
-    bar.on_train_start(trainer, module)
-    trainer.global_step = 3
-    bar.on_train_batch_end(trainer, module, None, Batch([torch.zeros(3, 1, 1)] * 2, [], []), 0)
-    assert capsys.readouterr().out == ""  # not due yet
-    trainer.global_step = 4
-    bar.on_train_batch_end(trainer, module, None, Batch([torch.zeros(3, 1, 1)] * 2, [], []), 0)
-    line = capsys.readouterr().out
-    assert line.startswith("step 4/4  loss 2.50  PQ 60.0")
-    assert "images/s" in line
-    bar.disable()
-    bar.on_validation_end(trainer, module)
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-    ("environment", "netrc", "offline"),
-    [
-        ({}, "", True),
-        ({"WANDB_API_KEY": "k" * 40}, "", False),
-        ({"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, "", True),
-        ({}, "machine api.wandb.ai login user password secret", False),
-        ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password secret", True),
-    ],
-)
-def test_wandb_is_offline_unless_logged_in(environment, netrc, offline, tmp_path, monkeypatch, caplog):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    (tmp_path / "netrc").write_text(netrc)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    logger = wandb_logger(tmp_path, project="toy")
-    assert logger._offline is offline
-    assert ("wandb sync" in caplog.text) == offline
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-
-
 def test_evaluation_names_and_percent(evaluation, info):
     scalars = evaluation.scalars()
     assert scalars["val/PQ_things"] == scalars["val/mIoU"] == 100
     assert len(scalars) == 11
     assert math.isnan(evaluation.per_class(info)[2]["PQ"])
-
-
-def test_progress_is_a_live_bar_on_a_terminal(module, monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    bar = progress_bar("val/PQ")
-    assert isinstance(bar, LiveProgress)
-    trainer = fake_trainer(
-        global_step=0,
-        max_steps=4,
-        world_size=1,
-        num_val_batches=[2],
-        callback_metrics={"train/loss": torch.tensor(2.5)},
-    )
-    batch = Batch([torch.zeros(3, 1, 1)] * 2, [], [])
-    bar.setup(trainer, module, "fit")
-    bar.on_train_start(trainer, module)
-    trainer.global_step = 3
-    bar.on_train_batch_end(trainer, module, None, batch, 0)
-    (training,) = bar._bars.tasks
-    assert (training.completed, training.total) == (3, 4)
-    assert training.description.startswith("step 3/4  loss 2.50")
-    bar.on_validation_start(trainer, module)
-    bar.on_validation_batch_end(trainer, module, None, batch, 0)
-    assert [task.completed for task in bar._bars.tasks] == [3, 1]
-    bar.on_validation_end(trainer, module)
-    assert len(bar._bars.tasks) == 1
-    bar.on_fit_end(trainer, module)
-    assert not bar._bars.live.is_started

@@ -4,10 +4,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pem_lightning.callbacks.panels import PredictionPanels, WorstImages, draw_panel, shown
+from pem_lightning.callbacks.panels import PredictionPanels, WorstImages
+from pem_lightning.callbacks.shown import draw_panel, draw_pictures, shown
 from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.task import Result
 from pem_lightning.types import Batch
+
+
+def drawn(what, info):
+    return draw_panel(draw_pictures(what, info))
 
 
 def parts_of(panel):
@@ -17,7 +22,7 @@ def parts_of(panel):
 
 
 def test_is_legible_and_shows_three_pictures(sample, result, info):
-    panel = draw_panel(shown(sample, result, info), info)
+    panel = drawn(shown(sample, result, info), info)
     assert panel.dtype == np.uint8
     assert panel.shape[0] > 256
     assert panel.shape[1] >= 3 * 390
@@ -28,24 +33,24 @@ def test_is_legible_and_shows_three_pictures(sample, result, info):
 
 
 def test_every_task_is_drawn(sample, result, info):
-    of_panoptic = draw_panel(shown(sample, result, info), info)
+    of_panoptic = drawn(shown(sample, result, info), info)
     objects = Result(instances=(Instance(sample.panoptic == 1, 0, 0.9), Instance(sample.panoptic == 2, 2, 0.1)))
     for other in (Result(result.semantic), objects, Result()):
-        panel = draw_panel(shown(sample, other, info), info)
+        panel = drawn(shown(sample, other, info), info)
         assert panel.shape == of_panoptic.shape
     nothing = parts_of(panel)
     assert not nothing[2].any()
     assert nothing[1][:, :100].any()
     assert not nothing[1][:, -100:].any()  # stuff is no object
-    drawn = shown(sample, objects, info).prediction
-    assert [(s.class_id, s.score) for s in drawn[1]] == [(0, 0.9)]  # only the confident
+    objects_shown = shown(sample, objects, info).prediction
+    assert [(s.class_id, s.score) for s in objects_shown[1]] == [(0, 0.9)]  # only the confident
 
 
 def test_void_keeps_the_photograph(sample, info):
     ids = sample.panoptic.clone()
     ids[:, 15:] = 0
     of = shown(sample._replace(panoptic=ids), Result(torch.where(ids == 1, 0, 255).int()), info)
-    for part in parts_of(draw_panel(of, info))[1:]:
+    for part in parts_of(drawn(of, info))[1:]:
         assert part[:, :100].any()
         assert not part[:, -100:].any()
 
@@ -53,7 +58,7 @@ def test_void_keeps_the_photograph(sample, info):
 def test_a_resized_image(sample, result, info):
     """Evaluation may resize the image and not the annotation."""
     small = sample._replace(image=torch.zeros(3, 10, 15, dtype=torch.uint8))
-    panels = [draw_panel(shown(s, result, info), info) for s in (small, sample)]
+    panels = [drawn(shown(s, result, info), info) for s in (small, sample)]
     assert panels[0].shape == panels[1].shape
 
 
