@@ -6,6 +6,7 @@ Legend: B batch, N segments, H W spatial.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,15 @@ IMAGE_STD = (58.395, 57.120, 57.375)
 
 def normalize(image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
     """Bring an RGB image to mean 0 and deviation 1 over ImageNet."""
-    mean = torch.tensor(IMAGE_MEAN, device=image.device)[:, None, None]
-    std = torch.tensor(IMAGE_STD, device=image.device)[:, None, None]
+    mean, std = _statistics(image.device)
     return (image - mean) / std
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+    """Mean and deviation on a device, copied there once: the copy makes the host wait."""
+    mean, std = torch.tensor((IMAGE_MEAN, IMAGE_STD), device=device)[:, :, None, None]
+    return mean, std
 
 
 def common_size(images: Sequence[UInt8[Tensor, "3 _ _"]]) -> tuple[int, int]:

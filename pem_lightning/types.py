@@ -68,6 +68,13 @@ class Batch(NamedTuple):
     samples: list[Sample]
 
 
+class MaskFactors(NamedTuple):
+    """The two matrices whose product are the mask logits. What needs a few queries only multiplies these alone."""
+
+    embeddings: Float[Tensor, "batch queries channels"]
+    features: Float[Tensor, "batch channels quarter_height quarter_width"]
+
+
 class Predictions(NamedTuple):
     """Output of PEM.
 
@@ -75,11 +82,13 @@ class Predictions(NamedTuple):
         class_logits: scores of the K classes and, last, of "no object".
         mask_logits: at a quarter of the padded image's size; positive means foreground.
         auxiliary: predictions of the initial queries and of every layer but the last, in order (training only).
+        mask_factors: of `mask_logits`, where gradients are wanted.
     """
 
     class_logits: Float[Tensor, "batch queries classes_and_none"]
     mask_logits: Float[Tensor, "batch queries quarter_height quarter_width"]
     auxiliary: tuple[Predictions, ...] = ()
+    mask_factors: MaskFactors | None = None
 
 
 @dataclass(frozen=True)

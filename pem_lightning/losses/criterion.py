@@ -29,17 +29,21 @@ from pem_lightning.types import Predictions, Target
 
 
 class Pairs(NamedTuple):
-    """Matched queries and segments of all layers, on the device.
+    """Matched queries and segments of all layers, on the device, image by image.
 
     Attributes:
+        layers: index of the layer.
         images: index of the image.
         queries: index of the query in its image.
         segments: index of the segment among those of all images.
+        counts: how many pairs every image has, the same in all layers.
     """
 
+    layers: Int64[Tensor, "layers #pairs"]
     images: Int64[Tensor, "layers pairs"]
     queries: Int64[Tensor, "layers pairs"]
     segments: Int64[Tensor, "layers pairs"]
+    counts: tuple[int, ...]
 
 
 class LossTotals(NamedTuple):
@@ -171,8 +175,7 @@ class SetCriterion(nn.Module):
         """Sum of the cross-entropy over all queries; those without a segment should say "no object"."""
         logits = torch.stack([layer.class_logits.float() for layer in layers])  # L B Q K+1
         labels = logits.new_full(logits.shape[:3], self.num_classes, dtype=torch.long)  # L B Q
-        layer_index = torch.arange(len(layers), device=logits.device)[:, None]
-        labels[layer_index, pairs.images, pairs.queries] = torch.cat([t.labels for t in targets])[pairs.segments]
+        labels[pairs.layers, pairs.images, pairs.queries] = torch.cat([t.labels for t in targets])[pairs.segments]
         loss = F.cross_entropy(logits.permute(0, 3, 1, 2), labels, self.no_object_weighting, reduction="none")
         return loss.sum((1, 2))
 
@@ -181,15 +184,18 @@ class SetCriterion(nn.Module):
     ) -> tuple[Float[Tensor, " layers"], Float[Tensor, " layers"]]:
         """Binary cross-entropy and dice of the matched masks, at points chosen for each."""
         L, M = pairs.queries.shape
-        target_masks = torch.cat([t.masks for t in targets])
-        logits, points, target = [], [], []
+        P = self.num_points
+        logits = _matched_masks(layers, pairs)
         # Candidates are many times the points that are kept, and memory is tightest here: one layer at a time.
-        for layer, images, queries, segments in zip(layers, *pairs, strict=True):
-            logits.append(layer.mask_logits[images, queries].float())  # M H/4 W/4
-            points.append(self._choose_points(logits[-1]))
-            target.append(sample_masks(target_masks, segments, points[-1]))  # M P
-        sampled = sample_points(torch.cat(logits)[:, None], torch.cat(points)).squeeze(1)  # L*M P
-        expected = torch.cat(target)
+        points = torch.cat([self._choose_points(of_layer) for of_layer in logits.detach()])  # L*M P 2
+        sampled = sample_points(logits.flatten(0, 1)[:, None], points).squeeze(1)  # L*M P
+
+        # Targets are read mask by mask, each at the points of all layers, so that every mask is converted once.
+        masks = torch.cat([t.masks for t in targets])
+        row = (pairs.segments * L + pairs.layers).flatten()  # of a pair, among all segments' layers
+        by_segment = points.new_zeros(len(masks) * L, P, 2).index_copy_(0, row, points)
+        expected = sample_masks(masks, by_segment.view(len(masks), L * P, 2)).view(-1, P).index_select(0, row)
+
         cross_entropy = F.binary_cross_entropy_with_logits(sampled, expected, reduction="none").mean(1)
         dice = dice_loss(sampled, expected)
         return cross_entropy.view(L, M).sum(1), dice.view(L, M).sum(1)
@@ -211,6 +217,27 @@ def dice_loss(logits: Float[Tensor, "rows points"], target: Float[Tensor, "rows 
     return 1 - (2 * overlap + 1) / (probability.sum(1) + target.sum(1) + 1)
 
 
+def _matched_masks(layers: Sequence[Predictions], pairs: Pairs) -> Float[Tensor, "layers pairs H W"]:
+    """Mask logits of the matched queries, in float32.
+
+    From the factors of the masks if they are there: of the hundred masks that layers predict for an image, those
+    without a segment have no gradient, and the product needs none of them.
+    """
+    factors = [layer.mask_factors for layer in layers if layer.mask_factors is not None]
+    if len(factors) < len(layers):
+        chosen = zip(layers, pairs.images, pairs.queries, strict=True)
+        return torch.stack([layer.mask_logits[images, queries].float() for layer, images, queries in chosen])
+    features = factors[0].features
+    embeddings = torch.stack([factor.embeddings for factor in factors]).to(features.dtype)  # L B Q C
+    rows = embeddings[pairs.layers, pairs.images, pairs.queries]  # L M C
+    # Matrices of channels and pixels, which are no copies whatever the memory format.
+    matrices = features.flatten(2) if features.is_contiguous() else features.permute(0, 2, 3, 1).flatten(1, 2).mT
+    with torch.autocast(features.device.type, enabled=False):
+        of_images = zip(rows.split(pairs.counts, dim=1), matrices, strict=True)
+        masks = torch.cat([of_image @ matrix for of_image, matrix in of_images], dim=1)
+    return masks.unflatten(2, features.shape[2:]).float()
+
+
 def _gather_pairs(matches: list[list[Match]], targets: Sequence[Target], device: torch.device) -> Pairs:
     """Concatenate the images' matches on the host, so that one copy brings them to the device."""
     first_segments = accumulate((len(target.labels) for target in targets[:-1]), initial=0)
@@ -221,4 +248,9 @@ def _gather_pairs(matches: list[list[Match]], targets: Sequence[Target], device:
         segments.append(torch.stack([match.segments for match in of_layers]) + first)
         images.append(torch.full_like(queries[-1], image))
     rows = torch.stack([torch.cat(images, 1), torch.cat(queries, 1), torch.cat(segments, 1)])  # 3 L M
-    return Pairs(*rows.to(device, non_blocking=True))
+    if device.type == "cuda":
+        rows = rows.pin_memory()  # a copy from any other memory may wait for the device
+    layers = torch.arange(len(matches), device=device)[:, None]
+    counts = tuple(of_image.shape[1] for of_image in queries)
+    on_device = rows.to(device, non_blocking=True)
+    return Pairs(layers, on_device[0], on_device[1], on_device[2], counts)

@@ -78,18 +78,13 @@ class HungarianMatcher:
         """
         device = layers[0].mask_logits.device
         counts = [len(target.labels) for target in targets]
-        masks = torch.cat([target.masks for target in targets])
         labels = pad_sequence([target.labels for target in targets], batch_first=True)  # B N
-        image_of_mask = torch.arange(len(targets)).repeat_interleave(torch.tensor(counts))
-        image_of_mask = image_of_mask.to(device, non_blocking=True)
-        mask_index = torch.arange(len(masks), device=device)
-        points_of_layers = self.rand((len(layers), len(targets), self.num_points, 2), device)
+        points = self.rand((len(layers), len(targets), self.num_points, 2), device)  # L B P 2
         costs, finite = [], []
         with torch.autocast(device.type, enabled=False):
-            for layer, points in zip(layers, points_of_layers, strict=True):
-                sampled = sample_masks(masks, mask_index, points[image_of_mask])
-                target_points = pad_sequence(list(sampled.split(counts)), batch_first=True)  # B N P
-                cost, is_finite = self._cost(layer, points, labels, target_points)
+            target_points = _at_points(targets, points)
+            for i, layer in enumerate(layers):
+                cost, is_finite = self._cost(layer, points[i], labels, target_points[:, :, i])
                 costs.append(cost)
                 finite.append(is_finite)
             # The flag travels with the costs: reading it by itself would make the host wait for the device once more.
@@ -109,7 +104,7 @@ class HungarianMatcher:
         """Cost of every pair, and whether all predictions it was computed from are finite."""
         class_logits = layer.class_logits.float()
         logits = sample_points(layer.mask_logits.float(), points)  # B Q P
-        is_finite = class_logits.isfinite().all() & logits.isfinite().all()
+        is_finite = _are_finite(class_logits) & _are_finite(logits)
         probability = _finite(class_logits).softmax(-1)
         logits = _finite(logits)
 
@@ -139,10 +134,11 @@ def pairwise_cross_entropy(
 ) -> Float[Tensor, "batch queries segments"]:
     """Binary cross-entropy of every query with every segment, mean over the points.
 
-    Two matrix products: -log sigmoid(x) = softplus(-x) counts where the target is 1, softplus(x) where it is 0.
+    Two matrix products: softplus(x) counts where the target is 0; where it is 1, -log sigmoid(x) = softplus(x) - x.
     """
-    foreground = F.softplus(-logits) @ target.mT
-    background = F.softplus(logits) @ (1 - target).mT
+    softplus = F.softplus(logits)
+    foreground = (softplus - logits) @ target.mT
+    background = softplus @ (1 - target).mT
     return (foreground + background) / logits.shape[-1]
 
 
@@ -156,8 +152,24 @@ def pairwise_dice(
     return 1 - (2 * overlap + 1) / (total + 1)
 
 
+def _at_points(
+    targets: Sequence[Target], points: Float[Tensor, "layers batch points 2"]
+) -> Float[Tensor, "batch segments layers points"]:
+    """Every image's masks at its points of all layers, padded with 0 to the largest number of segments."""
+    of_images = points.transpose(0, 1).flatten(1, 2)  # B L*P 2
+    sampled = [
+        sample_masks(target.masks, of_image.expand(len(target.masks), -1, -1))
+        for target, of_image in zip(targets, of_images, strict=True)
+    ]
+    return pad_sequence(sampled, batch_first=True).unflatten(2, (len(points), -1))
+
+
+def _are_finite(logits: Tensor) -> Bool[Tensor, ""]:
+    return torch.stack(logits.aminmax()).isfinite().all()  # one pass; a NaN is both the smallest and the largest
+
+
 def _finite(logits: Tensor) -> Tensor:
-    return logits.nan_to_num(nan=0.0).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+    return logits.nan_to_num(nan=0.0).clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
 
 
 def _assign(cost: Float[Tensor, "queries segments"]) -> Match:

@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+PIXELS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
+"""How many pixels of masks are turned into floating point at once: what a CPU's caches hold, 128 MiB of a GPU's."""
 
 UniformSource: TypeAlias = Callable[[tuple[int, ...], torch.device], Tensor]
 """Draws numbers uniform in [0, 1): takes a shape and a device."""
@@ -35,34 +39,23 @@ def sample_points(
         features: one map per row.
         points: (x, y) in [0, 1].
     """
-    grid = 2 * points[:, None] - 1
+    grid = (2 * points[:, None]).sub_(1)
     return F.grid_sample(features, grid, align_corners=False).squeeze(2)
 
 
 def sample_masks(
-    masks: Bool[Tensor, "segments height width"],
-    segments: Int64[Tensor, " rows"],
-    points: Float[Tensor, "rows points 2"],
-) -> Float[Tensor, "rows points"]:
-    """`sample_points` for boolean masks, of which each row reads one.
-
-    Reads four pixels per point where they lie. Turning full-resolution masks into floating point, or copying them in
-    the order of the rows, would cost far more memory than all the rest of the losses.
+    masks: Bool[Tensor, "segments height width"], points: Float[Tensor, "segments points 2"]
+) -> Float[Tensor, "segments points"]:
+    """`sample_points` for boolean masks, a few at a time: as floating point, all of them would be the step's largest.
 
     Args:
-        masks: the masks that rows choose from.
-        segments: which mask a row reads.
-        points: (x, y) in [0, 1].
+        masks: of any resolution.
+        points: of each mask, (x, y) in [0, 1].
     """
-    H, W = masks.shape[-2:]
-    pixels = F.pad(masks, (1, 1, 1, 1)).flatten()  # a frame of zeros, so that every point has four neighbours
-    x, y = points[..., 0] * W + 0.5, points[..., 1] * H + 0.5  # in the framed mask, whole numbers at pixel centres
-    left, top = x.floor(), y.floor()
-    right_share, bottom_share = x - left, y - top
-    corner = (segments[:, None] * (H + 2) + top.long()) * (W + 2) + left.long()  # index into the flat pixels
-    upper = torch.lerp(pixels[corner].to(x), pixels[corner + 1].to(x), right_share)
-    lower = torch.lerp(pixels[corner + W + 2].to(x), pixels[corner + W + 3].to(x), right_share)
-    return torch.lerp(upper, lower, bottom_share)
+    budget = PIXELS_AT_ONCE.get(masks.device.type, PIXELS_AT_ONCE["cuda"])
+    at_once = max(1, budget // masks.shape[1:].numel())
+    parts = zip(masks.split(at_once), points.split(at_once), strict=True)
+    return torch.cat([sample_points(mask[:, None].to(points.dtype), where).squeeze(1) for mask, where in parts])
 
 
 @torch.no_grad()
@@ -90,7 +83,14 @@ def choose_uncertain_points(
     N = len(logits)
     num_uncertain = int(importance_sample_ratio * num_points)
     candidates = rand((N, int(num_points * oversample_ratio), 2), logits.device)
-    uncertainty = -sample_points(logits[:, None], candidates).squeeze(1).abs()
-    best = uncertainty.topk(num_uncertain, dim=1, sorted=False).indices  # N P'
+    certainty = sample_points(logits[:, None], candidates).squeeze(1).abs_()
+    best = _smallest(certainty, num_uncertain)  # N P'
     uncertain = candidates.gather(1, best[..., None].expand(-1, -1, 2))  # N P' 2
     return torch.cat([uncertain, rand((N, num_points - num_uncertain, 2), logits.device)], dim=1)
+
+
+def _smallest(values: Float[Tensor, "rows columns"], count: int) -> Int64[Tensor, "rows count"]:
+    """Columns of the smallest values of every row, in no order."""
+    if values.device.type != "cpu" or count == values.shape[1]:
+        return values.topk(count, dim=1, largest=False, sorted=False).indices
+    return torch.from_numpy(np.argpartition(values.numpy(), count, axis=1)[:, :count])  # five times as fast

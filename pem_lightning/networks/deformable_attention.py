@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 
 import torch
@@ -78,7 +78,7 @@ def _corners(
     device, integer = locations.device, torch.int32 if B * S * M < 2**31 else torch.int64
 
     def per_point(per_level: Iterable[Sequence[int]]) -> Int[Tensor, "points _"]:
-        return torch.tensor(list(per_level), device=device, dtype=integer).repeat_interleave(P, dim=0)
+        return _constant(tuple(per_level), integer, device).repeat_interleave(P, dim=0)
 
     # Of every point of every level, and in the last axis of x and y:
     extent = per_point((width, height) for height, width in sizes).to(locations.dtype)
@@ -107,13 +107,19 @@ def _corners(
     return torch.stack(rows, -1).flatten(3).flatten(0, 2), torch.stack(row_weights, -1).flatten(3).flatten(0, 2)
 
 
+@lru_cache(maxsize=64)
+def _constant(rows: tuple[Sequence[int], ...], dtype: torch.dtype, device: torch.device) -> Int[Tensor, "levels _"]:
+    """A table of the levels, copied to a device once, because the copy makes the host wait."""
+    return torch.tensor(rows, dtype=dtype, device=device)
+
+
 def _mmcv_kernel(device: str) -> Kernel:
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 
     require_cuda_build(device)
 
     def kernel(values: Tensor, sizes: Sizes, locations: Tensor, weights: Tensor) -> Tensor:
-        levels = torch.tensor(sizes, device=values.device)
+        levels = _constant(tuple(sizes), torch.int64, values.device)
         with torch.autocast(values.device.type, enabled=False):
             arguments = [t.contiguous() for t in at_least_float32(values, locations, weights)]
             if not values.is_cuda:  # mmcv has no operator for CPUs, only this
@@ -221,7 +227,7 @@ class MultiScaleDeformableAttention(nn.Module):
             sizes: of the levels.
         """
         heads = (self.num_heads, self.num_levels, self.num_points)
-        extents = torch.tensor([(width, height) for height, width in sizes], device=queries.device)
+        extents = _constant(tuple((width, height) for height, width in sizes), torch.int64, queries.device)
         offsets = self.offsets(queries).unflatten(2, (*heads, 2)).to(references.dtype) / extents[:, None]
         weights = self.weights(queries).unflatten(2, (heads[0], -1)).softmax(dim=-1).unflatten(3, heads[1:])
         values = self.values(features).unflatten(2, (self.num_heads, -1))

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from pem_lightning.errors import UserError
 from pem_lightning.losses import SetCriterion
-from pem_lightning.types import Predictions, Target
+from pem_lightning.types import MaskFactors, Predictions, Target
 
 WEIGHTS = {"ce": 2.0, "mask": 5.0, "dice": 5.0}
 CASES = ["normal", "one_empty", "all_empty", "full_queries"]
@@ -130,6 +131,59 @@ def random_target(segments: int) -> Target:
     return Target(torch.randint(5, (segments,)), torch.rand(segments, 32, 48) < 0.4)
 
 
+def factored_predictions(dtype: torch.dtype, memory_format: torch.memory_format) -> tuple[Predictions, list[Tensor]]:
+    """Three layers whose masks come in factors too, and the leaves they come from: shared features, embeddings."""
+    features = torch.randn(2, 4, 8, 12).to(dtype, memory_format=memory_format).requires_grad_()
+    leaves = [features, *(torch.randn(2, 6, 4).to(dtype).requires_grad_() for _ in range(3))]
+    layers = [
+        Predictions(torch.randn(2, 6, 6), torch.einsum("bqc,bchw->bqhw", x, features), (), MaskFactors(x, features))
+        for x in leaves[1:]
+    ]
+    return layers[0]._replace(auxiliary=tuple(layers[1:])), leaves
+
+
+def without_factors(predictions: Predictions) -> Predictions:
+    return predictions._replace(
+        auxiliary=tuple(without_factors(layer) for layer in predictions.auxiliary), mask_factors=None
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0), (5, 4), (9, 7)])
+def test_factors_of_masks_stand_for_the_masks(counts: tuple[int, int], memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    predictions, leaves = factored_predictions(torch.float32, memory_format)
+    targets = [random_target(n) for n in counts]
+    results = []
+    for given in (predictions, without_factors(predictions)):
+        torch.manual_seed(1)
+        losses = SetCriterion(5, num_points=40)(given, targets)
+        total = torch.stack(list(losses.values())).sum()
+        results.append((losses, torch.autograd.grad(total, leaves, retain_graph=True)))
+    (losses, gradients), (expected_losses, expected_gradients) = results
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_masks_that_no_segment_matches_get_no_gradient() -> None:
+    torch.manual_seed(0)
+    predictions, (_, *embeddings) = factored_predictions(torch.float32, torch.contiguous_format)
+    losses = SetCriterion(5, num_points=40)(predictions, [random_target(2), random_target(1)])
+    gradients = torch.autograd.grad(losses["loss_mask"] + losses["loss_mask_1"], embeddings)
+    assert [x.abs().sum(2).count_nonzero(1).tolist() for x in gradients] == [[2, 1], [0, 0], [2, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_factors_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    predictions, leaves = factored_predictions(dtype, torch.channels_last)
+    with torch.autocast("cpu", dtype=dtype):
+        losses = SetCriterion(5, num_points=40)(predictions, [random_target(3), random_target(2)])
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.dtype == dtype and leaf.grad.any() for leaf in leaves)
+
+
 @pytest.mark.parametrize("counts", [(0, 0), (0, 2), (6, 6), (9, 7)])
 def test_every_number_of_segments(counts: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -211,7 +265,7 @@ import sys
 import torch
 import torch.distributed as dist
 from pem_lightning.losses import SetCriterion
-from pem_lightning.types import Predictions, Target
+from pem_lightning.types import MaskFactors, Predictions, Target
 
 torch.set_num_threads(1)
 rank, store = int(sys.argv[1]), sys.argv[2]

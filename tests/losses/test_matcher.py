@@ -58,7 +58,7 @@ def test_no_other_assignment_is_cheaper(seed: int, segments: int) -> None:
     match = matcher([prediction], [wanted])[0][0]
 
     logits = sample_points(prediction.mask_logits, points[0])
-    masks = sample_masks(wanted.masks, torch.arange(segments), points[0].expand(segments, -1, -1))[None]
+    masks = sample_masks(wanted.masks, points[0].expand(segments, -1, -1))[None]
     cost = 5 * pairwise_cross_entropy(logits, masks) + 5 * pairwise_dice(logits, masks)
     cost = cost[0] - 2 * prediction.class_logits[0].softmax(-1)[:, wanted.labels]
     cheapest = min(sum(cost[q, n].item() for n, q in enumerate(chosen)) for chosen in permutations(range(4), segments))

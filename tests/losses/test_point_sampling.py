@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pem_lightning.losses import choose_uncertain_points, sample_masks, sample_points
+from pem_lightning.losses.point_sampling import PIXELS_AT_ONCE
 
 
 def pixel_centres(height: int, width: int) -> torch.Tensor:
@@ -31,23 +32,18 @@ def test_points_are_x_then_y_and_outside_is_zero() -> None:
     seed=st.integers(0, 2**16),
     height=st.integers(1, 40),
     width=st.integers(1, 40),
-    segments=st.integers(1, 4),
-    rows=st.integers(0, 6),
+    segments=st.integers(0, 6),
+    at_once=st.sampled_from([1, 1000, 10**6]),
 )
-def test_masks_are_sampled_like_floats(seed: int, height: int, width: int, segments: int, rows: int) -> None:
+def test_masks_are_sampled_like_floats(seed: int, height: int, width: int, segments: int, at_once: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     masks = torch.rand(segments, height, width, generator=generator) < 0.5
-    chosen = torch.randint(segments, (rows,), generator=generator)
-    points = torch.rand(rows, 9, 2, generator=generator)
+    points = torch.rand(segments, 9, 2, generator=generator)
     points[:, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.5]])
-    expected = sample_points(masks[chosen][:, None].float(), points).squeeze(1)
-    torch.testing.assert_close(sample_masks(masks, chosen, points), expected, rtol=0, atol=2e-5)
-
-
-def test_no_mask_at_all() -> None:
-    nothing = torch.zeros(0, dtype=torch.long)
-    sampled = sample_masks(torch.zeros(0, 8, 8, dtype=torch.bool), nothing, torch.zeros(0, 5, 2))
-    assert sampled.shape == (0, 5)
+    expected = sample_points(masks[:, None].float(), points).squeeze(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PIXELS_AT_ONCE, "cpu", at_once)
+        assert torch.equal(sample_masks(masks, points), expected)
 
 
 @pytest.mark.parametrize(("ratio", "num_uncertain"), [(0.0, 0), (0.75, 15), (1.0, 20)])
@@ -68,6 +64,18 @@ def test_most_uncertain_candidates_come_first(ratio: float, num_uncertain: int) 
     certainty = sample_points(logits[:, None], candidates).squeeze(1).abs().sort().values[:, :num_uncertain]
     chosen = sample_points(logits[:, None], points[:, :num_uncertain]).squeeze(1).abs().sort().values
     assert torch.equal(chosen, certainty)
+
+
+def test_without_oversampling_every_candidate_is_taken() -> None:
+    candidates = torch.rand(2, 8, 2)
+    points = choose_uncertain_points(
+        torch.randn(2, 4, 4),
+        8,
+        oversample_ratio=1.0,
+        importance_sample_ratio=1.0,
+        rand=lambda shape, device: candidates[:, : shape[1]],
+    )
+    assert torch.equal(points.sort(dim=1).values, candidates.sort(dim=1).values)
 
 
 def test_points_carry_no_gradient() -> None:

@@ -41,6 +41,16 @@ def test_first_auxiliary_prediction_is_that_of_the_learned_queries():
     torch.testing.assert_close(out.auxiliary[0].class_logits[1], expected)
 
 
+def test_factors_of_the_masks_where_gradients_are_wanted():
+    _, out = decode(True, "training")
+    for layer in (out, *out.auxiliary):
+        product = torch.einsum("bqc,bchw->bqhw", *layer.mask_factors)
+        torch.testing.assert_close(product, layer.mask_logits, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        _, out = decode(False, "always")
+    assert all(layer.mask_factors is None for layer in (out, *out.auxiliary))
+
+
 def test_masks_guide_without_a_gradient():
     """What layer 1 looks at follows from the first masks, but its loss must not reach them."""
     decoder, out = decode(True, "always", num_layers=1)
