@@ -54,7 +54,8 @@ def micro_batches_of(batch: Batch, count: int) -> Iterator[Batch]:
     """
     length = len(batch.images) // count
     for start in range(0, len(batch.images), length):
-        yield Batch(batch.images[start : start + length], batch.targets[start : start + length], [])
+        part = slice(start, start + length)
+        yield Batch(batch.images[part], batch.targets[part], [], batch.names[part])
 
 
 def _find(images: int, devices: int, limit: int | None) -> BatchSplit | None:

@@ -10,7 +10,8 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from pem_lightning.checkpoints import Checkpoint, load_network
+from pem_lightning.callbacks import ExactResume
+from pem_lightning.checkpoints import AtomicCheckpointIO, Checkpoint, load_network
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.errors import UserError
 from pem_lightning.inference.optimize import OptimizedNetwork, check_compile
@@ -44,11 +45,13 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         raise UserError("trainer.accelerator=gpu, but torch finds no GPU here: choose trainer=cpu or trainer=auto")
     if cfg.trainer.precision == "auto":
         settings["precision"] = "16-mixed" if on_gpu else "32-true"
+    plugins = [*instantiate(cfg.trainer.get("plugins") or []), AtomicCheckpointIO()]
     if cfg.trainer.sync_batchnorm:  # Lightning applies it when there are several processes
-        settings["plugins"] = [*instantiate(cfg.trainer.get("plugins") or []), PlainSyncBatchNorm(cpu=not on_gpu)]
-    loggers = _instantiate_all(cfg.logger)
+        plugins.append(PlainSyncBatchNorm(cpu=not on_gpu))
     settings["sync_batchnorm"] = False  # Lightning's own kind, which knows no frozen ones
-    return instantiate(cfg.trainer, callbacks=_instantiate_all(cfg.callbacks), logger=loggers or False, **settings)
+    loggers = _instantiate_all(cfg.logger)
+    callbacks = [ExactResume(), *_instantiate_all(cfg.callbacks)]
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins, **settings)
 
 
 def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> SegmentationDataModule:

@@ -76,41 +76,15 @@ def take_over_choices(arguments: Sequence[str]) -> list[str]:
     if not paths:
         return list(arguments)
     own = {key_of(a) for a in arguments if is_override(a)}
-    trained = [_rename(o) for o in read_checkpoint(paths[-1].strip("'\"")).overrides]
+    trained = [renamed(o) for o in read_checkpoint(paths[-1].strip("'\"")).overrides]
     taken = [o for o in trained if key_of(o) not in own and key_of(o).split(".")[0] not in _NOT_TAKEN_OVER]
     return [*taken, *arguments]
 
 
-def _rename(override: str) -> str:
+def renamed(override: str) -> str:
+    """An override of an older checkpoint, by today's names."""
     key, equals, value = override.partition("=")
     return f"{_RENAMED.get(key, key)}{equals}{value}"
-
-
-def stay_in_resumed_run(cfg: DictConfig, arguments: Sequence[str]) -> list[str]:
-    """Let a resumed run go on in its own folder: find what `resume=last` means, and choose Hydra's folder accordingly.
-
-    Args:
-        cfg: the composed experiment, Hydra's own part included.
-        arguments: the command line.
-
-    Raises:
-        UserError: there is no last run.
-    """
-    if cfg.get("resume") is None:
-        return list(arguments)
-    if cfg.resume == "last":
-        runs = Path(cfg.hydra.run.dir).parent
-        found = sorted(runs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise UserError(f"resume=last finds no */checkpoints/last.ckpt in {runs}: start without resume")
-        path = found[-1]
-    else:
-        path = Path(cfg.resume)
-    rest = [a for a in arguments if not (is_override(a) and key_of(a) == "resume")]
-    run = path.parent.parent
-    if (run / ".hydra").is_dir() and not any(key_of(a) == "hydra.run.dir" for a in rest if is_override(a)):
-        rest.append(f"hydra.run.dir='{run}'")
-    return [*rest, f"resume='{path}'"]
 
 
 def check_composes(job: str, arguments: Sequence[str]) -> DictConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import nn
 
 from pem_lightning.data.targets import VOID_CLASS, class_map
@@ -16,6 +18,8 @@ from pem_lightning.metrics import (
     MeanIoUResult,
     PanopticQuality,
     PanopticResult,
+    Precisions,
+    QualityAverage,
     instance_f1,
 )
 from pem_lightning.types import DatasetInfo, Sample
@@ -68,6 +72,31 @@ class Evaluation(NamedTuple):
             rows.append(row)
         return rows
 
+
+def to_plain(value: Any) -> Any:
+    """An `Evaluation`, or any part of one, as a checkpoint can hold it."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {"": type(value).__name__, **{name: to_plain(part) for name, part in value._asdict().items()}}
+    if isinstance(value, tuple):
+        return [to_plain(part) for part in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def from_plain(state: Any) -> Any:
+    """Inverse of `to_plain`."""
+    if isinstance(state, dict):
+        return _RESULTS[state[""]](**{name: from_plain(part) for name, part in state.items() if name})
+    if isinstance(state, list):
+        return tuple(from_plain(part) for part in state)
+    return state.numpy() if isinstance(state, torch.Tensor) else state
+
+
+_RESULTS: dict[str, Any] = {
+    result.__name__: result
+    for result in (Evaluation, PanopticResult, QualityAverage, MeanIoUResult, AveragePrecisionResult, Precisions)
+}
 
 _AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 """COCO's names of `Precisions`, in its order."""

@@ -27,6 +27,7 @@ from pem_lightning.build import (
 )
 from pem_lightning.callbacks.loggers import RunStart, record_start
 from pem_lightning.checkpoints import (
+    AtomicCheckpointIO,
     Checkpoint,
     check_fits,
     load_network,
@@ -38,15 +39,16 @@ from pem_lightning.config import (
     CONF,
     check_composes,
     key_of,
-    stay_in_resumed_run,
     take_over_choices,
     user_error_behind,
 )
 from pem_lightning.errors import UserError
+from pem_lightning.files import check_writable
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.segment_files import segment_files
 from pem_lightning.networks.backbones import Backbone
 from pem_lightning.networks.complexity import count_parameters
+from pem_lightning.resume import stay_in_resumed_run, tidy_up
 from pem_lightning.sweeps.job import run_job
 from pem_lightning.sweeps.plan import plan_sweep
 from pem_lightning.sweeps.summary import run_sweep
@@ -91,6 +93,8 @@ def train(cfg: DictConfig) -> float:
         )
     # Lightning's own records of a checkpoint are plain data, too, so that nothing needs to be trusted.
     trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
+    if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+        trainer.strategy.checkpoint_io.check()
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
     score = next((s for s in scores if s is not None), trainer.callback_metrics.get(cfg.task.monitor))
     return float("nan") if score is None else float(score)
@@ -152,28 +156,26 @@ def _check_classes(checkpoint: Checkpoint, info: DatasetInfo) -> None:
 
 
 def _check_one_start(cfg: DictConfig) -> None:
-    if cfg.weights is None:
-        return
-    if cfg.resume is not None:
-        raise UserError("weights= starts a new training and resume= goes on with an old one: leave one of them out")
-    if cfg.backbone.get("pretrained"):
+    if cfg.weights is not None and cfg.backbone.get("pretrained"):
         raise UserError("weights= and backbone.pretrained= both say where to start from: leave one of them out")
 
 
 def _checkpoint_to_resume(cfg: DictConfig) -> Checkpoint | None:
-    """Read the checkpoint to go on from, and put its run's log out of the way of the new one."""
-    if cfg.resume is None:
-        return None
-    checkpoint = read_checkpoint(cfg.resume)
-    if checkpoint.step >= cfg.trainer.max_steps > 0:
-        raise UserError(
-            f"{checkpoint.path} is trained to step {checkpoint.step} of {cfg.trainer.max_steps} already: "
-            "raise recipe.max_steps to train on"
-        )
-    # Lightning's logger starts its file anew; the curves are drawn from all of them.
-    log_file = Path(cfg.output_dir) / "csv" / "metrics.csv"
-    if log_file.exists():
-        log_file.replace(log_file.with_name(f"metrics_before_step_{checkpoint.step:07d}.csv"))
+    """Read the checkpoint to go on from, and make the run's folder ready."""
+    checkpoint = None
+    if cfg.resume is not None:
+        checkpoint = read_checkpoint(cfg.resume)
+        if checkpoint.step >= cfg.trainer.max_steps > 0:
+            raise UserError(
+                f"{checkpoint.path} is trained to step {checkpoint.step} of {cfg.trainer.max_steps} already: "
+                "raise recipe.max_steps to train on"
+            )
+        if not checkpoint.resumable:
+            raise UserError(f"{checkpoint.path} has nothing but weights: start a new training from them by weights=")
+        trained = checkpoint.config["recipe"].get("global_batch_size")
+        if trained != cfg.recipe.global_batch_size:
+            log.warning("global_batch_size was %s: the data do not go on where they were", trained)
+    tidy_up(Path(cfg.output_dir), checkpoint and checkpoint.step)
     return checkpoint
 
 
@@ -191,6 +193,9 @@ def main(job: str) -> None:
         warnings.filterwarnings(
             "ignore", message="Using ModelCheckpoint with manual optimization", module="lightning.*"
         )
+        # A resumed run's folders are not empty, and its earlier log has another name by then (see `tidy_up`).
+        for expected in ("Experiment logs directory", "Checkpoint directory"):
+            warnings.filterwarnings("ignore", message=expected, module="lightning.*")
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_job(JOBS[job], cfg)
         try:
@@ -206,7 +211,9 @@ def main(job: str) -> None:
             sys.argv[1:] = take_over_choices(sys.argv[1:])
         sweep = plan_sweep(job, sys.argv[1:])
         if sweep is None:
-            sys.argv[1:] = stay_in_resumed_run(check_composes(job, sys.argv[1:]), sys.argv[1:])
+            cfg = check_composes(job, sys.argv[1:])
+            sys.argv[1:] = stay_in_resumed_run(cfg, sys.argv[1:])
+            check_writable(Path(cfg.hydra.run.dir))
         else:
             sys.argv[1:] = sweep.arguments
     except UserError as error:

@@ -61,11 +61,12 @@ class Target(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples of possibly different sizes. `targets` is empty in evaluation, `samples` in training."""
+    """Named samples of possibly different sizes. `targets` is empty in evaluation, `samples` in training."""
 
     images: list[UInt8[Tensor, "3 _ _"]]
     targets: list[Target]
     samples: list[Sample]
+    names: tuple[str, ...] = ()
 
 
 class MaskFactors(NamedTuple):

@@ -44,8 +44,8 @@ class Step(torch.optim.AdamW):
         return super().step()
 
     def norm(self):
-        gradients = [p.grad.norm() for group in self.param_groups for p in group["params"]]
-        return torch.stack(gradients).norm().item()
+        gradients = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return torch.stack(gradients).norm().item() if gradients else 0.0
 
 
 def train(plugins=(), fused=False, steps=3, compile=None, channels_last=False, **settings):

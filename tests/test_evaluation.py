@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pem_lightning.evaluation import Evaluator
+from pem_lightning.evaluation import Evaluator, from_plain, to_plain
 from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.task import Result
 from pem_lightning.types import ClassInfo, DatasetInfo, Sample, Segment
@@ -61,3 +61,15 @@ def test_scores_of_images_leave_the_data_sets_metrics_alone(task):
     evaluator.reset()
     evaluator.update(result(4), sample(4))
     assert all(value == pytest.approx(100) or math.isnan(value) for value in evaluator.compute().scalars().values())
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
+def test_a_checkpoint_holds_numbers_to_the_last_bit(task, tmp_path):
+    evaluator = Evaluator(INFO, task)
+    evaluator.update(result(8), sample(5))
+    evaluation = evaluator.compute()
+    torch.save(to_plain(evaluation), tmp_path / "a.pt")
+    again = from_plain(torch.load(tmp_path / "a.pt", weights_only=True))
+    assert type(again) is type(evaluation)
+    assert repr(again) == repr(evaluation)
+    assert from_plain(to_plain(None)) is None

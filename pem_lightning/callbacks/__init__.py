@@ -3,7 +3,10 @@
 from pem_lightning.callbacks.average_weights import AverageWeights
 from pem_lightning.callbacks.confusion import ConfusionMatrix
 from pem_lightning.callbacks.curves import Curves
+from pem_lightning.callbacks.exact_resume import ExactResume
+from pem_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pem_lightning.callbacks.measures import LearningRates, Throughput
+from pem_lightning.callbacks.non_finite import NonFiniteLoss
 from pem_lightning.callbacks.panels import PredictionPanels, WorstImages
 from pem_lightning.callbacks.progress import progress_bar
 from pem_lightning.callbacks.results import Results
@@ -13,7 +16,10 @@ __all__ = [
     "AverageWeights",
     "ConfusionMatrix",
     "Curves",
+    "ExactResume",
+    "LastCheckpoint",
     "LearningRates",
+    "NonFiniteLoss",
     "PredictionPanels",
     "Results",
     "SavePredictions",

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pem_lightning.callbacks.loggers import record_picture
-from pem_lightning.files import write_file
+from pem_lightning.files import write_or_warn
 from pem_lightning.module import PEMModule
 from pem_lightning.types import DatasetInfo
 
@@ -102,6 +102,6 @@ class ConfusionMatrix(Callback):
         module = cast(PEMModule, pl_module)
         if module.evaluation is not None and module.evaluation.semantic is not None:
             picture = draw_confusion(module.evaluation.semantic.confusion, module.info)
-            write_file(self.directory / "confusion.png", picture)
+            write_or_warn(self.directory / "confusion.png", picture)
             with Image.open(io.BytesIO(picture)) as image:
                 record_picture(trainer.loggers, "val/confusion", np.array(image.convert("RGB")), trainer.global_step)

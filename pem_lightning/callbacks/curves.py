@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pem_lightning.files import write_or_warn
+
 Series = dict[str, list[tuple[int, float]]]
 """Metric name -> (step, value) pairs by rising step."""
 
@@ -48,6 +50,8 @@ def read_metrics(paths: Iterable[Path]) -> Series:
         text = path.read_text()
         complete = text[: text.rfind("\n") + 1]  # a run that goes on may be writing the last line
         for row in csv.DictReader(io.StringIO(complete)):
+            if None in row or None in row.values():
+                continue  # a full disk cut it off
             for name, value in row.items():
                 if value and name not in ("step", "epoch"):
                     # Lightning counts steps from 0; the reader of a curve counts those that are done.
@@ -73,8 +77,9 @@ def draw_curves(series: Series, path: Path) -> None:
     metrics.set_title("Validation, percent", fontsize=10)
     for axes in (losses, metrics):
         _style(axes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_or_warn(path, picture.getvalue())
 
 
 def _style(axes: Axes) -> None:

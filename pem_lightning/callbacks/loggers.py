@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import UInt8
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
+from pem_lightning.callbacks.safe_loggers import Guarded
 from pem_lightning.callbacks.shown import Pictures, Shown
 from pem_lightning.types import DatasetInfo
 
@@ -109,7 +111,8 @@ def _tell(loggers: Iterable[Logger], what: Callable[[Tracker], None]) -> None:
     """Loggers that are no trackers, such as the csv file, have scalars only."""
     for logger in loggers:
         if isinstance(logger, Tracker):
-            what(logger)
+            with logger.guard() if isinstance(logger, Guarded) else nullcontext():
+                what(logger)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pem_lightning.callbacks.loggers import Panel, record_panel
 from pem_lightning.callbacks.processes import gather
 from pem_lightning.callbacks.shown import Shown, draw_panel, draw_pictures, shown
-from pem_lightning.files import write_file
+from pem_lightning.files import write_or_warn
 from pem_lightning.inference.results import encode_png
 from pem_lightning.module import PEMModule
 from pem_lightning.types import Batch
@@ -50,7 +50,7 @@ class PredictionPanels(Callback):
             what = shown(sample, result, info)
             panel = Panel(sample.name, what, draw_pictures(what, info))
             path = self.directory / f"step_{trainer.global_step:06d}_{sample.name}.png"
-            write_file(path, encode_png(draw_panel(panel.pictures)))
+            write_or_warn(path, encode_png(draw_panel(panel.pictures)))
             record_panel(trainer.loggers, panel, info, trainer.global_step)
 
 
@@ -103,5 +103,5 @@ class WorstImages(Callback):
             rank = keys.index((score, name)) + 1
             if rank <= self.num_images:
                 panel = encode_png(draw_panel(draw_pictures(what, cast(PEMModule, pl_module).info)))
-                write_file(self.directory / f"{rank:0{digits}d}_{100 * score:.1f}_{name}.png", panel)
+                write_or_warn(self.directory / f"{rank:0{digits}d}_{100 * score:.1f}_{name}.png", panel)
         self._worst = []

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from pem_lightning.callbacks.hparams import session, settings_of, title_of
 from pem_lightning.callbacks.loggers import Panel, RunStart, Tracker
+from pem_lightning.callbacks.safe_loggers import Guarded
 from pem_lightning.inference.visualize import draw_caption
 from pem_lightning.types import DatasetInfo
 
@@ -41,7 +42,7 @@ LAYOUT = {
 """Charts of the tab "Custom scalars"; tags are regular expressions."""
 
 
-class TensorBoard(Tracker, TensorBoardLogger):
+class TensorBoard(Guarded, Tracker, TensorBoardLogger):
     """Writes a run's event files into the run's folder itself, whose name is the run's in TensorBoard, then.
 
     Args:

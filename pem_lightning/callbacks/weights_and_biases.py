@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from lightning.pytorch.loggers import WandbLogger
 
 from pem_lightning.callbacks.loggers import Panel, RunStart, Tracker, flat, readable
+from pem_lightning.callbacks.safe_loggers import Guarded
 from pem_lightning.callbacks.shown import Segmentation, photograph
 from pem_lightning.inference.regions import find_regions, index_map
 from pem_lightning.types import DatasetInfo
@@ -32,7 +33,7 @@ MAX_MASK = 255
 """A mask has 8 bits."""
 
 
-class WeightsAndBiases(Tracker, WandbLogger):
+class WeightsAndBiases(Guarded, Tracker, WandbLogger):
     """Lightning's logger, offline by itself when nobody is logged in; shows predictions with masks and boxes to toggle.
 
     Args:

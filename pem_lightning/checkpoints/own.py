@@ -29,6 +29,7 @@ class Checkpoint(NamedTuple):
         info: the classes it knows.
         network: weights, by the network's own names; averaged ones if the training averaged them.
         raw: the last step's weights beside averaged ones, else None.
+        resumable: whether it has all that a training needs to go on.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Checkpoint(NamedTuple):
     info: DatasetInfo
     network: dict[str, Tensor]
     raw: dict[str, Tensor] | None = None
+    resumable: bool = True
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -69,6 +71,7 @@ def parse_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         info=DatasetInfo.from_dict(ours["dataset_info"]),
         network=raw if averaged is None else averaged["weights"],
         raw=None if averaged is None else raw,
+        resumable="optimizer_states" in content,
     )
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pem_lightning.data.cache import CachedDataset
 from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDataset
-from pem_lightning.data.sampler import EvalSampler, SeededDataset, TrainSampler
+from pem_lightning.data.sampler import EndlessSampler, EvalSampler, SeededDataset, TrainSampler
 from pem_lightning.data.targets import Task, build_target, check_task
 from pem_lightning.errors import UserError
 from pem_lightning.types import Batch, DatasetInfo, Sample
@@ -21,12 +21,13 @@ from pem_lightning.types import Batch, DatasetInfo, Sample
 
 def collate_train(samples: Sequence[Sample], task: Task, keep_empty: bool = True) -> Batch:
     """Images with the targets of a task. Runs in the loader's workers, so that cutting out masks costs no step time."""
-    return Batch([s.image for s in samples], [build_target(s, task, keep_empty) for s in samples], [])
+    targets = [build_target(s, task, keep_empty) for s in samples]
+    return Batch([s.image for s in samples], targets, [], tuple(s.name for s in samples))
 
 
 def collate_eval(samples: Sequence[Sample]) -> Batch:
     """Images with their whole samples, whose annotation keeps its native size."""
-    return Batch([s.image for s in samples], [], list(samples))
+    return Batch([s.image for s in samples], [], list(samples), tuple(s.name for s in samples))
 
 
 class SegmentationDataModule(LightningDataModule, ABC):
@@ -101,16 +102,28 @@ class SegmentationDataModule(LightningDataModule, ABC):
             self._datasets["val"] = self._open("val", self.eval_transform)
 
     @property
+    def train_dataset(self) -> SegmentationDataset:
+        """The training images; only after `setup` for training."""
+        return self._datasets["train"]
+
+    @property
     def val_dataset(self) -> SegmentationDataset:
         """The validation images; only after `setup`."""
         return self._datasets["val"]
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches of equal length; yields `Batch` with targets. `lightning.seed_everything` decides on all."""
-        seed = torch.initial_seed()
+        """Shuffled batches of equal length; yields `Batch` with targets. `lightning.seed_everything` decides on all.
+
+        A trainer without `max_epochs` gets an endless loader, which starts where the trainer stands.
+        """
+        seed, count, device = torch.initial_seed(), len(self._datasets["train"]), self._device()
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # devices that were not seeded alike would share wrongly
-        sampler = TrainSampler(len(self._datasets["train"]), seed, *self._device())
+        if self.trainer is not None and self.trainer.max_epochs == -1:
+            done = self.trainer.fit_loop.total_batch_idx + 1
+            sampler: TrainSampler = EndlessSampler(count, seed, *device, batch_size=self.batch_size, start=done)
+        else:
+            sampler = TrainSampler(count, seed, *device)
         collate = partial(collate_train, task=self.task, keep_empty=self.keep_empty_targets)
         return self._loader("train", self.batch_size, sampler, collate, drop_last=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -46,16 +47,58 @@ class TrainSampler(DistributedSampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         """Draw one epoch."""
-        generator = np.random.default_rng((self.seed, self.epoch))
         self.epoch += 1
-        order = generator.permutation(self.length)
-        seeds = generator.integers(2**63 - 1, size=self.length)
-        mine = slice(self.rank, len(self) * self.num_replicas, self.num_replicas)
-        return map(SampleKey, order[mine].tolist(), seeds[mine].tolist())
+        return self._draw(self.epoch - 1)
 
     def __len__(self) -> int:
         """Number of this device's items."""
         return self.length // self.num_replicas
+
+    def _draw(self, epoch: int) -> Iterator[SampleKey]:
+        generator = np.random.default_rng((self.seed, epoch))
+        order = generator.permutation(self.length)
+        seeds = generator.integers(2**63 - 1, size=self.length)
+        mine = slice(self.rank, self.length // self.num_replicas * self.num_replicas, self.num_replicas)
+        return map(SampleKey, order[mine].tolist(), seeds[mine].tolist())
+
+
+class EndlessSampler(TrainSampler):
+    """One epoch of `TrainSampler` after the other without an end, from any batch on.
+
+    So training is one stream of batches, and where it stands is their number alone: a run goes on exactly where another
+    one stopped, and loads no batch in order to skip it. Every epoch leaves out what makes no full batch of all devices.
+
+    Args:
+        length: number of items.
+        seed: of order and augmentation; the same on all devices.
+        rank: number of this device.
+        world_size: number of devices.
+        batch_size: items of one device in one batch.
+        start: number of batches that were drawn before.
+    """
+
+    def __init__(
+        self, length: int, seed: int, rank: int = 0, world_size: int = 1, *, batch_size: int, start: int = 0
+    ) -> None:
+        super().__init__(length, seed, rank, world_size)
+        self.batch_size = batch_size
+        self.batches_per_epoch = length // world_size // batch_size
+        self.start = start
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        """Draw epoch after epoch; what Lightning says by `set_epoch` is not asked."""
+        first, done = divmod(self.start, self.batches_per_epoch)
+        for epoch in count(first):
+            yield from islice(self._draw(epoch), done * self.batch_size, self.batches_per_epoch * self.batch_size)
+            done = 0
+
+    def __len__(self) -> int:
+        """Refuse, so that a loader knows that it has no length either.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("an endless sampler has no length")
 
 
 class EvalSampler(DistributedSampler[SampleKey]):

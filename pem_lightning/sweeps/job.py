@@ -22,10 +22,11 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.config import key_of, user_error_behind
 from pem_lightning.errors import UserError
 from pem_lightning.files import write_file
+from pem_lightning.interrupts import Interrupted
+from pem_lightning.resume import sound_checkpoint
 from pem_lightning.sweeps.devices import take_gpu
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,11 @@ def run_job(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     except KeyboardInterrupt:
         record["status"] = "interrupted"
         raise
+    except Interrupted as stop:
+        record["status"] = "interrupted"
+        if stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt from stop
+        raise
     except (Exception, SystemExit) as error:
         # Lightning makes an exit of it and turns a deaf ear to the next one.
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -115,13 +121,12 @@ def _go_on(cfg: DictConfig, folder: Path) -> None:
     """Let a job that was cut off (a stopped sweep, a requeued job) go on, unless it was all but finished."""
     path = folder / "checkpoints" / "last.ckpt"
     try:
-        step = read_checkpoint(path).step
+        checkpoint = sound_checkpoint(path)
     except UserError:
         return
-    if 0 < step < cfg.trainer.max_steps:
+    if 0 < checkpoint.step < cfg.trainer.max_steps:
         with open_dict(cfg):
-            cfg.resume = str(path)
-            cfg.weights = None  # they are in there
+            cfg.resume = str(checkpoint.path)
 
 
 def _group(cfg: DictConfig, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The one place where trackers are told things."""
 
-from unittest.mock import Mock
+from unittest.mock import MagicMock
 
 import numpy as np
 from lightning.pytorch.loggers import CSVLogger
@@ -17,7 +17,7 @@ from pem_lightning.callbacks.tensorboard import TensorBoard
 
 
 def test_trackers_are_told_and_others_are_left_alone(tmp_path):
-    csv, tracker = CSVLogger(tmp_path), Mock(spec=TensorBoard)
+    csv, tracker = CSVLogger(tmp_path), MagicMock(spec=TensorBoard)
     tracker.closing_words.return_value = ("upload", "now")
     start = RunStart({}, [], "val/PQ", 0)
     picture = np.zeros((2, 2, 3), np.uint8)

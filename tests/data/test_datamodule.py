@@ -54,6 +54,7 @@ def test_collate_train():
     assert [tuple(image.shape) for image in batch.images] == [(3, 4, 5), (3, 6, 3)]
     assert [tuple(target.masks.shape) for target in batch.targets] == [(1, 4, 5), (1, 6, 3)]
     assert batch.samples == []
+    assert batch.names == ("0", "1")
 
 
 def test_collate_eval():
@@ -196,7 +197,7 @@ def test_what_training_draws_does_not_change_the_data(root):
 def on_device(data: CityscapesDataModule, rank: int, world_size: int) -> CityscapesDataModule:
     """As Lightning attaches a trainer in each process; the first process's seed is sent to all."""
     strategy = SimpleNamespace(broadcast=lambda seed: 7)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy, max_epochs=1)
     return data
 
 

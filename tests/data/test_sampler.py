@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pem_lightning.data.sampler import EvalSampler, SampleKey, SeededDataset, TrainSampler
+from pem_lightning.data.sampler import EndlessSampler, EvalSampler, SampleKey, SeededDataset, TrainSampler
 from pem_lightning.types import Sample
 
 lengths, devices = st.integers(1, 60), st.integers(1, 5)
@@ -39,6 +41,21 @@ def test_every_epoch_is_new_and_repeatable():
     assert list(sampler) == first
     assert list(sampler) == second
     assert list(TrainSampler(50, 8)) != first
+
+
+@given(length=st.integers(12, 60), world_size=st.integers(1, 3), batch_size=st.integers(1, 4), start=st.integers(0, 40))
+def test_an_endless_stream_goes_on_from_any_batch(length, world_size, batch_size, start):
+    def stream(rank, start, size=batch_size):
+        return iter(EndlessSampler(length, 3, rank, world_size, batch_size=size, start=start))
+
+    for rank in range(world_size):
+        whole = list(islice(stream(rank, 0), (start + 9) * batch_size))
+        assert list(islice(stream(rank, start), 9 * batch_size)) == whole[start * batch_size :]
+    epochs = TrainSampler(length, 3, 0, world_size)
+    per_epoch = length // world_size // batch_size * batch_size
+    assert list(islice(stream(0, 0), 2 * per_epoch)) == [*list(epochs)[:per_epoch], *list(epochs)[:per_epoch]]
+    with pytest.raises(TypeError, match="no length"):
+        len(EndlessSampler(length, 3, batch_size=batch_size))
 
 
 @given(length=st.integers(0, 40), world_size=devices)

@@ -4,8 +4,8 @@ from lightning import Callback
 
 
 class StopOnce(Callback):
-    """Fails after the first step of a run that was not resumed."""
+    """Fails after the second step of a run that was not resumed; the first is saved by then."""
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 1 and trainer.ckpt_path is None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2 and trainer.ckpt_path is None:
             raise RuntimeError("the first time")

@@ -1,0 +1,246 @@
+"""A training that is killed, stopped, or runs into trouble, and goes on: it ends as if nothing had happened."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+
+from pem_lightning.callbacks.curves import log_files, read_metrics
+from pem_lightning.checkpoints import read_checkpoint
+from tests.jobs import TINY, call
+from tests.killing import differences, in_child, kill, state, survive
+
+pytestmark = pytest.mark.slow
+
+# Nine images make four batches: checkpoints and validations are in the middle of epochs and at their ends.
+RUN = (
+    *TINY,
+    "dataset.datamodule.num_train=9",
+    "recipe.max_steps=7",
+    "recipe.val_interval=3",
+    "recipe.checkpoint_interval=2",
+    "recipe.ema_decay=0.5",
+    "callbacks.throughput=null",
+    "callbacks.panels=null",
+    "callbacks.curves=null",
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with drawn images; jobs run inside it."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("interrupted"))
+    yield Path.cwd()
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    """Folder of a run that nothing happened to."""
+    assert in_child(*RUN, "hydra.run.dir=whole") == 0
+    return work / "whole"
+
+
+def assert_the_same(whole, run):
+    for name in ("last.ckpt", "last-previous.ckpt", "best.ckpt"):
+        assert differences(state(whole / "checkpoints" / name), state(run / "checkpoints" / name)) == []
+    for name in ("metrics.json", "per_class.csv"):
+        assert (whole / name).read_text() == (run / name).read_text()
+    metrics = read_metrics(log_files(run / "csv"))
+    assert metrics == read_metrics(log_files(whole / "csv"))
+    assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, _ in metrics["val/PQ"]] == [3, 6]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last-previous.ckpt",
+        "last.ckpt",
+    ]
+    assert list(run.rglob("*.tmp")) == []
+
+
+def test_a_training_that_is_killed_again_and_again_ends_as_if_it_had_not_been(whole, capfd):
+    """SIGKILL at every kind of moment; the same command starts and resumes it."""
+    command = (*RUN, "hydra.run.dir=killed", "resume=auto")
+    moments = [(1, "step"), (3, "validation"), (4, "write"), (5, "step"), (6, "rename"), (7, "results")]
+    for step, moment in moments:
+        assert in_child(*command, *kill(step, moment)) == 128 + signal.SIGKILL, (step, moment)
+    assert in_child(*command, *survive()) == 0
+    assert_the_same(whole, Path("killed"))
+    assert in_child(*command) == 0
+    assert "trained to step 7 of 7 already: nothing to do" in capfd.readouterr().out
+
+
+def test_signals_save_and_say_how_to_go_on(whole, capfd, monkeypatch, tmp_path):
+    """With loading processes; SLURM is asked to queue the job again, and the job's own command goes on."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
+    command = (*RUN, "hydra.run.dir=stopped", "dataset.num_workers=2")
+    with monkeypatch.context() as slurm:
+        for name, value in job.items():
+            slurm.setenv(name, value)
+        assert in_child(*command, "resume=auto", *kill(1, signal="SIGUSR1")) == 138
+        assert (tmp_path / "asked").read_text() == "requeue 77\n"
+        assert in_child(*command, "resume=auto", *kill(3, "validation", signal="SIGTERM")) == 143
+    last = Path("stopped").absolute() / "checkpoints" / "last.ckpt"
+    assert f"stopped by SIGTERM at step 3; to go on: python train.py resume={last}" in capfd.readouterr().out
+    assert in_child(f"resume={last}", "+callbacks.kill.step=5", "+callbacks.kill.moment=step", INTERRUPT) == 130
+    assert read_checkpoint(last).step == 5
+    assert in_child(f"resume={last}", *survive()) == 0
+    assert_the_same(whole, Path("stopped"))
+    assert "dataset.num_workers=2" in Path("stopped/.hydra/overrides.yaml").read_text()
+
+
+INTERRUPT = "+callbacks.kill.signal=SIGINT"
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, capfd):
+    shutil.copytree(whole, "damaged")
+    last, previous = (Path("damaged/checkpoints") / name for name in ("last.ckpt", "last-previous.ckpt"))
+    last.write_bytes(last.read_bytes()[:-5000])
+    step = read_checkpoint(previous).step
+    assert step == 6
+    assert in_child(*RUN, "resume=last", "hydra.run.dir=damaged") == 0
+    assert f"is damaged, or no checkpoint (File is not a zip file); GOING ON FROM {previous}" in capfd.readouterr().err
+    for name in ("last.ckpt", "best.ckpt"):
+        assert differences(state(whole / "checkpoints" / name), state(Path("damaged/checkpoints") / name)) == []
+    last.write_bytes(b"")
+    previous.write_bytes(b"rubbish")
+    assert in_child(*RUN, f"resume={last}") == 2
+    assert "error: neither can be resumed" in capfd.readouterr().err
+
+
+class Poison(Callback):
+    """Makes the losses of one step NaN, and the statistics of the step's forward pass useless.
+
+    Args:
+        step: counted from 1.
+        rank: the process in which it happens.
+    """
+
+    def __init__(self, step, rank=0):
+        self.step, self.rank = step, rank
+
+    def on_train_start(self, trainer, pl_module):
+        def poison(criterion, arguments, losses):
+            if trainer.global_step + 1 == self.step and trainer.global_rank == self.rank:
+                for buffer in pl_module.network.buffers():
+                    buffer.data.fill_(torch.nan if buffer.is_floating_point() else 0)
+                return {name: loss * torch.nan for name, loss in losses.items()}
+            return losses
+
+        pl_module.criterion.register_forward_hook(poison)
+
+
+def poison(step, rank=0):
+    path = f"{__name__}.Poison"
+    return [f"+callbacks.poison.{k}={v}" for k, v in {"_target_": path, "step": step, "rank": rank}.items()]
+
+
+SHORT = (*RUN, "recipe.max_steps=2", "recipe.val_interval=2", "recipe.checkpoint_interval=1")
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_leaves_what_led_to_it(work, capfd):
+    assert in_child(*SHORT, *poison(2), "hydra.run.dir=poisoned") == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    dump = Path("poisoned").absolute() / "non_finite_step_000002.pt"
+    assert "the loss of step 2 is not finite (images drawn" in line
+    assert str(dump) in line
+    assert read_checkpoint("poisoned/checkpoints/last.ckpt").step == 1
+    content = torch.load(dump, weights_only=True)
+    assert content["step"] == 2
+    assert all(Path(file).is_file() for file in content["files"])
+    assert [tuple(image.shape) for image in content["images"]] == [(3, 64, 128)] * 2
+    assert [len(labels) for labels in content["labels"]] == [len(masks) for masks in content["masks"]]
+    assert content["losses"]["train/loss"].isnan()
+    assert len(content["names"]) == 2
+
+
+def test_steps_that_are_not_finite_are_skipped_if_that_is_wanted(work, capfd):
+    assert in_child(*SHORT, *poison(2), "recipe.max_bad_steps=1", "hydra.run.dir=skipped") == 0
+    assert "SKIPPED, 1 of at most 1" in capfd.readouterr().out
+    before, after = (state(f"skipped/checkpoints/{name}.ckpt") for name in ("last-previous", "last"))
+    assert (before["/global_step"], after["/global_step"]) == (1, 2)
+    assert after["/callbacks/NonFiniteLoss/bad_steps"] == 1
+    changed = differences(before, after)
+    assert not [name for name in changed if name.startswith(("/state_dict", "/optimizer_states/0/state"))]
+    assert any(name.startswith("/lr_schedulers") for name in changed)
+    assert read_metrics([Path("skipped/csv/metrics.csv")])["train/bad_steps"] == [(2, 1.0)]
+
+
+class SmallFiles(Callback):
+    """From a step on, no file can grow beyond a size, as on a full disk."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 1:
+            self.limit(trainer)
+
+    def limit(self, trainer):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+
+
+class SmallFilesLater(SmallFiles):
+    """The same, once the first checkpoint is there."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 2:
+            self.limit(trainer)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_ends_in_one_line(work, capfd):
+    full = f"+callbacks.full._target_={__name__}.SmallFilesLater"
+    assert in_child(*SHORT, full, "recipe.max_steps=3", "hydra.run.dir=full") == 2
+    printed = capfd.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert "could not be written (File too large): make room, and resume" in line
+    assert printed.out.count("CANNOT WRITE") > 1  # each time
+    assert read_checkpoint("full/checkpoints/last.ckpt").step == 1
+    assert list(Path("full").rglob("*.tmp")) == []
+    assert json.loads(Path("full/metrics.json").read_text())["step"] == 3
+
+
+def test_two_processes_agree_on_what_one_of_them_meets(work):
+    """NaN in one of them is skipped by both; a signal to the first stops both after the same step; they resume."""
+    from tests.test_run import start
+
+    arguments = (*RUN, "recipe.global_batch_size=4", "trainer.devices=2", "trainer.strategy=ddp")
+    own = ("recipe.max_bad_steps=1", "recipe.max_steps=2000", "hydra.run.dir=two")
+    process = start(work, *arguments, *own, *poison(2, rank=1))
+    last = work / "two" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 200
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 143, err
+    assert out.count("SKIPPED, 1 of at most 1") == 2
+    step = read_checkpoint(last).step
+    assert f"stopped by SIGTERM at step {step}" in out
+    assert len(list((work / "two").glob("non_finite_step_000002_device_[01].pt"))) == 2
+    process = start(work, f"resume={last}", f"recipe.max_steps={step + 1}", "recipe.val_interval=1")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert json.loads((work / "two" / "metrics.json").read_text())["step"] == step + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resume=auto"], "say hydra.run.dir=outputs/... as well"),
+        (["resume=whole/checkpoints/last.ckpt", "seed=5"], "leave seed=5 out"),
+        (["hydra.run.dir=whole/metrics.json/run"], "metrics.json is a file): choose another output folder"),
+    ],
+)
+def test_mistakes(whole, arguments, message, capsys):
+    assert call("train", *RUN, *arguments) == 2
+    assert message in capsys.readouterr().err
