@@ -7,6 +7,7 @@ import netrc
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -28,6 +29,9 @@ STEP = "trainer/global_step"
 
 SUMMARIES = {"val/*": "max", "train/loss*": "min", "train/grad_norm": "last", "lr/*": "last"}
 """What the table of runs shows of a curve."""
+
+DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Under either of these names `wandb login` keeps a key, by its version."""
 
 MAX_MASK = 255
 """A mask has 8 bits."""
@@ -54,6 +58,20 @@ class WeightsAndBiases(Guarded, Tracker, WandbLogger):
             kwargs["id"] = next((_id_of(folder) for folder in reversed(_folders(save_dir))), None)
         super().__init__(save_dir=save_dir, offline=offline, **kwargs)
         self._directory = Path(save_dir)
+        self._keep_offline = partial(super().__init__, save_dir=save_dir, offline=True, mode="offline", **kwargs)
+
+    @property
+    def experiment(self) -> Any:
+        """The tracked run; it is kept offline if the server cannot be reached, or refuses it, when it starts."""
+        try:
+            return super().experiment
+        except Exception as error:  # of wandb's many kinds
+            if self._offline:
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            log.warning("wandb: THE RUN IS KEPT OFFLINE, the server does not take it (%s)", reason)
+            self._keep_offline()
+            return super().experiment
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log scalars; Lightning counts steps from 0, the reader of a curve counts those that are done."""
@@ -69,7 +87,7 @@ class WeightsAndBiases(Guarded, Tracker, WandbLogger):
         self.experiment.log_code(str(package), name=code, include_fn=lambda path: path.endswith(".py"))
         if (words := self.closing_words()) is not None:
             log.warning(
-                "wandb: nobody is logged in, or offline was asked for: the run stays here; upload it later with: %s",
+                "wandb: offline, as asked for or for want of a login or a server: upload the run later with: %s",
                 words[1],
             )
 
@@ -159,8 +177,10 @@ def _has_key() -> bool:
     """Whether wandb will find a key. Asking `wandb.login` would start a session that cannot go offline any more."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    server = os.environ.get("WANDB_BASE_URL")
+    hosts = DEFAULT_HOSTS if server is None else (urlparse(server).hostname or "",)
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        known = netrc.netrc(os.environ.get("NETRC"))
+        return any(known.authenticators(host) is not None for host in hosts)
     except (OSError, netrc.NetrcParseError):
         return False

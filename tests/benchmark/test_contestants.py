@@ -93,6 +93,7 @@ def test_operations_are_those_of_the_path(weights):
     assert fast < library < straight  # no normalisations; no masks at full size after every layer
 
 
+@pytest.mark.slow
 def test_a_compiled_path_is_counted_as_if_it_was_not_and_has_one_stage(weights, images):
     compiled = Fast(weights, compile="default")
     assert compiled.name == fast_name("stdc1", compile="default") == "stdc1 fast float32 compile=default"

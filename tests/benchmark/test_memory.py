@@ -20,6 +20,7 @@ def run(mib: int):
     return measure_child([sys.executable, "-c", CHILD.format(root=str(ROOT), mib=mib)])
 
 
+@pytest.mark.slow
 def test_a_child_sees_its_own_memory_and_not_its_parents():
     ballast = torch.ones(600, 2**18)  # 600 MiB
     memory = run(64)

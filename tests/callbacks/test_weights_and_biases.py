@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import wandb
 
 from pem_lightning.callbacks.shown import shown
 from pem_lightning.callbacks.weights_and_biases import WeightsAndBiases, _boxes, _masks
@@ -13,6 +14,7 @@ from pem_lightning.callbacks.weights_and_biases import WeightsAndBiases, _boxes,
         ({"WANDB_API_KEY": "k" * 40}, "", False),
         ({"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, "", True),
         ({}, "machine api.wandb.ai login user password secret", False),
+        ({}, "machine api.forge.coreweave.com login user password secret", False),
         ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password secret", True),
     ],
 )
@@ -27,6 +29,22 @@ def test_is_offline_unless_logged_in(environment, netrc, offline, tmp_path, monk
     assert logger._offline is offline
     assert logger.closing_words() is None  # nothing was tracked yet
     monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
+def test_without_a_way_to_the_server_the_run_is_kept_offline(tmp_path, monkeypatch, caplog):
+    def init(**settings):
+        if settings.get("mode") != "offline":
+            raise wandb.errors.CommError("no such host")
+        return "run"
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_MODE", "online")  # is changed, and restored after the test
+    logger = WeightsAndBiases(tmp_path, offline=False, project="toy", tags=["a"])
+    assert logger.experiment == logger.experiment == "run"
+    assert logger._offline
+    (message,) = caplog.messages
+    assert "KEPT OFFLINE" in message
+    assert "no such host" in message
 
 
 def test_a_resumed_run_keeps_its_id(tmp_path):

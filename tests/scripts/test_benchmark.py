@@ -31,6 +31,7 @@ def read(folder):
     return json.loads((folder / "benchmark.json").read_text())
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_written(main, tmp_path, capsys):
     arguments = [*TINY, *QUICK, "--contestants", "straightforward,library,fast", "--threads", "1", "--kernels"]
     assert main([*arguments, "--precisions", "float32,bfloat16", "--output", str(tmp_path)]) == 0

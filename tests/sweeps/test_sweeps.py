@@ -53,6 +53,7 @@ def failing(cfg):
     return 10.0 * cfg.seed
 
 
+@pytest.mark.slow
 def test_every_job_runs_and_one_summary_tells_how_they_ended(job, capsys):
     job(failing)
     assert call("train", "-m", "seed=0,1,2,3,4,5,6", "decoder_layers=2", "hydra.sweep.dir=sweep") == 1
@@ -82,6 +83,7 @@ def test_a_sweep_without_failures_ends_well(job):
     assert call("train", "-m", "seed=6", "hydra.sweep.dir=sweep") == 0
 
 
+@pytest.mark.slow
 def test_finished_jobs_are_not_run_again_unless_something_changed(job):
     seen = []
 

@@ -25,6 +25,7 @@ def test_both_paths_compute_the_same():
     assert ours["gradient_difference"] < 0.1  # a prototype that rounding moved shows
 
 
+@pytest.mark.slow
 def test_what_computes_something_else_is_not_timed():
     networks = iter([random_weights("stdc1").network] * 2 + [random_weights("stdc1", seed=1).network])
     with pytest.raises(UserError, match=r"^stdc1 ours float32 computes something else than .* times would say nothing"):
