@@ -77,7 +77,8 @@ def train(plugins=(), fused=False, steps=3, compile=None, channels_last=False, *
     losses = []
     log = module.log_dict
     module.log_dict = lambda values, **more: (losses.append(values["train/loss"].item()), log(values, **more))
-    images = [torch.full((3, 32, 32), 40 * i, dtype=torch.uint8) for i in range(4)]
+    # Noise: where all points are equally uncertain, rounding would choose.
+    images = list(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     targets = [Target(torch.tensor([i]), torch.arange(1024).view(1, 32, 32) > 200 * i) for i in range(4)]
     trainer.fit(module, DataLoader([0] * steps, collate_fn=lambda _: Batch(images, targets, [])))
     return module, trainer, losses
