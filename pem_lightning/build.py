@@ -9,9 +9,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from pem_lightning.callbacks import ExactResume
-from pem_lightning.checkpoints import AtomicCheckpointIO, Checkpoint, load_network
+from pem_lightning.checkpoints import Checkpoint, load_network
+from pem_lightning.checkpoints.atomic_io import AtomicCheckpointIO
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.errors import UserError
 from pem_lightning.inference.optimize import OptimizedNetwork, check_compile
@@ -65,22 +67,23 @@ def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> Segmenta
 
 
 def build_module(
-    cfg: DictConfig, info: DatasetInfo, *, micro_batches: int = 1, channels_last: bool = False
+    cfg: DictConfig, info: DatasetInfo, *, trainer: Trainer | None = None, micro_batches: int = 1
 ) -> PEMModule:
     """Make network, losses and optimiser for a data set's classes.
 
     Args:
         cfg: the experiment.
         info: the classes.
+        trainer: decides on the memory format, see `wants_channels_last`; None for the plain one.
         micro_batches: see `PEMModule`.
-        channels_last: likewise.
 
     Raises:
-        UserError: the network cannot be compiled as asked.
+        UserError: the network cannot be compiled, or laid out in memory, as asked.
     """
     check_compile("recipe.compile", cfg.recipe.compile)
+    network = instantiate(cfg.network, num_classes=info.num_classes)
     return PEMModule(
-        network=instantiate(cfg.network, num_classes=info.num_classes),
+        network=network,
         criterion=instantiate(cfg.criterion, num_classes=info.num_classes),
         inference=TaskInference(cfg.task.name, info.thing_classes, **cfg.task.inference),
         info=info,
@@ -89,25 +92,41 @@ def build_module(
         schedule=instantiate(cfg.recipe.schedule),
         record={"config": _plain(cfg), "overrides": command_line()},
         micro_batches=micro_batches,
-        channels_last=channels_last,
+        channels_last=trainer is not None and wants_channels_last(cfg, trainer, network),
         compile=cfg.recipe.compile if cfg.job == "train" else None,
         gradient_clip=float(cfg.recipe.gradient_clip or 0),
         **_views(cfg),
     )
 
 
-def wants_channels_last(cfg: DictConfig, trainer: Trainer) -> bool:
+def wants_channels_last(cfg: DictConfig, trainer: Trainer, network: nn.Module) -> bool:
     """Which memory format to work in; `auto` takes the faster one: tensor cores like channels last, and so do CPUs.
 
     Raises:
-        UserError: the setting is unknown.
+        UserError: the setting is unknown, or the network cannot be trained so.
     """
-    setting = cfg.recipe.channels_last
+    setting, on_cpu = cfg.recipe.channels_last, trainer.strategy.root_device.type == "cpu"
     if setting not in ("auto", True, False):
         raise UserError(f"recipe.channels_last={setting}: choose auto, true or false")
+    crashes = on_cpu and any(map(_crashes_in_channels_last, network.modules()))
     if setting == "auto":
-        return trainer.strategy.root_device.type == "cpu" or str(trainer.precision).endswith("-mixed")
+        return not crashes if on_cpu else str(trainer.precision).endswith("-mixed")
+    if setting and crashes:
+        raise UserError(
+            "recipe.channels_last=true: PyTorch crashes when it trains this network's narrow strided 1x1 convolutions "
+            "on a CPU in this format: choose auto or false"
+        )
     return bool(setting)
+
+
+def _crashes_in_channels_last(module: nn.Module) -> bool:
+    """Whether PyTorch 2.13's backward pass on CPUs writes past its memory. PEM's own backbones have no such layer."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels < 16
+    )
 
 
 def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:

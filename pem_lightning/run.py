@@ -23,11 +23,9 @@ from pem_lightning.build import (
     build_predictor,
     build_trainer,
     command_line,
-    wants_channels_last,
 )
 from pem_lightning.callbacks.loggers import RunStart, record_start
 from pem_lightning.checkpoints import (
-    AtomicCheckpointIO,
     Checkpoint,
     check_fits,
     load_network,
@@ -35,6 +33,7 @@ from pem_lightning.checkpoints import (
     read_checkpoint,
     show_report,
 )
+from pem_lightning.checkpoints.atomic_io import AtomicCheckpointIO
 from pem_lightning.config import (
     CONF,
     check_composes,
@@ -65,8 +64,7 @@ def train(cfg: DictConfig) -> float:
     trainer = build_trainer(cfg)
     split = split_batch(cfg.recipe.global_batch_size, trainer.world_size, cfg.recipe.max_per_device)
     datamodule = build_datamodule(cfg, split.per_device)
-    layout = wants_channels_last(cfg, trainer)
-    module = build_module(cfg, datamodule.info, micro_batches=split.micro_batches, channels_last=layout)
+    module = build_module(cfg, datamodule.info, trainer=trainer, micro_batches=split.micro_batches)
     if checkpoint is not None:
         check_fits(module.network, checkpoint)
         log.info("resuming %s at step %d", checkpoint.path, checkpoint.step)
@@ -108,7 +106,7 @@ def evaluate(cfg: DictConfig) -> float:
     datamodule = build_datamodule(cfg)
     _check_classes(checkpoint, datamodule.info)
     # In the layout of training, so that numbers are those of its validation to the last digit.
-    module = build_module(cfg, datamodule.info, channels_last=wants_channels_last(cfg, trainer))
+    module = build_module(cfg, datamodule.info, trainer=trainer)
     load_network(module.network, checkpoint)
     if cfg.inference.precision != "float32" or cfg.inference.compile is not None:  # else to the digits of training
         module.network = OptimizedNetwork(module.network, cfg.inference.precision, cfg.inference.compile)

@@ -245,13 +245,23 @@ def test_older_checkpoints_are_understood(tmp_path):
 @pytest.mark.parametrize(("setting", "wanted"), [("auto", True), ("true", True), ("false", False)])
 def test_memory_format_on_the_cpu(setting, wanted):
     cfg = compose("train", f"recipe.channels_last={setting}", "trainer=cpu", "trainer.precision=bf16-mixed")
-    assert wants_channels_last(cfg, build_trainer(cfg)) == wanted
+    assert wants_channels_last(cfg, build_trainer(cfg), nn.Conv2d(64, 64, 1, 2)) == wanted
 
 
 def test_an_unknown_memory_format_is_refused():
     cfg = compose("train", "recipe.channels_last=yes_please", "trainer=cpu")
     with pytest.raises(UserError, match="choose auto, true or false"):
-        wants_channels_last(cfg, build_trainer(cfg))
+        wants_channels_last(cfg, build_trainer(cfg), nn.Conv2d(64, 64, 1, 2))
+
+
+def test_what_crashes_in_channels_last_is_not_trained_so():
+    cfg = compose("train", "trainer=cpu")
+    trainer = build_trainer(cfg)
+    assert not wants_channels_last(cfg, trainer, nn.Sequential(nn.Conv2d(8, 16, 1, 2)))
+    assert wants_channels_last(cfg, trainer, nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.Conv2d(8, 16, 1)))
+    cfg.recipe.channels_last = True
+    with pytest.raises(UserError, match="choose auto or false"):
+        wants_channels_last(cfg, trainer, nn.Sequential(nn.Conv2d(8, 16, 1, 2)))
 
 
 def test_where_a_training_started_from_is_not_taken_over(tmp_path):

@@ -1,6 +1,5 @@
 """Reading checkpoints: our own, those of the PEM authors, and published weights of backbones."""
 
-from pem_lightning.checkpoints.atomic_io import AtomicCheckpointIO
 from pem_lightning.checkpoints.download import DOWNLOADS
 from pem_lightning.checkpoints.official import from_official, rename_official_key
 from pem_lightning.checkpoints.own import CHECKPOINT_KEY, Checkpoint, check_fits, load_network, read_checkpoint
@@ -10,7 +9,6 @@ from pem_lightning.checkpoints.weights import convert_weights, load_weights
 __all__ = [
     "CHECKPOINT_KEY",
     "DOWNLOADS",
-    "AtomicCheckpointIO",
     "Checkpoint",
     "LoadReport",
     "check_fits",

@@ -4,7 +4,7 @@ import resource
 import pytest
 import torch
 
-from pem_lightning.checkpoints import AtomicCheckpointIO
+from pem_lightning.checkpoints.atomic_io import AtomicCheckpointIO
 from pem_lightning.errors import UserError
 
 
