@@ -105,18 +105,28 @@ def wants_channels_last(cfg: DictConfig, trainer: Trainer, network: nn.Module) -
     Raises:
         UserError: the setting is unknown, or the network cannot be trained so.
     """
-    setting, on_cpu = cfg.recipe.channels_last, trainer.strategy.root_device.type == "cpu"
+    setting, device = cfg.recipe.channels_last, trainer.strategy.root_device
     if setting not in ("auto", True, False):
         raise UserError(f"recipe.channels_last={setting}: choose auto, true or false")
-    crashes = on_cpu and any(map(_crashes_in_channels_last, network.modules()))
     if setting == "auto":
-        return not crashes if on_cpu else str(trainer.precision).endswith("-mixed")
-    if setting and crashes:
+        return prefers_channels_last(network, device, mixed=str(trainer.precision).endswith("-mixed"))
+    if setting and device.type == "cpu" and not prefers_channels_last(network, device):
         raise UserError(
             "recipe.channels_last=true: PyTorch crashes when it trains this network's narrow strided 1x1 convolutions "
             "on a CPU in this format: choose auto or false"
         )
     return bool(setting)
+
+
+def prefers_channels_last(network: nn.Module, device: torch.device, mixed: bool = False) -> bool:
+    """Whether a network is trained faster in channels-last, and can be.
+
+    Args:
+        network: to be trained.
+        device: where.
+        mixed: in mixed precision.
+    """
+    return mixed if device.type != "cpu" else not any(map(_crashes_in_channels_last, network.modules()))
 
 
 def _crashes_in_channels_last(module: nn.Module) -> bool:

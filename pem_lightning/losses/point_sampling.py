@@ -26,8 +26,14 @@ UniformSource: TypeAlias = Callable[[tuple[int, ...], torch.device], Tensor]
 
 
 def uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Draw from torch's global generator; every other `UniformSource` replaces this one."""
-    return torch.rand(shape, device=device)
+    """Draw by torch's global generator; every other `UniformSource` replaces this one.
+
+    On a CPU that only seeds one of NumPy's, which is three times as fast.
+    """
+    if device.type != "cpu":
+        return torch.rand(shape, device=device)
+    generator = np.random.Generator(np.random.SFC64(torch.randint(2**63 - 1, (1,)).numpy()))
+    return torch.from_numpy(generator.random(shape, dtype=np.float32))
 
 
 def sample_points(

@@ -17,11 +17,16 @@ from jaxtyping import Bool, Float, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pem_lightning.losses import UniformSource, uniform
+from pem_lightning.losses import UniformSource
 from pem_lightning.types import Predictions, Target
 
 Match = tuple[Tensor, Tensor]
 """Indices of an image's matched queries, and of their segments."""
+
+
+def draw_uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """PyTorch's own random numbers."""
+    return torch.rand(shape, device=device)
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class SetLosses:
     num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_sample_ratio: float = 0.75
-    rand: UniformSource = uniform
+    rand: UniformSource = draw_uniform
 
     def __call__(self, predictions: Predictions, targets: Sequence[Target]) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses of all layers by name; see `losses.SetCriterion.forward`."""

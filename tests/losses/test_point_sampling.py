@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pem_lightning.losses import choose_uncertain_points, sample_masks, sample_points
-from pem_lightning.losses.point_sampling import PIXELS_AT_ONCE
+from pem_lightning.losses.point_sampling import PIXELS_AT_ONCE, uniform
 
 
 def pixel_centres(height: int, width: int) -> torch.Tensor:
@@ -80,3 +80,19 @@ def test_without_oversampling_every_candidate_is_taken() -> None:
 
 def test_points_carry_no_gradient() -> None:
     assert not choose_uncertain_points(torch.randn(2, 4, 4, requires_grad=True), 8).requires_grad
+
+
+def test_random_numbers_are_uniform_and_follow_torchs_seed():
+    def draw(seed):
+        torch.manual_seed(seed)
+        return uniform((3, 20000), torch.device("cpu")), uniform((5,), torch.device("cpu"))
+
+    numbers, others = draw(1)
+    assert numbers.dtype == torch.float32
+    assert numbers.shape == (3, 20000)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    torch.testing.assert_close(numbers.histc(10, 0, 1) / numbers.numel(), torch.full((10,), 0.1), rtol=0, atol=0.01)
+    assert not torch.equal(numbers[0, :5], others)
+    assert torch.equal(draw(1)[0], numbers)
+    assert not torch.equal(draw(2)[0], numbers)

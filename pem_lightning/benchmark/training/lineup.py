@@ -11,7 +11,7 @@ from pem_lightning.benchmark.training.settings import Kind, TrainingSettings, dr
 from pem_lightning.benchmark.training.steps import OurStep, StraightforwardStep, TrainingStep
 from pem_lightning.benchmark.weights import random_weights
 from pem_lightning.errors import UserError
-from pem_lightning.losses import UniformSource, uniform
+from pem_lightning.losses import UniformSource
 from pem_lightning.networks.pem import PEM
 from pem_lightning.types import Batch
 
@@ -41,7 +41,7 @@ class Plan:
         """May fail without spoiling the benchmark, because the device or the compiler may not be up to it."""
         return self.precision != "float32" or self.compile is not None
 
-    def build(self, network: PEM, settings: TrainingSettings, rand: UniformSource = uniform) -> TrainingStep:
+    def build(self, network: PEM, settings: TrainingSettings, rand: UniformSource | None = None) -> TrainingStep:
         """Make the step, which copies the network's weights."""
         kind = StraightforwardStep if self.kind == "straightforward" else OurStep
         return kind(network, precision=self.precision, compile=self.compile, num_points=settings.num_points, rand=rand)

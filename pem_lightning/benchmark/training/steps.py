@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from pem_lightning import straightforward
 from pem_lightning.benchmark.timing import Clock
+from pem_lightning.build import prefers_channels_last
 from pem_lightning.config import CONF
-from pem_lightning.losses import UniformSource, uniform
+from pem_lightning.losses import UniformSource
 from pem_lightning.networks.pem import PEM
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.types import Batch, Predictions, Target
@@ -46,7 +47,7 @@ class TrainingStep(ABC):
         precision: "float32", or that of autocast; "float16" with a scaled loss.
         compile: mode of `torch.compile` for the network, if any.
         num_points: at which masks are compared.
-        rand: source of all random points.
+        rand: source of all random points; None for the path's own.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class TrainingStep(ABC):
         precision: str = "float32",
         compile: str | None = None,
         num_points: int = 12544,
-        rand: UniformSource = uniform,
+        rand: UniformSource | None = None,
     ) -> None:
         self.network = copy.deepcopy(network).train()
         self.device = next(network.parameters()).device
@@ -64,7 +65,7 @@ class TrainingStep(ABC):
         self.precision = precision
         self.compile = compile
         self.num_points = num_points
-        self.rand = rand
+        self.rand: dict[str, Any] = {} if rand is None else {"rand": rand}
         self.clip = float(paper_config().recipe.gradient_clip)
         self.optimizer = self.build_optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
@@ -151,8 +152,11 @@ class OurStep(TrainingStep):
 
     def __init__(self, network: PEM, **settings: Any) -> None:
         super().__init__(network, **settings)
+        channels_last = prefers_channels_last(self.network, self.device, mixed=self.precision != "float32")
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         config = instantiate(paper_config().criterion, _partial_=True)
-        self.criterion = config(self.num_classes, num_points=self.num_points, rand=self.rand).to(self.device)
+        self.criterion = config(self.num_classes, num_points=self.num_points, **self.rand).to(self.device)
         self.called = torch.compile(self.network, mode=self.compile) if self.compile else self.network
 
     def build_optimizer(self) -> torch.optim.Optimizer:
@@ -165,8 +169,8 @@ class OurStep(TrainingStep):
         return pad_batch(batch.images, batch.targets)
 
     def predict(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-        """By the network's own forward pass."""
-        return self.called(images)
+        """By the network's own forward pass, in the memory format of training."""
+        return self.called(images.contiguous(memory_format=self.memory_format))
 
     def losses(self, predictions: Predictions, targets: list[Target]) -> Losses:
         """By `losses.SetCriterion`."""
@@ -180,7 +184,7 @@ class StraightforwardStep(TrainingStep):
         super().__init__(network, **settings)
         shared = {field.name for field in fields(straightforward.SetLosses)} - {"num_points", "rand"}
         weights = {name: value for name, value in paper_config().criterion.items() if name in shared}
-        self.criterion = straightforward.SetLosses(**weights, num_points=self.num_points, rand=self.rand)
+        self.criterion = straightforward.SetLosses(**weights, num_points=self.num_points, **self.rand)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """With the recipe's values."""
