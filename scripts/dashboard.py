@@ -22,6 +22,8 @@ from urllib.parse import quote
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 FOLDERS = ("outputs", "multirun")
 EVENTS = "events.out.tfevents.*"
 COLUMNS = "(settings compared)"

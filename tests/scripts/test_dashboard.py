@@ -77,8 +77,7 @@ def test_the_page_shows_all_runs_and_what_differs(tmp_path):
     for name, lr in (("outputs/set/one", 0.1), ("multirun/sweep/0_lr", 0.2)):
         make_run(tmp_path / name, lr)
     command = [sys.executable, str(SCRIPT), "--port", "17006"]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    page = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    page = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:
         said = [page.stdout.readline() for _ in range(3)]
         assert said[0].startswith("2 runs in outputs, multirun, the latest ")
