@@ -1,6 +1,7 @@
 """A step is the same whoever computes which of its images: losses, gradients and the weights after it.
 
-In float64, in which batch normalisation's gradients, which are ill-conditioned, can be compared to so many digits.
+In float64, in which batch normalisation's gradients, which are ill-conditioned, can be compared to many digits; in
+float32 as one vector.
 """
 
 import subprocess
@@ -20,6 +21,8 @@ def steps(tmp_path_factory):
     """Devices, micro-batches and mode of batch normalisation -> what `train_one_step` saw."""
     folder = tmp_path_factory.mktemp("steps")
     cases = {1: ["1-train", "1-eval", "2-eval", "2-train"], 2: ["1-train", "1-eval", "2-eval"]}
+    for n in cases:
+        cases[n] += [f"{case}-float32" for case in ("1-train", "1-eval", "2-eval")]
     command = [sys.executable, "-m", "tests.train_one_step"]
     running = [
         subprocess.Popen([*command, str(n), str(folder), *names], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -53,6 +56,15 @@ def test_the_split_changes_nothing(steps, split, whole):
     for name, loss in steps[whole]["losses"].items():
         assert steps[split]["losses"][name].item() == pytest.approx(loss.item(), rel=1e-5), name
     assert steps[whole]["losses"]["train/grad_norm"] > 0.5  # so that the gradient was clipped
+
+
+@pytest.mark.parametrize(
+    ("split", "whole"), [("2-1-train", "1-1-train"), ("2-1-eval", "1-1-eval"), ("1-2-eval", "1-1-eval")]
+)
+def test_in_float32_gradients_differ_by_rounding(steps, split, whole, record_property):
+    difference = distance(steps[f"{split}-float32"]["gradients"], steps[f"{whole}-float32"]["gradients"])
+    record_property("difference", difference)  # shown by --junitxml
+    assert difference < 1e-5
 
 
 def test_a_comparison_that_has_to_fail(steps):

@@ -1,7 +1,8 @@
 """Train a small PEM for one step: python -m tests.train_one_step DEVICES FOLDER CASE...
 
-A case is MICRO_BATCHES-NORM, with the norm in "train" or "eval" mode. Gradients before clipping, losses and the weights
-after the step go to FOLDER/DEVICES-CASE.pt. The images of the step, and the points drawn for each, are always the same.
+A case is MICRO_BATCHES-NORM, with the norm in "train" or "eval" mode, in float64, or MICRO_BATCHES-NORM-float32.
+Gradients before clipping, losses and the weights after the step go to FOLDER/DEVICES-CASE.pt. The images of the step, and
+the points drawn for each, are always the same.
 """
 
 import sys
@@ -84,10 +85,11 @@ class Watch(Callback):
 
 
 def train(devices: int, folder: Path, case: str) -> None:
-    micro_batches, norm = case.split("-")
+    micro_batches, norm, *precision = case.split("-")
+    dtype = torch.float32 if precision else torch.float64
     torch.manual_seed(0)
-    network = build_pem("resnet18", num_classes=19, num_queries=8, num_layers=2).double()
-    network.register_forward_pre_hook(lambda network, images: (images[0].double(),))
+    network = build_pem("resnet18", num_classes=19, num_queries=8, num_layers=2).to(dtype)
+    network.register_forward_pre_hook(lambda network, images: (images[0].to(dtype),))
     rand = PointsByImage()
     module = PEMModule(
         network=network,
