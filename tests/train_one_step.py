@@ -1,8 +1,8 @@
 """Train a small PEM for one step: python -m tests.train_one_step DEVICES FOLDER CASE...
 
 A case is MICRO_BATCHES-NORM, with the norm in "train" or "eval" mode, in float64, or MICRO_BATCHES-NORM-float32.
-Gradients before clipping, losses and the weights after the step go to FOLDER/DEVICES-CASE.pt. The images of the step, and
-the points drawn for each, are always the same.
+Gradients before clipping, losses and the weights after the step go to FOLDER/DEVICES-CASE.pt. The images of the step,
+and the points drawn for each, are always the same.
 """
 
 import sys
