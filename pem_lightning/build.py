@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
@@ -35,7 +36,8 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     """Make the trainer with its callbacks and loggers; `precision: auto` is decided here.
 
     Raises:
-        UserError: a GPU is asked for where there is none, or something that the recipe decides is set here.
+        UserError: a GPU is asked for where there is none, or something that the recipe decides is set here, or a
+            value is none that Lightning knows.
     """
     for key, instead in _DECIDED_BY_RECIPE.items():
         if cfg.trainer.get(key) is not None:
@@ -53,7 +55,12 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     settings["sync_batchnorm"] = False  # Lightning's own kind, which knows no frozen ones
     loggers = _instantiate_all(cfg.logger)
     callbacks = [ExactResume(), *_instantiate_all(cfg.callbacks)]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins, **settings)
+    try:
+        return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins, **settings)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):  # its message lists the values there are
+            raise UserError(f"trainer: {error.__cause__}") from error
+        raise
 
 
 def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> SegmentationDataModule:

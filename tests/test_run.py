@@ -227,6 +227,7 @@ def test_a_finished_run_is_not_resumed(trained, capsys):
         ("train", [*TINY, "recipe.global_batch_size=9"], "9"),
         ("train", [*TINY, "recipe.global_batch_size=1"], "nearest that can: recipe.global_batch_size=2"),
         ("train", [*TINY, "recipe.compile=fast"], "recipe.compile=fast: choose null"),
+        ("train", [*TINY, "trainer.precision=17"], "trainer: Precision 17 is invalid. Allowed precision values"),
         ("train", [*TINY, "recipe.ema_decay=2.0"], "recipe.ema_decay=2"),
         ("train", [*TINY, "weights=gone.pth"], "gone.pth does not exist"),
         ("train", [*TINY, "weights=torchvision/resnet5"], "did you mean torchvision/resnet50?"),
