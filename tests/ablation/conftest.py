@@ -54,8 +54,7 @@ def write_run(folder, *overrides, values=(), steps=600, interval=150, finished=N
     return Path(folder)
 
 
-@pytest.fixture
-def sweep(tmp_path):
+def write_sweep(folder):
     """Two seeds of the default, of three and of one layer, and one seed of another learning rate."""
     jobs = (
         ([], 0, 70.0),
@@ -69,5 +68,10 @@ def sweep(tmp_path):
     for number, (overrides, seed, last) in enumerate(jobs):
         rise = [last - 30, last - 10, last - 4, last]
         also = {"PQ_things": [v - 5 for v in rise], "PQ_stuff": [v + 5 for v in rise], "mIoU": [v + 9 for v in rise]}
-        write_run(tmp_path / "sweep" / str(number), *overrides, f"seed={seed}", values=rise, **also)
-    return tmp_path / "sweep"
+        write_run(folder / str(number), *overrides, f"seed={seed}", values=rise, **also)
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return write_sweep(tmp_path / "sweep")

@@ -14,13 +14,15 @@ from pem_lightning.ablation import COLUMNS, Costs, Measurement, read_runs, tabul
 from pem_lightning.ablation.markdown import escape
 from pem_lightning.ablation.measure import network_key
 from pem_lightning.benchmark import Spread
-from tests.ablation.conftest import write_run
+from tests.ablation.conftest import write_run, write_sweep
 
 EVIL = "<script>alert(1)</script>|`*x*`"
 
 
-@pytest.fixture
-def report(sweep, tmp_path):
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    sweep = write_sweep(folder / "sweep")
     write_run(sweep / "evil", f"+recipe.new='{EVIL}'", values=[50, 51, 52, 53])
     write_run(sweep / "unfinished", "ablation=no_csm", values=[50.0], steps=180)
     write_run(sweep / "unvalidated", "ablation=fpn", steps=20)
@@ -30,8 +32,8 @@ def report(sweep, tmp_path):
         {network_key(tables[0].variants[0]): Measurement(16.9, 92.1, Spread(610, 620, 630, 640, 650))},
         {"size": [64, 96], "latency": True, "rounds": 5, "warmup": 1, "device": "X", "threads": 2, "torch": "2"},
     )
-    write_report(tables, costs, tmp_path / "report", "Made by <me>.")
-    return tmp_path / "report"
+    write_report(tables, costs, folder / "report", "Made by <me>.")
+    return folder / "report"
 
 
 class Page(HTMLParser):
