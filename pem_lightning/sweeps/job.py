@@ -56,8 +56,7 @@ def run_job(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     digest = hashlib.sha256(OmegaConf.to_yaml(cfg, resolve=True).encode()).hexdigest()
     record: dict[str, Any] = {"status": "running", "overrides": list(hydra.overrides.task), "digest": digest}
     _group(cfg, folder)
-    earlier = read_record(folder)
-    start = time.monotonic()
+    earlier, start = read_record(folder), time.monotonic()
     if earlier.get("digest") == digest:
         if earlier["status"] == "finished":
             log.info("finished before, with the same settings: not run again")
