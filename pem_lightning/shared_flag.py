@@ -7,6 +7,8 @@ import torch.distributed as dist
 from jaxtyping import Bool
 from torch import Tensor
 
+from pem_lightning.distributed import is_distributed
+
 
 class SharedFlag:
     """Is up for all processes once one of them has raised it.
@@ -24,7 +26,7 @@ class SharedFlag:
             up: on the device on which the processes meet.
         """
         number = up.detach().to(torch.float32)
-        if dist.is_available() and dist.is_initialized():
+        if is_distributed():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         if not number.is_cuda:
             self._told.append((number, None))

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import Tensor, nn
 
+from pem_lightning.distributed import is_distributed
+
 _CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -21,7 +23,7 @@ class SyncBatchNormCPU(nn.BatchNorm2d):
 
     def forward(self, input: Float[Tensor, "B C *spatial"]) -> Float[Tensor, "B C *spatial"]:
         """Normalise."""
-        if not (self.training and dist.is_initialized()):
+        if not (self.training and is_distributed()):
             return super().forward(input)
         # Sums in half precision would be useless.
         x = input.to(torch.promote_types(input.dtype, torch.float32))

@@ -13,8 +13,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pem_lightning.callbacks.processes import gather
 from pem_lightning.data import SegmentationDataModule
+from pem_lightning.distributed import gather
 from pem_lightning.errors import UserError
 from pem_lightning.files import write_or_warn
 from pem_lightning.shared_flag import SharedFlag

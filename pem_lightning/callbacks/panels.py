@@ -11,8 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from pem_lightning.callbacks.loggers import Panel, record_panel
-from pem_lightning.callbacks.processes import gather
 from pem_lightning.callbacks.shown import Shown, draw_panel, draw_pictures, shown
+from pem_lightning.distributed import gather
 from pem_lightning.files import write_or_warn
 from pem_lightning.inference.results import encode_png
 from pem_lightning.module import PEMModule
