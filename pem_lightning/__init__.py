@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from pem_lightning import checkpoints
-from pem_lightning.networks.pem import PEM, build_pem
+from pem_lightning.models.pem import PEM, build_pem
 from pem_lightning.types import DatasetInfo, Predictions, Sample, Segment, Target
 
 if TYPE_CHECKING:

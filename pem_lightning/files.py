@@ -9,9 +9,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict
 
-from pem_lightning.errors import UserError
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from pem_lightning.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -111,3 +116,38 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+MAX_ID = 256**3 - 1
+
+
+def rgb_to_id(rgb: UInt8[np.ndarray, "height width 3"]) -> Int32[np.ndarray, "height width"]:
+    """Segment ids from the colours of a COCO panoptic PNG."""
+    red, green, blue = (rgb[..., channel].astype(np.int32) for channel in range(3))
+    return red + 256 * green + 256**2 * blue
+
+
+def id_to_rgb(ids: Int32[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width 3"]:
+    """Colours that carry the segment ids, to be saved without loss (PNG).
+
+    Raises:
+        ValueError: an id is negative or does not fit into 24 bits.
+    """
+    if ids.size and (ids.min() < 0 or ids.max() > MAX_ID):
+        raise ValueError(f"segment ids must be in 0..{MAX_ID}, got {ids.min()}..{ids.max()}")
+    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
+
+
+class RLE(TypedDict):
+    """COCO's compressed encoding in JSON's types: height and width, and the lengths of runs as text."""
+
+    size: list[int]
+    counts: str
+
+
+def encode_mask(mask: Bool[Tensor, "height width"]) -> RLE:
+    """Encode one mask."""
+    # Columns first, as COCO counts runs.
+    pixels = mask.T.contiguous().cpu().numpy().view(np.uint8).T
+    encoded = coco_mask.encode(pixels)
+    return RLE(size=[int(length) for length in encoded["size"]], counts=encoded["counts"].decode("ascii"))

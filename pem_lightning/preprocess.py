@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from pem_lightning.networks.pem import padded_size
+from pem_lightning.models.pem import padded_size
 from pem_lightning.types import Target
 
 IMAGE_MEAN = (123.675, 116.280, 103.530)

@@ -99,7 +99,7 @@ class ClassInfo:
     name: str
     color: tuple[int, int, int]
     is_thing: bool
-    official_id: int
+    category_id: int
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ class DatasetInfo:
         return np.array([c.color for c in self.classes], np.uint8).reshape(-1, 3)
 
     @property
-    def official_ids(self) -> tuple[int, ...]:
+    def category_ids(self) -> tuple[int, ...]:
         """The official files' ids by class index."""
-        return tuple(c.official_id for c in self.classes)
+        return tuple(c.category_id for c in self.classes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as checkpoints store them."""
@@ -146,3 +146,10 @@ class DatasetInfo:
         """Inverse of `to_dict`."""
         classes = (ClassInfo(**{**c, "color": tuple(c["color"])}) for c in state["classes"])
         return cls(state["name"], tuple(classes))
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line that says what is wrong and names the cure.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pem_lightning.ablation import measure_variants, read_runs, reuse_costs, tabulate, write_report
 from pem_lightning.benchmark import Settings, parse_size
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:

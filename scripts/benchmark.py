@@ -33,8 +33,8 @@ from pem_lightning.benchmark import (
 )
 from pem_lightning.benchmark.peers import PEERS
 from pem_lightning.benchmark.training import TrainingSettings, run_training_benchmark
-from pem_lightning.errors import UserError
 from pem_lightning.files import write_file
+from pem_lightning.types import UserError
 
 AnySettings = Settings | TrainingSettings
 

@@ -27,12 +27,10 @@ import torch
 from PIL import Image
 
 from pem_lightning.data import CachedDataset, CityscapesDataModule, CityscapesDataset, TrainTransform, build_target
-from pem_lightning.data.reading import read_map, read_rgb
-from pem_lightning.data.resizing import Window, pick_window, resize, resize_window, resized_size
-from pem_lightning.data.street.scene import draw_street
-from pem_lightning.data.transforms import PAPER_SHORTEST_EDGES
-from pem_lightning.errors import UserError
-from pem_lightning.types import Sample
+from pem_lightning.data.dataset import read_map, read_rgb
+from pem_lightning.data.street_scene import draw_street
+from pem_lightning.data.transforms import PAPER_SHORTEST_EDGES, Window, pick_window, resize, resize_window, resized_size
+from pem_lightning.types import Sample, UserError
 
 CROP = (512, 1024)
 CURE = "run the benchmark again"

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 MMCV = "mmcv==2.2.0"
 BUILD_TOOLS = ("setuptools<81", "wheel", "ninja")  # mmcv's setup.py needs the pkg_resources of older ones

@@ -24,14 +24,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pem_lightning.config import CONF, check_composes, user_error_behind
+from pem_lightning.cli.errors import CONF, check_composes, user_error_behind
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.data.check import SplitCheck, check_split
 from pem_lightning.data.dataset import SegmentationDataset
-from pem_lightning.errors import UserError
 from pem_lightning.files import write_file
 from pem_lightning.inference.visualize import overlay_panoptic, side_by_side
-from pem_lightning.types import DatasetInfo, Sample
+from pem_lightning.types import DatasetInfo, Sample, UserError
 
 TILE = (320, 400)
 """Largest height and width of one picture of the gallery."""

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from pem_lightning.checkpoints import convert_weights
-from pem_lightning.checkpoints.report import report_table
-from pem_lightning.errors import UserError
+from pem_lightning.checkpoints.pretrained import report_table
+from pem_lightning.types import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -46,7 +46,7 @@ def write_columns(runs: Sequence[Path], folder: Path) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    from pem_lightning.callbacks.hparams import experiment, settings_of
+    from pem_lightning.callbacks.loggers import experiment, settings_of
 
     configs = []
     for run in runs:

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pem_lightning.errors import UserError
-from pem_lightning.evaluate_files import FilesEvaluation, evaluate_panoptic_files
 from pem_lightning.files import write_file
+from pem_lightning.metrics.panoptic_files import FilesEvaluation, evaluate_panoptic_files
+from pem_lightning.types import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:

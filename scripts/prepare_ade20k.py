@@ -15,7 +15,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask t
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pem_lightning.data.ade20k_panoptic import SplitSummary, prepare_split
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 SHOWN = 20
 """So many problems of one split are printed."""

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train on several nodes with SLURM: sbatch scripts/slurm.sh task=panoptic dataset=cityscapes recipe.max_per_device=4
+# Train on several nodes with SLURM: sbatch scripts/slurm.sh task=panoptic dataset=cityscapes recipe.micro_batch_size=4
 # Give nodes and GPUs to sbatch (sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm.sh ...); the images of
 # a step are shared out between whatever there is. Partition and account as your cluster wants them.
 #SBATCH --job-name=pem

@@ -5,9 +5,9 @@ import pickle
 import torch
 
 from pem_lightning.checkpoints import CHECKPOINT_KEY
-from pem_lightning.networks.backbones import build_backbone
+from pem_lightning.models.backbones import build_backbone
 
-CLASSES = ({"name": "a", "color": [1, 2, 3], "is_thing": True, "official_id": 7},)
+CLASSES = ({"name": "a", "color": [1, 2, 3], "is_thing": True, "category_id": 7},)
 
 
 def random_backbone(name, seed=0):

@@ -2,7 +2,7 @@
 
 import sys
 
-from pem_lightning import run
+from pem_lightning.cli import main as run
 
 DRAWN = (
     "dataset.root=drawn",

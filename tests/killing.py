@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from lightning import Callback
 
-from pem_lightning.callbacks import last_checkpoint
-from pem_lightning.checkpoints import atomic_io
+from pem_lightning.training import resume as atomic_io
+from pem_lightning.training import resume as last_checkpoint
 from tests.jobs import call
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pem_lightning.panoptic_png import id_to_rgb
+from pem_lightning.files import id_to_rgb
 
 CATEGORIES = [
     {"id": 200, "name": "rug", "isthing": 0},

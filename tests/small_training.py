@@ -6,10 +6,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pem_lightning.data.cityscapes import CITYSCAPES
-from pem_lightning.inference.task import TaskInference
+from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.losses import SetCriterion
-from pem_lightning.module import PEMModule
-from pem_lightning.optim import cosine_schedule, parameter_groups
+from pem_lightning.training.module import PEMModule
+from pem_lightning.training.optim import cosine_schedule, parameter_groups
 from pem_lightning.types import Batch, Predictions, Target
 
 CLIP = 0.01

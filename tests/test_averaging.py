@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pem_lightning.averaging import AveragedNetwork
+from pem_lightning.training.averaging import AveragedNetwork
 
 
 def network(weight, mean, count):

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pem_lightning.batch_split import BatchSplit, micro_batches_of, split_batch
-from pem_lightning.errors import UserError
-from pem_lightning.types import Batch, Target
+from pem_lightning.training.batch_split import BatchSplit, micro_batches_of, split_batch
+from pem_lightning.types import Batch, Target, UserError
 
 
 @pytest.mark.parametrize(
@@ -32,8 +31,8 @@ def test_the_fewest_equal_parts(images, devices, limit, expected):
         (32, 3, None, ["global_batch_size=30 or 33", "2 or 4 devices"]),
         (1, 1, None, ["global_batch_size=2"]),
         (8, 8, None, ["global_batch_size=16", "4 devices"]),
-        (14, 2, 4, ["global_batch_size=12 or 16", "max_per_device=7"]),
-        (14, 2, 3, ["global_batch_size=12 or 16", "max_per_device=7"]),
+        (14, 2, 4, ["global_batch_size=12 or 16", "micro_batch_size=7"]),
+        (14, 2, 3, ["global_batch_size=12 or 16", "micro_batch_size=7"]),
         (4, 1, 1, ["at least 2"]),
     ],
 )
@@ -54,7 +53,7 @@ def test_a_split_is_equal_and_fits_and_what_is_named_instead_is_possible(images,
             assert size is None or split_batch(int(size), devices, limit)
         if match := re.search(r"(\d+)(?: or (\d+))? device", cures):
             assert all(split_batch(images, int(count), limit) for count in match.groups() if count)
-        if match := re.search(r"max_per_device=(\d+)", cures):
+        if match := re.search(r"micro_batch_size=(\d+)", cures):
             assert split_batch(images, devices, int(match[1]))
         return
     assert share * devices == images

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pem_lightning.errors import UserError
 from pem_lightning.inference.optimize import check_compile
+from pem_lightning.types import UserError
 from tests.small_training import train
 
 SMALL = """

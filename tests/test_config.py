@@ -11,7 +11,6 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from pem_lightning.build import build_datamodule, build_module, build_trainer, wants_channels_last
 from pem_lightning.callbacks import (
     ConfusionMatrix,
     Curves,
@@ -22,10 +21,11 @@ from pem_lightning.callbacks import (
     Throughput,
     WorstImages,
 )
-from pem_lightning.config import CONF, check_composes, key_of, take_over_choices, user_error_behind
+from pem_lightning.cli.build import build_datamodule, build_module, build_trainer, wants_channels_last
+from pem_lightning.cli.errors import CONF, check_composes, key_of, take_over_choices, user_error_behind
 from pem_lightning.data import CITYSCAPES
-from pem_lightning.errors import UserError
-from pem_lightning.networks.pem import PEM
+from pem_lightning.models.pem import PEM
+from pem_lightning.types import UserError
 from tests.checkpoint_files import write_checkpoint
 
 
@@ -62,7 +62,7 @@ def test_top_level_files_are_defaults_lists_and_nothing_else():
 
 
 @pytest.mark.parametrize(("dataset", "task"), PAIRS)
-@pytest.mark.parametrize("backbone", [b for b in choices("backbone") if b != "timm"])  # see tests/networks/test_timm.py
+@pytest.mark.parametrize("backbone", [b for b in choices("backbone") if b != "timm"])  # see tests/models/test_timm.py
 def test_every_network_instantiates(dataset, task, backbone):
     cfg = compose("train", f"dataset={dataset}", f"task={task}", f"backbone={backbone}")
     with torch.device("meta"):
@@ -205,7 +205,7 @@ def test_key_of(override, key):
 @pytest.mark.parametrize(
     ("setting", "instead"),
     [
-        ("+trainer.accumulate_grad_batches=2", r"recipe\.max_per_device"),
+        ("+trainer.accumulate_grad_batches=2", r"recipe\.micro_batch_size"),
         ("+trainer.gradient_clip_val=1", r"recipe\.gradient_clip"),
     ],
 )

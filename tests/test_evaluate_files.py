@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pem_lightning.errors import UserError
-from pem_lightning.evaluate_files import evaluate_panoptic_files
+from pem_lightning.metrics.panoptic_files import evaluate_panoptic_files
+from pem_lightning.types import UserError
 from tests.panoptic_files import CATEGORIES, segment, write_panoptic
 
 
@@ -19,7 +19,7 @@ def evaluate(tmp_path, truth, prediction, categories=CATEGORIES, **more):
 
 
 def counts(result, category=1):
-    k = result.info.official_ids.index(category)
+    k = result.info.category_ids.index(category)
     quality = result.quality
     return tuple(int(c[k]) for c in (quality.true_positives, quality.false_positives, quality.false_negatives))
 

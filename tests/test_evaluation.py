@@ -3,9 +3,8 @@ import math
 import pytest
 import torch
 
-from pem_lightning.evaluation import Evaluator, from_plain, to_plain
-from pem_lightning.inference.postprocess import Instance
-from pem_lightning.inference.task import Result
+from pem_lightning.inference.postprocess import Instance, Result
+from pem_lightning.metrics.evaluator import Evaluator, from_plain, to_plain
 from pem_lightning.types import ClassInfo, DatasetInfo, Sample, Segment
 
 INFO = DatasetInfo("toy", (ClassInfo("person", (220, 20, 60), True, 24), ClassInfo("sky", (70, 130, 180), False, 23)))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pem_lightning.errors import UserError
 from pem_lightning.files import check_writable, remove_leftovers, replace_file, write_file, write_or_warn
+from pem_lightning.types import UserError
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_old_one_and_nothing_else(tmp_path):

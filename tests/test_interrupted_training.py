@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from pem_lightning.callbacks.curves import log_files, read_metrics
+from pem_lightning.callbacks.visualization import log_files, read_metrics
 from pem_lightning.checkpoints import read_checkpoint
 from tests.jobs import TINY, call
 from tests.killing import differences, in_child, kill, state, survive

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from pem_lightning.interrupts import Interrupted, StopSignals, requeue
+from pem_lightning.training.signals import Interrupted, StopSignals, requeue
 
 
 def test_signals_are_noted_and_handlers_put_back(capfd):

@@ -1,6 +1,6 @@
 import pytest
 
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 from tests.small_training import train
 
 

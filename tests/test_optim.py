@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pem_lightning import build_pem
 from pem_lightning.checkpoints import rename_official_key
-from pem_lightning.optim import cosine_schedule, parameter_groups
+from pem_lightning.training.optim import cosine_schedule, parameter_groups
 
 
 def values_by_name(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from pem_lightning.panoptic_png import MAX_ID, id_to_rgb, rgb_to_id
+from pem_lightning.files import MAX_ID, id_to_rgb, rgb_to_id
 
 
 @given(hnp.arrays(np.int32, st.tuples(st.integers(0, 4), st.integers(0, 4)), elements=st.integers(0, MAX_ID)))

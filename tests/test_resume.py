@@ -6,10 +6,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from pem_lightning.callbacks.curves import log_files, read_metrics
+from pem_lightning.callbacks.visualization import log_files, read_metrics
 from pem_lightning.checkpoints import CHECKPOINT_KEY
-from pem_lightning.errors import UserError
-from pem_lightning.resume import stay_in_resumed_run, tidy_up
+from pem_lightning.cli.overrides import stay_in_resumed_run, tidy_up
+from pem_lightning.types import UserError
 from tests.checkpoint_files import CLASSES
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from pem_lightning.rle import encode_mask
+from pem_lightning.files import encode_mask
 
 
 def test_is_cocos_own_encoding():

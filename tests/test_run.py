@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pem_lightning.callbacks.curves import read_metrics
+from pem_lightning.callbacks.visualization import read_metrics
 from pem_lightning.checkpoints import read_checkpoint
-from pem_lightning.panoptic_png import rgb_to_id
+from pem_lightning.files import rgb_to_id
 from tests.jobs import TINY, call
 
 ROOT = Path(__file__).parents[1]

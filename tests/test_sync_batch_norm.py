@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from pem_lightning.build import build_trainer
-from pem_lightning.networks.layers import FrozenBatchNorm2d
-from pem_lightning.sync_batch_norm import PlainSyncBatchNorm, SyncBatchNormCPU
+from pem_lightning.cli.build import build_trainer
+from pem_lightning.models.layers import FrozenBatchNorm2d
+from pem_lightning.training.distributed import PlainSyncBatchNorm, SyncBatchNormCPU
 from tests.test_config import compose
 
 
@@ -54,7 +54,7 @@ TWO = """
 import sys
 import torch
 import torch.distributed as dist
-from pem_lightning.sync_batch_norm import SyncBatchNormCPU
+from pem_lightning.training.distributed import SyncBatchNormCPU
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

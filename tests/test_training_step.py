@@ -8,8 +8,8 @@ import torch
 
 from pem_lightning import build_pem, checkpoints
 from pem_lightning.losses import SetCriterion
-from pem_lightning.optim import parameter_groups
 from pem_lightning.preprocess import pad_batch
+from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import Target
 
 

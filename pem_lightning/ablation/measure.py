@@ -19,11 +19,11 @@ from pem_lightning.benchmark.settings import Settings, describe_environment, loa
 from pem_lightning.benchmark.timing import Spread, Task, measure_interleaved
 from pem_lightning.benchmark.weights import CITYSCAPES_CLASSES, Weights, imitate_training
 from pem_lightning.checkpoints import read_checkpoint
-from pem_lightning.config import user_error_behind
-from pem_lightning.errors import UserError
+from pem_lightning.cli.errors import user_error_behind
 from pem_lightning.files import write_file
-from pem_lightning.networks.complexity import count_gmacs, count_parameters
-from pem_lightning.networks.pem import PEM, build_pem
+from pem_lightning.models.flops import count_gmacs, count_parameters
+from pem_lightning.models.pem import PEM, build_pem
+from pem_lightning.types import UserError
 
 Say = Callable[[str], None]
 
@@ -164,7 +164,7 @@ def _build(variant: Variant, num_classes: int, settings: Settings) -> tuple[Meas
 def _network(arguments: Mapping[str, Any], num_classes: int, auxiliary: str) -> PEM:
     backbone = arguments["backbone"]
     if isinstance(backbone, Mapping):
-        if not str(backbone.get("_target_")).startswith("pem_lightning.networks.backbones."):
+        if not str(backbone.get("_target_")).startswith("pem_lightning.models.backbones."):
             raise UserError("its backbone is of its own kind: only those of networks.backbones are measured")
         backbone = instantiate(backbone, _recursive_=False)
     return build_pem(**{**arguments, "auxiliary": auxiliary, "backbone": backbone}, num_classes=num_classes)

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pem_lightning.callbacks.curves import Series, log_files, read_metrics
-from pem_lightning.errors import UserError
+from pem_lightning.callbacks.visualization import Series, log_files, read_metrics
+from pem_lightning.types import UserError
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from pem_lightning.ablation.runs import Run, parts_of
-from pem_lightning.config import CONF
+from pem_lightning.cli.errors import CONF
 
 
 class Term(NamedTuple):
@@ -66,7 +66,14 @@ _NETWORK_DEFAULTS = {
 
 _SCALE = ("global_batch_size", "max_steps", "train_transform", "eval_transform")
 """Of the recipe: runs that differ in it are not compared."""
-_BOOKKEEPING = ("val_interval", "checkpoint_interval", "max_per_device", "compile", "channels_last", "optimizer.fused")
+_BOOKKEEPING = (
+    "val_interval",
+    "checkpoint_interval",
+    "micro_batch_size",
+    "compile",
+    "channels_last",
+    "optimizer.fused",
+)
 _SAID_BY_THE_NETWORK = ("num_queries", "resnet_norm")
 _PLACES = ("root", "num_workers", "cache", "on_error")
 """Of the data set: where it is and how it is read."""

@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pem_lightning import straightforward
 from pem_lightning.benchmark.timing import Clock
 from pem_lightning.benchmark.weights import Weights
 from pem_lightning.inference.optimize import OptimizedNetwork
-from pem_lightning.inference.task import Result, Sizes, TaskInference, size_of
-from pem_lightning.networks.complexity import count_gmacs
-from pem_lightning.networks.pem import PEM
-from pem_lightning.networks.recording import record_selections
+from pem_lightning.inference.postprocess import Result, Sizes, TaskInference, size_of
+from pem_lightning.inference.prototypes import record_selections
+from pem_lightning.models.flops import count_gmacs
+from pem_lightning.models.pem import PEM
 from pem_lightning.types import Predictions
+from scripts.benchmark import reference as straightforward
 
 TASKS = ("semantic", "panoptic")
 POSTPROCESSING = "post-processing"

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from pem_lightning.benchmark.contestants import PEMContestant
-from pem_lightning.inference.task import Result, size_of
+from pem_lightning.inference.postprocess import Result, size_of
 from pem_lightning.types import Predictions
 
 

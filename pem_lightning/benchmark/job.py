@@ -22,8 +22,8 @@ from pem_lightning.benchmark.memory import measure_child
 from pem_lightning.benchmark.roofline import Ceilings, bound, estimate_bytes, measure_ceilings
 from pem_lightning.benchmark.settings import Settings, describe_environment, load_images
 from pem_lightning.benchmark.timing import Spread, Task, Timing, measure_interleaved, paired_ratio
-from pem_lightning.errors import UserError
-from pem_lightning.inference.task import size_of
+from pem_lightning.inference.postprocess import size_of
+from pem_lightning.types import UserError
 
 Say = Callable[[str], None]
 ChildCommand = Callable[[str, float], Sequence[str]]

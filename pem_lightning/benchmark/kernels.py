@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pem_lightning.benchmark.operators import OPERATORS, REFERENCE, Problem
 from pem_lightning.benchmark.timing import Clock, Spread, Timing, measure_interleaved
-from pem_lightning.networks.kernels import Kernel
+from pem_lightning.models.deformable_conv import Kernel
 
 
 def benchmark_kernels(

@@ -26,7 +26,7 @@ from pem_lightning.benchmark.memory import Memory, measure_own
 from pem_lightning.benchmark.peers import build_peer, import_transformers
 from pem_lightning.benchmark.settings import Settings, load_images
 from pem_lightning.benchmark.weights import Weights, checkpoint_weights, random_weights
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 
 class Entrant(NamedTuple):

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pem_lightning.errors import UserError
-from pem_lightning.networks import deformable_attention, deformable_conv
-from pem_lightning.networks.kernels import Kernel
-from pem_lightning.networks.pem import padded_size
-from pem_lightning.straightforward.deformable_attention import ms_deform_attn
-from pem_lightning.straightforward.network import deform_conv
+from pem_lightning.models import deformable_conv, mask2former_pixel_decoder
+from pem_lightning.models.deformable_conv import Kernel
+from pem_lightning.models.pem import padded_size
+from pem_lightning.types import UserError
+from scripts.benchmark.reference.deformable_attention import ms_deform_attn
+from scripts.benchmark.reference.network import deform_conv
 
 STRIDES = (32, 16, 8)
 REFERENCE = "grid_sample"
@@ -111,7 +111,7 @@ def attention_problems(size: tuple[int, int], batch: int, device: str | torch.de
     """All levels at once, as a layer of the encoder sees them: points some pixels around every position."""
     sizes = pyramid(size)
     draw = torch.Generator().manual_seed(0)
-    references = deformable_attention.pixel_centres(sizes)
+    references = mask2former_pixel_decoder.pixel_centres(sizes)
     extents = torch.tensor([(width, height) for height, width in sizes])
     count = len(references)
     heads = (batch, count, HEADS, len(sizes), POINTS)
@@ -145,7 +145,7 @@ OPERATORS = {
         "Multi-scale deformable attention",
         f"{HEADS} heads of {HEAD_CHANNELS} channels, {POINTS} points in each level",
         ms_deform_attn,
-        deformable_attention.get_kernel,
+        mask2former_pixel_decoder.get_kernel,
         ("mmcv",),
         attention_problems,
     ),

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pem_lightning.benchmark.contestants import Contestant, straightforward_name
 from pem_lightning.benchmark.weights import CITYSCAPES_CLASSES, CITYSCAPES_THINGS, RANDOM_OVERLAP_THRESHOLD
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 INSTALL = "python -m pip install -r requirements-bench.txt"
 

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pem_lightning.benchmark.peers import PEERS
-from pem_lightning.errors import UserError
 from pem_lightning.inference.optimize import CompileMode, Precision
-from pem_lightning.networks.backbones import BACKBONES
+from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.preprocess import normalize
+from pem_lightning.types import UserError
 
 KINDS = ("straightforward", "library", "fast")
 
@@ -157,7 +157,7 @@ def load_images(settings: Settings) -> Float[Tensor, "B 3 H W"]:
         return images.to(settings.torch_device)
     from PIL import Image
 
-    from pem_lightning.inference.images import read_image
+    from pem_lightning.inference.sources import read_image
 
     photo = Image.fromarray(read_image(settings.image)).resize((width, height), Image.Resampling.BILINEAR)
     pixels = torch.frombuffer(bytearray(photo.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)

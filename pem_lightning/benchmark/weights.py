@@ -11,9 +11,9 @@ from hydra.utils import instantiate
 from torch import nn
 
 from pem_lightning.checkpoints import load_network, read_checkpoint
-from pem_lightning.errors import UserError
-from pem_lightning.networks.deformable_conv import DeformableConv
-from pem_lightning.networks.pem import PEM, build_pem
+from pem_lightning.models.deformable_conv import DeformableConv
+from pem_lightning.models.pem import PEM, build_pem
+from pem_lightning.types import UserError
 
 CITYSCAPES_CLASSES = 19
 CITYSCAPES_THINGS = frozenset(range(11, 19))

@@ -1,16 +1,11 @@
 """What is shown and kept of training and evaluation: progress, curves, pictures, results, predictions."""
 
-from pem_lightning.callbacks.average_weights import AverageWeights
-from pem_lightning.callbacks.confusion import ConfusionMatrix
-from pem_lightning.callbacks.curves import Curves
-from pem_lightning.callbacks.exact_resume import ExactResume
-from pem_lightning.callbacks.last_checkpoint import LastCheckpoint
-from pem_lightning.callbacks.measures import LearningRates, Throughput
-from pem_lightning.callbacks.non_finite import NonFiniteLoss
-from pem_lightning.callbacks.panels import PredictionPanels, WorstImages
-from pem_lightning.callbacks.progress import progress_bar
-from pem_lightning.callbacks.results import Results
-from pem_lightning.callbacks.save_predictions import SavePredictions
+from pem_lightning.callbacks.guards import NonFiniteLoss
+from pem_lightning.callbacks.progress import LearningRates, Throughput, progress_bar
+from pem_lightning.callbacks.results import Results, SavePredictions
+from pem_lightning.callbacks.visualization import ConfusionMatrix, Curves, PredictionPanels, WorstImages
+from pem_lightning.callbacks.weight_averaging import AverageWeights
+from pem_lightning.training.resume import ExactResume, LastCheckpoint
 
 __all__ = [
     "AverageWeights",

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
-from lightning import LightningModule, Trainer
+import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
+from torch import nn
 
-from pem_lightning.callbacks.measures import is_logging_step
-from pem_lightning.callbacks.stopwatch import Stopwatch
+from pem_lightning.training.module import PEMModule
 
 NOTABLE_WAIT = 5.0
 """Percent of the time that training may wait for data before the console mentions it."""
@@ -254,3 +257,209 @@ def progress_bar(monitor: str) -> ProgressBar:
         monitor: the metric to show, by its logged name.
     """
     return LiveProgress(monitor) if sys.stdout.isatty() else ProgressLines(monitor)
+
+
+def is_logging_step(trainer: Trainer, *, coming: bool = False) -> bool:
+    """Whether the step that has just been done, or the coming one, is one that Lightning logs."""
+    return (trainer.global_step + coming) % cast(Any, trainer).log_every_n_steps == 0
+
+
+class LearningRates(Callback):
+    """Logs `lr/<group>` when Lightning logs the losses, and in the same row.
+
+    Groups that differ in weight decay alone have one name: `backbone`, `decoders` (all of the network that is no
+    backbone), or `network` where a group has both. Equal names with different rates are numbered.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log the rates that the step is made with."""
+        if trainer.loggers and is_logging_step(trainer, coming=True):
+            backbone = cast(nn.Module, cast(PEMModule, pl_module).network.backbone)
+            groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+            pl_module.log_dict(learning_rates(groups, set(map(id, backbone.parameters()))), batch_size=1)
+
+
+def learning_rates(groups: Iterable[Mapping[str, Any]], backbone: set[int]) -> dict[str, float]:
+    """Learning rates by readable names, `lr/backbone` and the like.
+
+    Args:
+        groups: of an optimiser.
+        backbone: the `id` of every parameter in the backbone.
+    """
+    rates: dict[str, float] = {}
+    for group in groups:
+        inside = [id(parameter) in backbone for parameter in cast(list[nn.Parameter], group["params"])]
+        name = base = "lr/" + ("backbone" if all(inside) else "network" if any(inside) else "decoders")
+        number = 2
+        while rates.get(name, group["lr"]) != group["lr"]:
+            name, number = f"{base}_{number}", number + 1
+        rates[name] = group["lr"]
+    return rates
+
+
+class LoaderWait(Profiler):
+    """Adds up how long the training loop waits for the loader's next batch; Lightning calls it around that.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._start: float | None = None
+
+    def start(self, action_name: str) -> None:
+        """Start the clock if it is the loader's turn."""
+        if action_name.endswith("train_dataloader_next"):
+            self._start = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        """Stop the clock."""
+        if self._start is not None and action_name.endswith("train_dataloader_next"):
+            self.seconds += time.perf_counter() - self._start
+            self._start = None
+
+
+class Throughput(Callback):
+    """Logs how fast training is, over the steps since it was logged before; validation does not count.
+
+    | name | what |
+    |---|---|
+    | `train/images_per_second` | of all processes |
+    | `train/data_wait_percent` | of the time, in which the loop of this process waits for the loader |
+    | `train/gpu_memory_gib` | the most that tensors have taken so far on this process's GPU |
+
+    Nothing of it waits for a GPU. A loop that waits for its loader need not leave a GPU idle, which may have work
+    left: the percentage is the most that faster loading could save. It is left out where `trainer.profiler` is
+    already something else.
+
+    Attributes:
+        watch: of the training under way, or the last one.
+    """
+
+    def __init__(self) -> None:
+        self.watch = Stopwatch()
+        self._wait = LoaderWait()
+        self._measures_wait = False
+        self._waited = 0.0
+        self._logged = (0.0, 0, 0.0)
+
+    @property
+    def data_wait_percent(self) -> float | None:
+        """Of the whole training so far; None if it is not measured."""
+        return 100 * self._wait.seconds / max(self.watch.training, 1e-9) if self._measures_wait else None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let Lightning tell when it waits."""
+        owner = cast(Any, trainer)
+        if stage == "fit" and isinstance(owner.profiler, PassThroughProfiler):
+            owner.profiler = self._wait
+            self._measures_wait = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.watch = Stopwatch()
+        self._wait.seconds = 0.0
+        self._logged = (0.0, 0, 0.0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, and log when Lightning does."""
+        self.watch.step(len(batch.images) * trainer.world_size)
+        if not (trainer.loggers and is_logging_step(trainer)):
+            return
+        now = (self.watch.training, self.watch.images, self._wait.seconds)
+        seconds, images, waited = (new - old for new, old in zip(now, self._logged, strict=True))
+        self._logged = now
+        values = {"train/images_per_second": images / max(seconds, 1e-9)}
+        if self._measures_wait:
+            values["train/data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
+        if (device := trainer.strategy.root_device).type == "cuda":
+            values["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        pl_module.log_dict(values, batch_size=1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self.watch.pause()
+        self._waited = self._wait.seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Go on after a validation and all that the others did at its end: pictures, tables, checkpoints."""
+        if self.watch.paused:
+            self.watch.resume()
+            self._wait.seconds = self._waited
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the last validation."""
+        self.watch.resume()
+
+
+class Stopwatch:
+    """Counts steps and images, and how long they took; `time.monotonic` is all it looks at.
+
+    Attributes:
+        steps: training steps since the start.
+        images: images of these steps, over all processes.
+        validations: that were finished.
+        validating: seconds of all of them.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.images = self.validations = 0
+        self.validating = 0.0
+        self._start = time.monotonic()
+        self._paused: float | None = None
+        self._recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=101)  # training seconds and images by step
+
+    @property
+    def training(self) -> float:
+        """Seconds since the start without validation."""
+        return (self._paused or time.monotonic()) - self._start - self.validating
+
+    @property
+    def paused(self) -> bool:
+        """Whether a validation is under way."""
+        return self._paused is not None
+
+    def step(self, images: int) -> None:
+        """A training step over so many images is done."""
+        self.steps += 1
+        self.images += images
+        self._recent.append((self.training, self.images))
+
+    def pause(self) -> None:
+        """Validation begins."""
+        self._paused = time.monotonic()
+
+    def resume(self) -> None:
+        """Validation is over, if there was one."""
+        if self._paused is not None:
+            self.validating += time.monotonic() - self._paused
+            self.validations += 1
+            self._paused = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Of the last hundred steps; None before the first."""
+        return self._recent_seconds() / (len(self._recent) - 1) if self.steps else None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of the last hundred steps; None before the first."""
+        if not self.steps:
+            return None
+        return (self._recent[-1][1] - self._recent[0][1]) / max(self._recent_seconds(), 1e-9)
+
+    def to_go(self, steps: int, validations: int) -> float | None:
+        """Seconds for so many steps and validations; None before the first step.
+
+        A validation counts as long as those before it took, and nothing as long as there was none.
+        """
+        if (pace := self.seconds_per_step) is None:
+            return None
+        return pace * steps + validations * self.validating / max(self.validations, 1)
+
+    def _recent_seconds(self) -> float:
+        return self._recent[-1][0] - self._recent[0][0]

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from pem_lightning.data.targets import class_map
+from pem_lightning.inference.postprocess import Result
 from pem_lightning.inference.results import stack_instances
-from pem_lightning.inference.task import Result
 from pem_lightning.inference.visualize import overlay_panoptic, side_by_side
 from pem_lightning.types import VOID_ID, DatasetInfo, Sample, Segment
 

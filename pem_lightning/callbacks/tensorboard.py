@@ -13,9 +13,7 @@ import yaml
 from jaxtyping import UInt8
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from pem_lightning.callbacks.hparams import session, settings_of, title_of
-from pem_lightning.callbacks.loggers import Panel, RunStart, Tracker
-from pem_lightning.callbacks.safe_loggers import Guarded
+from pem_lightning.callbacks.loggers import Guarded, Panel, RunStart, Tracker, session, settings_of, title_of
 from pem_lightning.inference.visualize import draw_caption
 from pem_lightning.types import DatasetInfo
 

@@ -16,10 +16,9 @@ import numpy as np
 from jaxtyping import UInt8
 from lightning.pytorch.loggers import WandbLogger
 
-from pem_lightning.callbacks.loggers import Panel, RunStart, Tracker, flat, readable
-from pem_lightning.callbacks.safe_loggers import Guarded
+from pem_lightning.callbacks.loggers import Guarded, Panel, RunStart, Tracker, flat, readable
 from pem_lightning.callbacks.shown import Segmentation, photograph
-from pem_lightning.inference.regions import find_regions, index_map
+from pem_lightning.inference.visualize import find_regions, index_map
 from pem_lightning.types import DatasetInfo
 
 log = logging.getLogger(__name__)

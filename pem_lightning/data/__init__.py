@@ -3,18 +3,18 @@
 from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, ADE20KDataModule, ADE20KDataset
 from pem_lightning.data.cache import CachedDataset
 from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataModule, CityscapesDataset
-from pem_lightning.data.coco_panoptic import CocoPanopticDataModule, CocoPanopticDataset
+from pem_lightning.data.coco import CocoPanopticDataModule, CocoPanopticDataset
 from pem_lightning.data.datamodule import SegmentationDataModule
 from pem_lightning.data.semantic_folder import SemanticFolderDataModule, SemanticFolderDataset
 from pem_lightning.data.synthetic import SyntheticDataModule, generate_synthetic
-from pem_lightning.data.targets import VOID_CLASS, build_target, class_map
+from pem_lightning.data.targets import IGNORE_INDEX, build_target, class_map
 from pem_lightning.data.transforms import EvalTransform, SSDColorJitter, TrainTransform
 
 __all__ = [
     "ADE20K",
     "ADE20K_PANOPTIC",
     "CITYSCAPES",
-    "VOID_CLASS",
+    "IGNORE_INDEX",
     "ADE20KDataModule",
     "ADE20KDataset",
     "CachedDataset",

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pem_lightning.data.coco_panoptic import CocoPanopticDataset
+from pem_lightning.data.coco import CocoPanopticDataset
 from pem_lightning.data.datamodule import SegmentationDataModule
 from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDataset, make_sample, pair_files, read_pair
-from pem_lightning.data.defaults import resized_to_crops, square_crops
 from pem_lightning.data.targets import Task
-from pem_lightning.errors import UserError
-from pem_lightning.types import ClassInfo, DatasetInfo, Sample, Segment
+from pem_lightning.data.transforms import resized_to_crops, square_crops
+from pem_lightning.types import ClassInfo, DatasetInfo, Sample, Segment, UserError
 
 VOID_VALUE = 0
 """Value of unlabelled pixels in the annotation; class k of ours is value k + 1."""
@@ -45,7 +44,7 @@ def _read_classes() -> tuple[ClassInfo, ...]:
 ADE20K = DatasetInfo("ade20k", _read_classes())
 """Official ids are the annotation's values, 1 to 150."""
 
-ADE20K_PANOPTIC = DatasetInfo("ade20k", tuple(replace(c, official_id=c.official_id - 1) for c in ADE20K.classes))
+ADE20K_PANOPTIC = DatasetInfo("ade20k", tuple(replace(c, category_id=c.category_id - 1) for c in ADE20K.classes))
 """The same classes; official ids are the categories of the panoptic JSON, 0 to 149."""
 
 

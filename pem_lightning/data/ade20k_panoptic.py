@@ -21,12 +21,9 @@ from PIL import Image, PngImagePlugin
 from rich.progress import track
 
 from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, DOWNLOAD, FOLDERS, PANOPTIC, find_files
-from pem_lightning.data.dataset import pair_files, read_pair
-from pem_lightning.data.reading import read_map
-from pem_lightning.errors import UserError
-from pem_lightning.files import write_file
-from pem_lightning.panoptic_png import id_to_rgb
-from pem_lightning.types import VOID_ID
+from pem_lightning.data.dataset import pair_files, read_map, read_pair
+from pem_lightning.files import id_to_rgb, write_file
+from pem_lightning.types import VOID_ID, UserError
 
 FORMAT_VERSION = 1
 """Raised whenever the files' content changes, so that old ones are made anew."""
@@ -239,7 +236,7 @@ def _panoptic_json(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
         images.append({"id": number, "file_name": entry["photo"], **size})
         annotations.append({"image_id": number, "file_name": entry["map"], "segments_info": entry["segments_info"]})
     categories = [
-        {"id": c.official_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
+        {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
         for c in ADE20K_PANOPTIC.classes
     ]
     return {"images": images, "annotations": annotations, "categories": categories}

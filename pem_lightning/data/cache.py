@@ -25,9 +25,8 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from pem_lightning.data.dataset import SegmentationDataset
-from pem_lightning.errors import UserError
 from pem_lightning.files import write_file
-from pem_lightning.types import Sample, Segment
+from pem_lightning.types import Sample, Segment, UserError
 
 log = logging.getLogger(__name__)
 

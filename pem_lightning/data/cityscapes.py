@@ -18,12 +18,11 @@ from pem_lightning.data.dataset import (
     make_sample,
     pair_files,
     read_pair,
+    read_rgb,
 )
-from pem_lightning.data.reading import read_rgb
 from pem_lightning.data.targets import Task
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
-from pem_lightning.errors import UserError
-from pem_lightning.types import VOID_ID, ClassInfo, DatasetInfo, Sample, Segment
+from pem_lightning.types import VOID_ID, ClassInfo, DatasetInfo, Sample, Segment, UserError
 
 # In the order of the official train ids; names, colours and ids as in cityscapesScripts' labels.py.
 CITYSCAPES = DatasetInfo(
@@ -51,7 +50,7 @@ CITYSCAPES = DatasetInfo(
     ),
 )
 
-_CLASS_OF_LABEL = {label: index for index, label in enumerate(CITYSCAPES.official_ids)}
+_CLASS_OF_LABEL = {label: index for index, label in enumerate(CITYSCAPES.category_ids)}
 _NUM_LABELS = 34
 _FIRST_COUNTED_LABEL = 24
 """From person on, single things are numbered, also those that are not evaluated (caravan, trailer)."""

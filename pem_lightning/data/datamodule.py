@@ -15,8 +15,7 @@ from pem_lightning.data.cache import CachedDataset
 from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDataset
 from pem_lightning.data.sampler import EndlessSampler, EvalSampler, SeededDataset, TrainSampler
 from pem_lightning.data.targets import Task, build_target, check_task
-from pem_lightning.errors import UserError
-from pem_lightning.types import Batch, DatasetInfo, Sample
+from pem_lightning.types import Batch, DatasetInfo, Sample, UserError
 
 
 def collate_train(samples: Sequence[Sample], task: Task, keep_empty: bool = True) -> Batch:

@@ -9,13 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from pem_lightning.data.classes import checked_info, class_info
 from pem_lightning.data.datamodule import SegmentationDataModule
-from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDataset, make_sample, pair_files, read_pair
-from pem_lightning.data.defaults import resized_to_crops, square_crops
-from pem_lightning.data.targets import VOID_CLASS, Task
-from pem_lightning.errors import UserError
-from pem_lightning.types import VOID_ID, DatasetInfo, Sample, Segment
+from pem_lightning.data.dataset import (
+    OnError,
+    SampleTransform,
+    SegmentationDataset,
+    checked_info,
+    class_info,
+    make_sample,
+    pair_files,
+    read_pair,
+)
+from pem_lightning.data.targets import IGNORE_INDEX, Task
+from pem_lightning.data.transforms import resized_to_crops, square_crops
+from pem_lightning.types import VOID_ID, DatasetInfo, Sample, Segment, UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _MAX_VALUE = 2**16 - 1
@@ -61,12 +68,12 @@ def read_classes(path: Path) -> ClassList:
     ):
         raise UserError(f"{path} is no list of classes: write it as docs/data.md shows")
     info = _classes(content["classes"], path)
-    void = content.get("void", [VOID_CLASS] if VOID_CLASS not in info.official_ids else [])
+    void = content.get("void", [IGNORE_INDEX] if IGNORE_INDEX not in info.category_ids else [])
     if not isinstance(void, list) or not all(isinstance(value, int) and 0 <= value <= _MAX_VALUE for value in void):
         raise UserError(f"{path}: void must be a list of numbers from 0 to {_MAX_VALUE} such as [255]")
-    if max(info.official_ids) > _MAX_VALUE:
-        raise UserError(f"{path} has the id {max(info.official_ids)}: values of a map are at most {_MAX_VALUE}")
-    if both := sorted(set(void) & set(info.official_ids)):
+    if max(info.category_ids) > _MAX_VALUE:
+        raise UserError(f"{path} has the id {max(info.category_ids)}: values of a map are at most {_MAX_VALUE}")
+    if both := sorted(set(void) & set(info.category_ids)):
         raise UserError(f"{path}: the value {both[0]} is both void and a class: remove it from one of the two")
     return ClassList(info, frozenset(void))
 
@@ -110,11 +117,11 @@ class SemanticFolderDataset(SegmentationDataset):
         pairs, problems = pair_files(images, labels, cure)
         super().__init__(info, list(pairs), [*same, *problems], transform=transform, on_error=on_error)
         self._files = list(pairs.values())
-        size = 1 + max((*info.official_ids, *void))
+        size = 1 + max((*info.category_ids, *void))
         # From a value in the file to a segment's id; -1 where there is none.
         self._table = np.full(size, -1, np.int32)
         self._table[list(void)] = VOID_ID
-        self._table[list(info.official_ids)] = np.arange(1, info.num_classes + 1)
+        self._table[list(info.category_ids)] = np.arange(1, info.num_classes + 1)
 
     def files(self, index: int) -> tuple[Path, ...]:
         """Image and map."""

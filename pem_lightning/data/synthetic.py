@@ -17,10 +17,10 @@ from rich.progress import track
 
 from pem_lightning.data.cityscapes import CityscapesDataModule
 from pem_lightning.data.dataset import SampleTransform
-from pem_lightning.data.street.scene import draw_street
+from pem_lightning.data.street_scene import draw_street
 from pem_lightning.data.targets import Task
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 GENERATOR_VERSION = 2
 """Raised whenever the pictures change, so that old folders are drawn anew."""

@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from pem_lightning.errors import UserError
-from pem_lightning.types import Sample, Segment, Target
+from pem_lightning.types import Sample, Segment, Target, UserError
 
 Task = Literal["panoptic", "semantic", "instance"]
 
-VOID_CLASS = 255
+IGNORE_INDEX = 255
 """Class of unlabelled pixels in every class map."""
 
 
@@ -66,15 +65,15 @@ def instance_target(sample: Sample, keep_empty: bool = True) -> Target:
 def semantic_target(sample: Sample) -> Target:
     """One mask per class in the image, crowds included; void belongs to no mask."""
     classes = class_map(sample)
-    counts = torch.bincount(classes.flatten(), minlength=VOID_CLASS + 1)
-    labels = counts[:VOID_CLASS].nonzero().flatten()
+    counts = torch.bincount(classes.flatten(), minlength=IGNORE_INDEX + 1)
+    labels = counts[:IGNORE_INDEX].nonzero().flatten()
     return Target(labels, classes == labels[:, None, None])
 
 
 def class_map(sample: Sample) -> Int64[Tensor, "map_height map_width"]:
-    """Class index of every pixel, `VOID_CLASS` where nothing is annotated."""
+    """Class index of every pixel, `IGNORE_INDEX` where nothing is annotated."""
     largest = max(int(sample.panoptic.max()), *(s.id for s in sample.segments), 0)
-    table = torch.full((largest + 1,), VOID_CLASS)
+    table = torch.full((largest + 1,), IGNORE_INDEX)
     for segment in sample.segments:
         table[segment.id] = segment.class_id
     return table.to(sample.panoptic.device)[sample.panoptic.long()]

@@ -14,16 +14,13 @@ from torch import Tensor, nn
 
 from pem_lightning.checkpoints import Checkpoint, load_network, read_checkpoint
 from pem_lightning.data.targets import check_task
-from pem_lightning.errors import UserError
-from pem_lightning.inference.images import ImageLike, read_image
 from pem_lightning.inference.optimize import OptimizedNetwork
-from pem_lightning.inference.postprocess import Size
-from pem_lightning.inference.results import SegmentedImage
-from pem_lightning.inference.selection import find_classes, only_classes
-from pem_lightning.inference.task import Result, TaskInference
+from pem_lightning.inference.postprocess import Result, Size, TaskInference
+from pem_lightning.inference.results import SegmentedImage, find_classes, only_classes
+from pem_lightning.inference.sources import ImageLike, read_image
 from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.preprocess import normalize
-from pem_lightning.types import VOID_ID, DatasetInfo, Sample
+from pem_lightning.types import VOID_ID, DatasetInfo, Sample, UserError
 
 Images = list[ImageLike] | tuple[ImageLike, ...]
 

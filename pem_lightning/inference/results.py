@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Int32, Integer, UInt8, UInt16
+from jaxtyping import Bool, Int32, Integer, UInt8, UInt16
 from torch import Tensor
 
-from pem_lightning.data.targets import VOID_CLASS
-from pem_lightning.errors import UserError
-from pem_lightning.files import write_file
-from pem_lightning.inference.found import FoundInstance, FoundSegment
-from pem_lightning.inference.postprocess import Instance
-from pem_lightning.inference.regions import Box, Region, find_regions, index_map, region_of
-from pem_lightning.inference.visualize import overlay_panoptic, overlay_semantic
-from pem_lightning.panoptic_png import id_to_rgb
-from pem_lightning.rle import encode_mask
-from pem_lightning.types import VOID_ID, DatasetInfo, Segment
+from pem_lightning.data.targets import IGNORE_INDEX
+from pem_lightning.files import encode_mask, id_to_rgb, write_file
+from pem_lightning.inference.postprocess import Instance, Result
+from pem_lightning.inference.visualize import (
+    Box,
+    Region,
+    find_regions,
+    index_map,
+    overlay_panoptic,
+    overlay_semantic,
+    region_of,
+)
+from pem_lightning.types import VOID_ID, DatasetInfo, Segment, UserError
 
 SHOWN_SCORE = 0.5
 """Instances with a lower score are not drawn."""
@@ -38,7 +42,7 @@ class SegmentedImage:
         info: what the classes are.
         panoptic: segment id of every pixel, `VOID_ID` where no segment is (panoptic task).
         segments: what the ids mean (panoptic task).
-        semantic: class index of every pixel, `VOID_CLASS` where there is none (semantic task).
+        semantic: class index of every pixel, `IGNORE_INDEX` where there is none (semantic task).
         instances: objects, which may overlap (instance task).
     """
 
@@ -71,22 +75,22 @@ class SegmentedImage:
         return f"SegmentedImage({self.name!r}, {width} x {height}: {found})"
 
     @cached_property
-    def segments(self) -> tuple[FoundSegment, ...]:
+    def segments(self) -> tuple[SegmentInfo, ...]:
         """What the ids of `panoptic` mean, with areas and boxes. Ids that no pixel has are left out."""
         if self.panoptic is None:
             return ()
         return tuple(
-            FoundSegment(s.id, s.class_id, self.info.classes[s.class_id].name, s.is_thing, s.score, *region)
+            SegmentInfo(s.id, s.class_id, self.info.classes[s.class_id].name, s.is_thing, s.score, *region)
             for s, region in _located(self.panoptic, self._segments)
         )
 
     @cached_property
-    def instances(self) -> tuple[FoundInstance, ...] | None:
+    def instances(self) -> tuple[InstanceInfo, ...] | None:
         """Objects with areas and boxes, by falling class probability; None for the other tasks."""
         if self._instances is None:
             return None
         return tuple(
-            FoundInstance(i.mask, i.class_id, self.info.classes[i.class_id].name, i.score, *region)
+            InstanceInfo(i.mask, i.class_id, self.info.classes[i.class_id].name, i.score, *region)
             for i in self._instances
             if (region := region_of(i.mask.numpy())) is not None
         )
@@ -171,7 +175,7 @@ def write_coco_panoptic(
         described = segments_info(result.panoptic, result._segments, info)
         annotations.append({"image_id": result.name, "file_name": file_name, "segments_info": described})
     categories = [
-        {"id": c.official_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
+        {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
     ]
     content = {"images": list(images.values()), "annotations": annotations, "categories": categories}
     return write_file(directory / "panoptic.json", _json(content))
@@ -184,7 +188,7 @@ def segments_info(
     return [
         {
             "id": segment.id,
-            "category_id": info.classes[segment.class_id].official_id,
+            "category_id": info.classes[segment.class_id].category_id,
             "area": region.area,
             "bbox": _coco_box(region.box),
             "iscrowd": int(segment.is_crowd),
@@ -194,12 +198,12 @@ def segments_info(
     ]
 
 
-def coco_instance(instance: Instance | FoundInstance, image_id: str | int, info: DatasetInfo) -> dict[str, Any]:
+def coco_instance(instance: Instance | InstanceInfo, image_id: str | int, info: DatasetInfo) -> dict[str, Any]:
     """One entry of COCO's instance results."""
     area, box = region_of(instance.mask.numpy()) or Region(0, (0, 0, 0, 0))
     return {
         "image_id": image_id,
-        "category_id": info.classes[instance.class_id].official_id,
+        "category_id": info.classes[instance.class_id].category_id,
         "segmentation": encode_mask(instance.mask),
         "bbox": _coco_box(box),
         "area": area,
@@ -226,11 +230,11 @@ def official_class_map(
 ) -> UInt8[np.ndarray, "height width"] | UInt16[np.ndarray, "height width"]:
     """The data set's official ids instead of class indices; 16 bits where 8 are too few.
 
-    `VOID_CLASS` becomes 0 if no class has that id, else 255 or 65535.
+    `IGNORE_INDEX` becomes 0 if no class has that id, else 255 or 65535.
     """
-    ids = info.official_ids
+    ids = info.category_ids
     nothing = next(value for value in (0, 255, 65535) if value not in ids)
-    table = np.full(VOID_CLASS + 1, nothing, np.uint8 if max(*ids, nothing) < 256 else np.uint16)
+    table = np.full(IGNORE_INDEX + 1, nothing, np.uint8 if max(*ids, nothing) < 256 else np.uint16)
     table[: len(ids)] = ids
     return table[classes.numpy()]
 
@@ -258,3 +262,72 @@ def encode_png(array: np.ndarray) -> bytes:
 
 def _json(content: Any) -> bytes:
     return json.dumps(content).encode()
+
+
+class SegmentInfo(NamedTuple):
+    """One segment of a panoptic result.
+
+    Attributes:
+        id: the value of its pixels in the id map.
+        class_id: contiguous class index.
+        name: of the class.
+        is_thing: whether the class is countable.
+        score: confidence in [0, 1].
+        area: pixels.
+        box: left, top, right and bottom in pixels; right and bottom are the first ones outside.
+    """
+
+    id: int
+    class_id: int
+    name: str
+    is_thing: bool
+    score: float | None
+    area: int
+    box: Box
+
+
+class InstanceInfo(NamedTuple):
+    """One object of an instance result; its mask may overlap those of others.
+
+    Attributes:
+        mask: its pixels, at the image's size.
+        class_id: contiguous class index.
+        name: of the class.
+        score: class probability times the mean mask probability inside the mask, in [0, 1].
+        area: pixels.
+        box: left, top, right and bottom in pixels; right and bottom are the first ones outside.
+    """
+
+    mask: Bool[Tensor, "height width"]
+    class_id: int
+    name: str
+    score: float
+    area: int
+    box: Box
+
+
+def find_classes(names: Iterable[str], info: DatasetInfo) -> frozenset[int]:
+    """Classes by name.
+
+    Raises:
+        UserError: a name is none of them.
+    """
+    wanted = [names] if isinstance(names, str) else list(names)
+    for name in wanted:
+        if name not in info.class_names:
+            close = difflib.get_close_matches(str(name), info.class_names, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UserError(f"there is no class {name}{hint}; choose from: {', '.join(info.class_names)}")
+    return frozenset(info.class_names.index(name) for name in wanted)
+
+
+def only_classes(result: Result, classes: Collection[int]) -> Result:
+    """A result without what belongs to other classes."""
+    segments = tuple(s for s in result.segments if s.class_id in classes)
+    panoptic, semantic = result.panoptic, result.semantic
+    if panoptic is not None:
+        kept = torch.tensor([s.id for s in segments], dtype=panoptic.dtype)
+        panoptic = panoptic.where(torch.isin(panoptic, kept), VOID_ID)
+    if semantic is not None:
+        semantic = semantic.where(torch.isin(semantic, torch.tensor(sorted(classes))), IGNORE_INDEX)
+    return Result(semantic, panoptic, segments, tuple(i for i in result.instances if i.class_id in classes))

@@ -12,13 +12,21 @@ from pathlib import Path
 
 from rich.progress import track
 
-from pem_lightning.errors import UserError
-from pem_lightning.inference.ahead import made_ahead
-from pem_lightning.inference.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_images
 from pem_lightning.inference.predictor import Photo, Predictor, read_photo
 from pem_lightning.inference.results import SegmentedImage, write_coco_panoptic
-from pem_lightning.inference.video import FrameRate, VideoReader, VideoWriter, is_stream, stop_on_interrupt
+from pem_lightning.inference.sources import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    FrameRate,
+    VideoReader,
+    VideoWriter,
+    find_images,
+    is_stream,
+    prefetch,
+    stop_on_interrupt,
+)
 from pem_lightning.inference.visualize import draw_caption
+from pem_lightning.types import UserError
 
 SAVE = ("all", "masks", "overlays")
 
@@ -179,7 +187,7 @@ def _segment_video(
                 yield result
 
         rate = FrameRate()
-        with made_ahead(photos()) as ahead, made_ahead(predictor.stream(ahead)) as results:
+        with prefetch(photos()) as ahead, prefetch(predictor.stream(ahead)) as results:
             if save == "overlays":
                 deque(drawn(results), maxlen=0)
             else:

@@ -17,10 +17,8 @@ from jaxtyping import Float, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pem_lightning.errors import UserError
-from pem_lightning.inference.postprocess import Size, semantic
-from pem_lightning.inference.task import Result, TaskInference, size_of
-from pem_lightning.types import Predictions
+from pem_lightning.inference.postprocess import Result, Size, TaskInference, semantic, size_of
+from pem_lightning.types import Predictions, UserError
 
 Network = Callable[[Tensor], Predictions]
 """Normalised images [B, 3, H, W] -> predictions; anything with PEM's interface."""

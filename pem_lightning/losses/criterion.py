@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pem_lightning.distributed import mean_over_processes
-from pem_lightning.errors import UserError
 from pem_lightning.losses.matcher import HungarianMatcher, Match
 from pem_lightning.losses.point_sampling import (
     UniformSource,
@@ -25,7 +23,8 @@ from pem_lightning.losses.point_sampling import (
     sample_points,
     uniform,
 )
-from pem_lightning.types import Predictions, Target
+from pem_lightning.training.distributed import mean_over_processes
+from pem_lightning.types import Predictions, Target, UserError
 
 
 class Pairs(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from pem_lightning.rle import encode_mask
+from pem_lightning.files import encode_mask
 from pem_lightning.types import Segment
 
 Detection = tuple[Bool[Tensor, "H W"], int, float]

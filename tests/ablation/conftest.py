@@ -8,7 +8,7 @@ import hydra
 import pytest
 from omegaconf import OmegaConf, open_dict
 
-from pem_lightning.config import CONF
+from pem_lightning.cli.errors import CONF
 
 
 def write_log(path, rows):

@@ -7,8 +7,8 @@ from pem_lightning import build_pem
 from pem_lightning.ablation import Costs, Measurement, measure_variants, read_runs, reuse_costs, tabulate
 from pem_lightning.ablation.measure import network_key
 from pem_lightning.benchmark import Settings, Spread
-from pem_lightning.errors import UserError
-from pem_lightning.networks.complexity import count_gmacs, count_parameters
+from pem_lightning.models.flops import count_gmacs, count_parameters
+from pem_lightning.types import UserError
 from tests.ablation.conftest import write_run
 
 SETTINGS = Settings(size=(64, 96), rounds=3, warmup=0, device="cpu")
@@ -73,7 +73,7 @@ def test_what_cannot_be_built_is_noted_and_the_others_are_measured(tmp_path):
 
 
 def test_a_backbone_that_the_experiment_builds_is_built(tmp_path):
-    backbone = "network.backbone={_target_:pem_lightning.networks.backbones.build_backbone,name:stdc1}"
+    backbone = "network.backbone={_target_:pem_lightning.models.backbones.build_backbone,name:stdc1}"
     write_run(tmp_path / "0", "decoder_layers=1")
     write_run(tmp_path / "1", "decoder_layers=1", "network.channels=128", "network.mask_channels=128", backbone)
     (table,) = tables_of(tmp_path)
@@ -83,7 +83,7 @@ def test_a_backbone_that_the_experiment_builds_is_built(tmp_path):
 
 
 def test_a_backbone_that_cannot_be_built_says_why_in_its_own_words(tmp_path):
-    backbone = "network.backbone={_target_:pem_lightning.networks.backbones.build_backbone,name:stdc99}"
+    backbone = "network.backbone={_target_:pem_lightning.models.backbones.build_backbone,name:stdc99}"
     write_run(tmp_path / "0", "decoder_layers=1", backbone)
     (table,) = tables_of(tmp_path)
     note = measure_variants([table], SETTINGS, latency=False).of(table.variants[0]).note

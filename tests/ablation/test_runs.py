@@ -1,7 +1,7 @@
 import pytest
 
 from pem_lightning.ablation import read_runs
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 from tests.ablation.conftest import write_log, write_run
 
 

@@ -63,7 +63,7 @@ def test_pretrained_weights_make_a_variant(tmp_path):
 def test_what_does_not_decide_about_the_result_makes_no_variant(tmp_path):
     overrides = ("seed=7", "trainer=cpu", "logger=tensorboard", "callbacks.panels=null", "dataset.num_workers=0")
     more = ("dataset.root=elsewhere", "recipe.val_interval=10", "network.kernel=torch", "recipe.checkpoint_interval=9")
-    hardware = ("recipe.max_per_device=2", "recipe.optimizer.fused=false")
+    hardware = ("recipe.micro_batch_size=2", "recipe.optimizer.fused=false")
     assert words(tmp_path / "run", *overrides, *more, *hardware) == []
     default, other = read_runs([write_run(tmp_path / "default"), tmp_path / "run"])
     assert setting_of(default) == setting_of(other)
@@ -122,7 +122,7 @@ def test_runs_from_before_the_global_batch_size_are_compared(tmp_path):
     text = path.read_text()
     assert text.count("global_batch_size") == 2
     text = text.replace("global_batch_size", "batch_size")
-    for line in ("    fused: true\n", "  ema_decay: null\n", "  max_per_device: 16\n"):
+    for line in ("    fused: true\n", "  ema_decay: null\n", "  micro_batch_size: 16\n"):
         assert line in text
         text = text.replace(line, "")
     path.write_text(text)

@@ -15,8 +15,8 @@ from pem_lightning.benchmark.roofline import estimate_bytes
 from pem_lightning.benchmark.timing import Clock
 from pem_lightning.benchmark.weights import CITYSCAPES_CLASSES, CITYSCAPES_THINGS, random_weights
 from pem_lightning.data.cityscapes import CITYSCAPES
-from pem_lightning.networks.complexity import count_gmacs
-from pem_lightning.networks.deformable_conv import DeformableConv
+from pem_lightning.models.deformable_conv import DeformableConv
+from pem_lightning.models.flops import count_gmacs
 
 SIZE = (64, 96)
 

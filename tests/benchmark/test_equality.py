@@ -4,7 +4,7 @@ import torch
 from pem_lightning.benchmark.contestants import Fast, Library, Straightforward
 from pem_lightning.benchmark.equality import compare, observe, other_library, panoptic_classes
 from pem_lightning.benchmark.weights import random_weights
-from pem_lightning.inference.task import Result
+from pem_lightning.inference.postprocess import Result
 from pem_lightning.types import Segment
 
 

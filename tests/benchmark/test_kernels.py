@@ -3,7 +3,7 @@ import torch
 
 from pem_lightning.benchmark.kernels import benchmark_kernels, largest_differences
 from pem_lightning.benchmark.operators import OPERATORS, attention_problems, conv_problems, pyramid
-from pem_lightning.networks.deformable_attention import pixel_centres
+from pem_lightning.models.mask2former_pixel_decoder import pixel_centres
 
 SIZE = (64, 96)
 

@@ -5,7 +5,7 @@ import torch
 
 from pem_lightning.benchmark.peers import PEERS, build_peer
 from pem_lightning.benchmark.timing import Clock
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 SIZE = (64, 96)
 

@@ -5,8 +5,8 @@ from PIL import Image
 
 from pem_lightning.benchmark.peers import PEERS
 from pem_lightning.benchmark.settings import Settings, describe_environment, load_images
-from pem_lightning.errors import UserError
 from pem_lightning.preprocess import normalize
+from pem_lightning.types import UserError
 
 
 @pytest.mark.parametrize(

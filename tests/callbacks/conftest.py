@@ -4,8 +4,8 @@ import pytest
 import torch
 from lightning import Trainer
 
-from pem_lightning.inference.task import Result
-from pem_lightning.module import PEMModule
+from pem_lightning.inference.postprocess import Result
+from pem_lightning.training.module import PEMModule
 from pem_lightning.types import ClassInfo, DatasetInfo, Sample, Segment
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pem_lightning.callbacks import AverageWeights
 from pem_lightning.checkpoints import read_checkpoint
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 from tests.jobs import TINY, call
 
 LIMITS = ("recipe.val_interval=2", "recipe.checkpoint_interval=2", "callbacks.panels=null", "callbacks.curves=null")

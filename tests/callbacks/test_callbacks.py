@@ -11,11 +11,10 @@ from PIL import Image
 from rich.console import Console
 
 from pem_lightning.callbacks import Results, Throughput
-from pem_lightning.callbacks.curves import draw_curves, read_metrics
 from pem_lightning.callbacks.results import class_table, summary
-from pem_lightning.evaluation import Evaluator
-from pem_lightning.inference.postprocess import Instance
-from pem_lightning.inference.task import Result
+from pem_lightning.callbacks.visualization import draw_curves, read_metrics
+from pem_lightning.inference.postprocess import Instance, Result
+from pem_lightning.metrics.evaluator import Evaluator
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pem_lightning.callbacks.confusion import ConfusionMatrix, draw_confusion
+from pem_lightning.callbacks.visualization import ConfusionMatrix, draw_confusion
 from pem_lightning.data import ADE20K, CITYSCAPES
-from pem_lightning.evaluation import Evaluation
 from pem_lightning.metrics import MeanIoUResult
+from pem_lightning.metrics.evaluator import Evaluation
 
 
 def draw(confusion, info):

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import torch
 
-from pem_lightning.callbacks.exact_resume import _moved, seed_step
+from pem_lightning.training.resume import _moved, seed_step
 
 
 def draw():

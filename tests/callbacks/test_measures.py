@@ -6,17 +6,18 @@ from lightning import Trainer
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from torch import nn
 
-from pem_lightning.callbacks import LearningRates, Throughput, measures, stopwatch
-from pem_lightning.callbacks.measures import LoaderWait, learning_rates
-from pem_lightning.module import PEMModule
-from pem_lightning.optim import parameter_groups
+from pem_lightning.callbacks import LearningRates, Throughput
+from pem_lightning.callbacks import progress as measures
+from pem_lightning.callbacks.progress import LoaderWait, learning_rates
+from pem_lightning.training.module import PEMModule
+from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import Batch
 
 
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(stopwatch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(measures.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(measures.time, "perf_counter", lambda: now[0])
     return now
 

@@ -3,7 +3,7 @@ import torch
 from lightning import Callback
 
 from pem_lightning.callbacks import NonFiniteLoss
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 from tests.small_training import train
 from tests.test_precision import fp16
 

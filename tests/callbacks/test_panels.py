@@ -4,10 +4,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pem_lightning.callbacks.panels import PredictionPanels, WorstImages
 from pem_lightning.callbacks.shown import draw_panel, draw_pictures, shown
-from pem_lightning.inference.postprocess import Instance
-from pem_lightning.inference.task import Result
+from pem_lightning.callbacks.visualization import PredictionPanels, WorstImages
+from pem_lightning.inference.postprocess import Instance, Result
 from pem_lightning.types import Batch
 
 

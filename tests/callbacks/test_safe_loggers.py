@@ -2,7 +2,7 @@ import logging
 
 from lightning.pytorch.loggers import CSVLogger
 
-from pem_lightning.callbacks.safe_loggers import Guarded, SafeCSVLogger
+from pem_lightning.callbacks.loggers import Guarded, SafeCSVLogger
 
 
 class Lost(CSVLogger):

@@ -13,12 +13,10 @@ from pycocotools.coco import COCO
 
 from pem_lightning.callbacks import SavePredictions
 from pem_lightning.data import ADE20K, CachedDataset, CityscapesDataset, CocoPanopticDataset
-from pem_lightning.errors import UserError
-from pem_lightning.evaluate_files import evaluate_panoptic_files
-from pem_lightning.inference.postprocess import Instance
-from pem_lightning.inference.task import Result
-from pem_lightning.panoptic_png import rgb_to_id
-from pem_lightning.types import Batch
+from pem_lightning.files import rgb_to_id
+from pem_lightning.inference.postprocess import Instance, Result
+from pem_lightning.metrics.panoptic_files import evaluate_panoptic_files
+from pem_lightning.types import Batch, UserError
 
 IDS = {"a": 17, "b": 4}
 

@@ -1,7 +1,7 @@
 import pytest
 
-from pem_lightning.callbacks import stopwatch
-from pem_lightning.callbacks.stopwatch import Stopwatch
+from pem_lightning.callbacks import progress as stopwatch
+from pem_lightning.callbacks.progress import Stopwatch
 
 
 @pytest.fixture

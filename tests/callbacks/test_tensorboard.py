@@ -14,8 +14,7 @@ from tensorboard.plugins.hparams.metadata import (
     parse_session_start_info_plugin_data,
 )
 
-from pem_lightning.callbacks.hparams import experiment, settings_of, title_of
-from pem_lightning.callbacks.loggers import Panel, RunStart
+from pem_lightning.callbacks.loggers import Panel, RunStart, experiment, settings_of, title_of
 from pem_lightning.callbacks.shown import draw_pictures, shown
 from pem_lightning.callbacks.tensorboard import MAX_WIDTH, TensorBoard
 

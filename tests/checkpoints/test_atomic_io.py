@@ -4,8 +4,8 @@ import resource
 import pytest
 import torch
 
-from pem_lightning.checkpoints.atomic_io import AtomicCheckpointIO
-from pem_lightning.errors import UserError
+from pem_lightning.training.resume import AtomicCheckpointIO
+from pem_lightning.types import UserError
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 
 from pem_lightning import build_pem
 from pem_lightning.checkpoints import DOWNLOADS, load_weights
-from pem_lightning.checkpoints.download import download
-from pem_lightning.errors import UserError
-from pem_lightning.networks.backbones import BACKBONES
+from pem_lightning.checkpoints.pretrained import download
+from pem_lightning.models.backbones import BACKBONES
+from pem_lightning.types import UserError
 from tests.checkpoint_files import random_backbone, torchvision_state
 
 

@@ -5,7 +5,7 @@ import torch
 
 from pem_lightning import build_pem
 from pem_lightning.checkpoints import from_official, rename_official_key
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import torch
 
 from pem_lightning import build_pem, checkpoints
 from pem_lightning.checkpoints import read_checkpoint
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 from tests.checkpoint_files import write_checkpoint
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pem_lightning.checkpoints import load_weights, read_checkpoint
-from pem_lightning.checkpoints.reading import as_tensor, read_content
-from pem_lightning.errors import UserError
+from pem_lightning.checkpoints.checkpoint import as_tensor, read_content
+from pem_lightning.types import UserError
 from tests.checkpoint_files import write_pickle
 
 ARRAYS = {

@@ -6,8 +6,8 @@ import logging
 import pytest
 from rich.console import Console
 
-from pem_lightning.checkpoints.report import LoadReport, show_report, summarize
-from pem_lightning.errors import UserError
+from pem_lightning.checkpoints.pretrained import LoadReport, show_report, summarize
+from pem_lightning.types import UserError
 
 REPORT = LoadReport(
     "a.pth",
@@ -34,7 +34,7 @@ def test_a_terminal_gets_a_table():
 
 def test_a_log_gets_lines_and_at_debug_every_name(caplog):
     console = Console(file=io.StringIO())
-    with caplog.at_level(logging.DEBUG, logger="pem_lightning.checkpoints.report"):
+    with caplog.at_level(logging.DEBUG, logger="pem_lightning.checkpoints.pretrained"):
         show_report(REPORT, console)
     assert console.file.getvalue() == ""
     infos = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]

@@ -5,11 +5,10 @@ import torch
 
 from pem_lightning import build_pem
 from pem_lightning.checkpoints import from_official, load_weights, read_checkpoint
-from pem_lightning.checkpoints.weights import convert_weights, read_weights
-from pem_lightning.errors import UserError
-from pem_lightning.networks.backbones.base import Backbone
-from pem_lightning.networks.pem import PEM
-from pem_lightning.types import ClassInfo, DatasetInfo
+from pem_lightning.checkpoints.pretrained import convert_weights, read_weights
+from pem_lightning.models.backbones.base import Backbone
+from pem_lightning.models.pem import PEM
+from pem_lightning.types import ClassInfo, DatasetInfo, UserError
 from tests.checkpoint_files import (
     CLASSES,
     detectron2_pickle,

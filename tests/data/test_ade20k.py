@@ -8,8 +8,7 @@ from PIL import Image
 from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, ADE20KDataModule, ADE20KDataset
 from pem_lightning.data.dataset import make_sample
 from pem_lightning.data.targets import build_target, class_map
-from pem_lightning.errors import UserError
-from pem_lightning.types import Segment
+from pem_lightning.types import Segment, UserError
 
 
 def write(root, name, semantic, split="training", image=None):
@@ -30,8 +29,8 @@ def test_classes_are_the_official_ones():
     assert {0, 2, 9}.isdisjoint(ADE20K.thing_classes)
     assert {7, 12, 149} <= ADE20K.thing_classes
     assert ADE20K.colors[[0, 12, 149]].tolist() == [[120, 120, 120], [150, 5, 61], [92, 0, 255]]
-    assert ADE20K.official_ids == tuple(range(1, 151))
-    assert ADE20K_PANOPTIC.official_ids == tuple(range(150))
+    assert ADE20K.category_ids == tuple(range(1, 151))
+    assert ADE20K_PANOPTIC.category_ids == tuple(range(150))
     assert ADE20K_PANOPTIC.class_names == ADE20K.class_names
 
 

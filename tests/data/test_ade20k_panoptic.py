@@ -16,8 +16,8 @@ from pem_lightning.data import ade20k_panoptic
 from pem_lightning.data.ade20k import ADE20K, ADE20KDataModule
 from pem_lightning.data.ade20k_panoptic import merge, prepare_split
 from pem_lightning.data.targets import panoptic_target
-from pem_lightning.errors import UserError
-from pem_lightning.panoptic_png import rgb_to_id
+from pem_lightning.files import rgb_to_id
+from pem_lightning.types import UserError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_ade20k.py"
 WALL, SKY, BED, PERSON = 1, 3, 8, 13  # values in the semantic map

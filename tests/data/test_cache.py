@@ -17,8 +17,7 @@ from pem_lightning.data.cache import CachedDataset
 from pem_lightning.data.cityscapes import CityscapesDataset
 from pem_lightning.data.dataset import SegmentationDataset
 from pem_lightning.data.transforms import TrainTransform
-from pem_lightning.errors import UserError
-from pem_lightning.types import Sample
+from pem_lightning.types import Sample, UserError
 
 
 @pytest.fixture

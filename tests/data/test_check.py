@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 
 from pem_lightning.data.ade20k import ADE20KDataset
-from pem_lightning.data.check import check_split
+from pem_lightning.data.check import check_split, shifted_by_one
 from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataset
-from pem_lightning.data.coco_panoptic import CocoPanopticDataset
-from pem_lightning.data.label_values import shifted_by_one
+from pem_lightning.data.coco import CocoPanopticDataset
 from pem_lightning.data.semantic_folder import SemanticFolderDataset
-from pem_lightning.panoptic_png import id_to_rgb
+from pem_lightning.files import id_to_rgb
 
 
 def save(path, array):
@@ -50,7 +49,7 @@ class Tree:
 
 
 class Cityscapes(Tree):
-    values = np.array([[k if k < 24 else 1000 * k for k in CITYSCAPES.official_ids] + [0, 24]], np.uint16).repeat(4, 0)
+    values = np.array([[k if k < 24 else 1000 * k for k in CITYSCAPES.category_ids] + [0, 24]], np.uint16).repeat(4, 0)
 
     def image(self, name):
         return self.root / "leftImg8bit" / "train" / "ulm" / f"ulm_{name}_leftImg8bit.png"
@@ -263,7 +262,7 @@ def test_fault_cityscapes_train_ids(with_void, tmp_path):
 def test_fault_cityscapes_label_ids(tmp_path):
     tree = Cityscapes(tmp_path)
     for name in tree.names:
-        save(tree.label(name), np.array([[*CITYSCAPES.official_ids, 0, 0]], np.uint8).repeat(4, 0))
+        save(tree.label(name), np.array([[*CITYSCAPES.category_ids, 0, 0]], np.uint8).repeat(4, 0))
     assert "labelIds instead of instanceIds" in tree.problem()
 
 

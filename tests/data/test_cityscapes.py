@@ -15,9 +15,8 @@ from pem_lightning.data.cityscapes import (
     CityscapesDataset,
     panoptic_from_instance_ids,
 )
-from pem_lightning.errors import UserError
-from pem_lightning.inference.images import find_images
-from pem_lightning.types import Segment
+from pem_lightning.inference.sources import find_images
+from pem_lightning.types import Segment, UserError
 
 OFFICIAL = (
     "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky "
@@ -28,7 +27,7 @@ OFFICIAL = (
 def test_classes_are_the_official_ones():
     assert CITYSCAPES.num_classes == 19
     assert [name.replace(" ", "_") for name in CITYSCAPES.class_names] == OFFICIAL.split()
-    assert CITYSCAPES.official_ids == (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+    assert CITYSCAPES.category_ids == (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
     assert CITYSCAPES.thing_classes == frozenset(range(11, 19))
     assert CITYSCAPES.colors[[0, 10, 13]].tolist() == [[128, 64, 128], [70, 130, 180], [0, 0, 142]]
 
@@ -74,11 +73,11 @@ def test_panoptic_rules_pixel_by_pixel(values):
     assert set(kinds) == set(np.unique(panoptic)) - {0}
     for value, got in zip(values, panoptic[0].tolist(), strict=True):
         label = value // 1000 if value >= 1000 else value
-        if label not in CITYSCAPES.official_ids:
+        if label not in CITYSCAPES.category_ids:
             assert got == 0
             continue
         assert got == value
-        assert CITYSCAPES.official_ids[kinds[value].class_id] == label
+        assert CITYSCAPES.category_ids[kinds[value].class_id] == label
         assert kinds[value].is_thing == (label >= 24)
         assert kinds[value].is_crowd == (24 <= value < 1000)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pem_lightning import run
+from pem_lightning.cli import main as run
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pem_lightning.data.coco_pairs import PanopticPairs
-from pem_lightning.errors import UserError
-from pem_lightning.evaluate_files import evaluate_panoptic_files
+from pem_lightning.data.coco import PanopticPairs
+from pem_lightning.metrics.panoptic_files import evaluate_panoptic_files
+from pem_lightning.types import UserError
 from tests.panoptic_files import CATEGORIES, segment, write_panoptic
 
 IMAGES = {7: ([[3, 3], [0, 5]], [segment(3, 1), segment(5, 200)]), 8: ([[4, 4]], [segment(4, 1, iscrowd=1)])}

@@ -9,13 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pem_lightning.data.classes import distinct_color
-from pem_lightning.data.coco_json import renumbered
-from pem_lightning.data.coco_panoptic import CocoPanopticDataModule, CocoPanopticDataset
+from pem_lightning.data.coco import CocoPanopticDataModule, CocoPanopticDataset, renumbered
+from pem_lightning.data.dataset import distinct_color
 from pem_lightning.data.targets import class_map, panoptic_target
-from pem_lightning.errors import UserError
-from pem_lightning.panoptic_png import MAX_ID, id_to_rgb
-from pem_lightning.types import Segment
+from pem_lightning.files import MAX_ID, id_to_rgb
+from pem_lightning.types import Segment, UserError
 
 CATEGORIES = [
     {"id": 200, "name": "rug", "isthing": 0},
@@ -64,7 +62,7 @@ def test_classes_follow_the_file(tmp_path):
     info = CocoPanopticDataModule(tmp_path).info
     assert info.num_classes == 3
     assert info.class_names == ("rug", "person", "toothbrush")
-    assert info.official_ids == (200, 1, 90)
+    assert info.category_ids == (200, 1, 90)
     assert info.thing_classes == {1, 2}
     assert info.colors.tolist() == [list(distinct_color(0)), [220, 20, 60], list(distinct_color(2))]
 
@@ -258,4 +256,4 @@ def test_two_real_photographs(reference):
         areas = torch.bincount(sample.panoptic.flatten(), minlength=len(segments) + 1)[1:]
         assert areas.tolist() == [s["area"] for s in segments]
         assert [s.is_crowd for s in sample.segments] == [bool(s["iscrowd"]) for s in segments]
-        assert [data.info.official_ids[s.class_id] for s in sample.segments] == [s["category_id"] for s in segments]
+        assert [data.info.category_ids[s.class_id] for s in sample.segments] == [s["category_id"] for s in segments]

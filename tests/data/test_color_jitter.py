@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pem_lightning.data.transforms import SSDColorJitter
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 NEUTRAL = {"brightness": 0.0, "contrast": 1.0, "saturation": 1.0, "hue": 0, "contrast_first": True}
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)

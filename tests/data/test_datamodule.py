@@ -11,8 +11,7 @@ from lightning import seed_everything
 from pem_lightning.data.cityscapes import CityscapesDataModule
 from pem_lightning.data.datamodule import collate_eval, collate_train
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
-from pem_lightning.errors import UserError
-from pem_lightning.types import Batch, Sample, Segment
+from pem_lightning.types import Batch, Sample, Segment, UserError
 
 
 @pytest.fixture

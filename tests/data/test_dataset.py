@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from pem_lightning import run
+from pem_lightning.cli import main as run
 from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataModule
 from pem_lightning.data.dataset import SegmentationDataset
 from pem_lightning.data.synthetic import generate_synthetic
 from pem_lightning.data.transforms import TrainTransform
-from pem_lightning.errors import UserError
-from pem_lightning.types import Sample
+from pem_lightning.types import Sample, UserError
 
 
 class Numbers(SegmentationDataset):

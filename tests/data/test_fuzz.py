@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pem_lightning.data.cityscapes import CityscapesDataset
-from pem_lightning.data.coco_panoptic import CocoPanopticDataset
-from pem_lightning.data.reading import read_map, read_rgb
+from pem_lightning.data.coco import CocoPanopticDataset
+from pem_lightning.data.dataset import read_map, read_rgb
 from pem_lightning.data.semantic_folder import read_classes
-from pem_lightning.errors import UserError
-from pem_lightning.panoptic_png import id_to_rgb
+from pem_lightning.files import id_to_rgb
+from pem_lightning.types import UserError
 
 RNG = np.random.default_rng(0)
 PHOTO = np.asarray(Image.fromarray(RNG.integers(0, 256, (6, 9, 3), np.uint8)).resize((24, 16)))
@@ -260,4 +260,4 @@ def test_damaged_class_list(tmp_path_factory, damage):
         assert str(path) in message
     else:
         assert 1 <= classes.info.num_classes <= 255
-        assert not classes.void & set(classes.info.official_ids)
+        assert not classes.void & set(classes.info.category_ids)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pem_lightning.data.ade20k_panoptic import prepare_split
-from pem_lightning.panoptic_png import id_to_rgb
+from pem_lightning.files import id_to_rgb
 from tests.jobs import call
 
 pytestmark = pytest.mark.slow

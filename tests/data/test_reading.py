@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pem_lightning.data.reading import read_map, read_rgb
-from pem_lightning.errors import UserError
+from pem_lightning.data.dataset import read_map, read_rgb
+from pem_lightning.types import UserError
 
 PHOTO = np.asarray(Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)).resize((24, 16)))
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pem_lightning.data.resizing import pick_window, resize, resize_window, resized_size
+from pem_lightning.data.transforms import pick_window, resize, resize_window, resized_size
 
 
 @pytest.mark.parametrize(

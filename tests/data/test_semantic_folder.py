@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pem_lightning.data.classes import distinct_color
+from pem_lightning.data.dataset import distinct_color
 from pem_lightning.data.semantic_folder import SemanticFolderDataModule, SemanticFolderDataset, read_classes
 from pem_lightning.data.targets import build_target, class_map
-from pem_lightning.errors import UserError
-from pem_lightning.types import Segment
+from pem_lightning.types import Segment, UserError
 
 
 def write(root, name, values, split="train", suffix="jpg", classes="[road, car, tree]"):
@@ -48,7 +47,7 @@ def test_ids_colors_and_void_of_the_file(tmp_path):
     classes = "classes: [{name: road, id: 7, color: [128, 64, 128]}, {name: car, id: 260}]\nvoid: [0, 255]"
     write(tmp_path, "a", np.array([[7, 260, 0], [255, 255, 7]], np.uint16), classes=classes)
     dataset = SemanticFolderDataset(tmp_path, "train")
-    assert dataset.info.official_ids == (7, 260)
+    assert dataset.info.category_ids == (7, 260)
     assert dataset.info.colors.tolist() == [[128, 64, 128], list(distinct_color(1))]
     assert class_map(dataset[0]).tolist() == [[0, 1, 255], [255, 255, 0]]
 
@@ -126,7 +125,7 @@ def test_missing_folders(tmp_path):
 def test_ways_to_write_classes(tmp_path, text):
     info, void = classes_of(tmp_path, text)
     assert info.class_names == ("road", "car")
-    assert info.official_ids == (0, 1)
+    assert info.category_ids == (0, 1)
     assert info.thing_classes == frozenset()
     assert void == {255}
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pem_lightning.data.targets import (
-    VOID_CLASS,
+    IGNORE_INDEX,
     build_target,
     check_task,
     class_map,
@@ -14,8 +14,7 @@ from pem_lightning.data.targets import (
     panoptic_target,
     semantic_target,
 )
-from pem_lightning.errors import UserError
-from pem_lightning.types import Sample, Segment
+from pem_lightning.types import Sample, Segment, UserError
 
 SEGMENTS = (
     Segment(7, 0, False),
@@ -59,7 +58,7 @@ def test_semantic_merges_per_class_and_counts_crowds():
 
 
 def test_class_map():
-    assert class_map(sample_of()).tolist() == [[0, 0, 11, VOID_CLASS], [11, 11, 11, VOID_CLASS]]
+    assert class_map(sample_of()).tolist() == [[0, 0, 11, IGNORE_INDEX], [11, 11, 11, IGNORE_INDEX]]
 
 
 @pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
@@ -88,5 +87,5 @@ def test_semantic_masks_partition_the_labelled_pixels(values):
     sample = sample_of(torch.tensor(values, dtype=torch.int32).view(2, 3))
     masks = semantic_target(sample).masks
     assert torch.equal(masks.sum(0), (sample.panoptic != 0).long())
-    classes = {s.id: s.class_id for s in SEGMENTS} | {0: VOID_CLASS}
+    classes = {s.id: s.class_id for s in SEGMENTS} | {0: IGNORE_INDEX}
     assert class_map(sample).flatten().tolist() == [classes[value] for value in values]

@@ -14,8 +14,7 @@ from pem_lightning.data.transforms import (
     RandomResizedCrop,
     TrainTransform,
 )
-from pem_lightning.errors import UserError
-from pem_lightning.types import Sample, Segment
+from pem_lightning.types import Sample, Segment, UserError
 
 IDS = np.array([0, 7, 23, 24000, 33999], np.int32)
 SEGMENTS = tuple(Segment(int(i), 0, False) for i in IDS[1:])

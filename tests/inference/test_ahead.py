@@ -3,11 +3,11 @@ import time
 
 import pytest
 
-from pem_lightning.inference.ahead import made_ahead
+from pem_lightning.inference.sources import prefetch
 
 
 def test_all_items_in_order():
-    with made_ahead(iter(range(100))) as items:
+    with prefetch(iter(range(100))) as items:
         assert list(items) == list(range(100))
 
 
@@ -19,7 +19,7 @@ def test_a_few_are_made_before_they_are_used():
             made.append(i)
             yield i
 
-    with made_ahead(numbers(), depth=3) as items:
+    with prefetch(numbers(), depth=3) as items:
         assert next(items) == 0
         deadline = time.monotonic() + 5
         while len(made) < 5 and time.monotonic() < deadline:
@@ -35,7 +35,7 @@ def test_steps_run_side_by_side():
             yield item
 
     start = time.perf_counter()
-    with made_ahead(slow(range(10))) as first, made_ahead(slow(first)) as second:
+    with prefetch(slow(range(10))) as first, prefetch(slow(first)) as second:
         assert list(slow(second)) == list(range(10))
     assert time.perf_counter() - start < 0.8 * 3 * 10 * 0.05
 
@@ -45,7 +45,7 @@ def test_errors_appear_where_the_items_are_used():
         yield 1
         raise ValueError("broken")
 
-    with made_ahead(fail()) as items:
+    with prefetch(fail()) as items:
         assert next(items) == 1
         with pytest.raises(ValueError, match="broken"):
             next(items)
@@ -55,7 +55,7 @@ def test_nothing_runs_on_when_it_is_left():
     alive = threading.active_count()
 
     def leave():
-        with made_ahead(iter(range(10**9))) as first, made_ahead(first) as second:
+        with prefetch(iter(range(10**9))) as first, prefetch(first) as second:
             assert next(second) == 0
             raise KeyboardInterrupt
 

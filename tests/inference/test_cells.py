@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pem_lightning.inference import cells as cells_module
-from pem_lightning.inference.cells import Cells
+from pem_lightning.inference import fast_argmax as cells_module
+from pem_lightning.inference.fast_argmax import Cells
 
 
 def draw_cells(height, width, seed, queries=3):

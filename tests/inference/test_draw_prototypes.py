@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pem_lightning.inference.draw_prototypes import COLORS, draw_prototypes, draw_trace
-from pem_lightning.inference.prototypes import DecoderTrace, LayerPrototypes
+from pem_lightning.inference.prototypes import COLORS, DecoderTrace, LayerPrototypes, draw_prototypes, draw_trace
 
 GREY = 100
 RED, BLUE = (250, 0, 0), (0, 0, 250)

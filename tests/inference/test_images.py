@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pem_lightning.errors import UserError
-from pem_lightning.inference.images import find_images, read_image
+from pem_lightning.inference.sources import find_images, read_image
+from pem_lightning.types import UserError
 
 
 @pytest.fixture

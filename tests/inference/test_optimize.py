@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pem_lightning import build_pem
-from pem_lightning.errors import UserError
 from pem_lightning.inference.optimize import OptimizedNetwork
-from tests.networks.randomize import randomize
+from pem_lightning.types import UserError
+from tests.models.randomize import randomize
 
 
 @pytest.fixture(scope="module")

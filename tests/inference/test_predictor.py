@@ -13,13 +13,12 @@ from torch import nn
 import pem_lightning
 from pem_lightning.checkpoints import CHECKPOINT_KEY
 from pem_lightning.data.transforms import EvalTransform
-from pem_lightning.errors import UserError
+from pem_lightning.files import rgb_to_id
+from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.predictor import Photo, Predictor
 from pem_lightning.inference.results import write_coco_panoptic
-from pem_lightning.inference.task import TaskInference
-from pem_lightning.networks.pem import build_pem
-from pem_lightning.panoptic_png import rgb_to_id
-from pem_lightning.types import ClassInfo, DatasetInfo, Predictions
+from pem_lightning.models.pem import build_pem
+from pem_lightning.types import ClassInfo, DatasetInfo, Predictions, UserError
 
 INFO = DatasetInfo(
     "toy",

@@ -4,14 +4,12 @@ import torch
 from torch import nn
 
 from pem_lightning.data.transforms import EvalTransform
-from pem_lightning.errors import UserError
 from pem_lightning.inference.optimize import OptimizedNetwork
+from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.predictor import Predictor
-from pem_lightning.inference.prototypes import LayerPrototypes, trace_decoder
-from pem_lightning.inference.task import TaskInference
-from pem_lightning.networks.pem import build_pem
-from pem_lightning.networks.recording import record_selections
-from pem_lightning.types import ClassInfo, DatasetInfo, Predictions
+from pem_lightning.inference.prototypes import LayerPrototypes, record_selections, trace_decoder
+from pem_lightning.models.pem import build_pem
+from pem_lightning.types import ClassInfo, DatasetInfo, Predictions, UserError
 
 INFO = DatasetInfo("toy", tuple(ClassInfo(f"class{i}", (i, i, i), i % 2 == 0, i) for i in range(4)))
 

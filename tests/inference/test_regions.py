@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pem_lightning.inference.regions import Region, find_regions, index_map, region_of
+from pem_lightning.inference.visualize import Region, find_regions, index_map, region_of
 
 
 @pytest.mark.parametrize(("count", "dtype"), [(3, np.uint8), (255, np.uint8), (256, np.int32), (1000, np.int32)])

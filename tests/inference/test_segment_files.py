@@ -16,13 +16,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pem_lightning.errors import UserError
+from pem_lightning.files import rgb_to_id
+from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.inference.segment_files import segment_files
-from pem_lightning.inference.task import TaskInference
-from pem_lightning.inference.video import VideoReader
-from pem_lightning.panoptic_png import rgb_to_id
-from pem_lightning.types import ClassInfo, DatasetInfo, Predictions
+from pem_lightning.inference.sources import VideoReader
+from pem_lightning.types import ClassInfo, DatasetInfo, Predictions, UserError
 
 INFO = DatasetInfo("toy", (ClassInfo("car", (0, 0, 142), True, 26), ClassInfo("sky", (70, 130, 180), False, 23)))
 
@@ -241,7 +240,7 @@ class TestStream:
                 yield from super().frames(every)
 
         monkeypatch.setattr("pem_lightning.inference.segment_files.VideoReader", Impatient)
-        monkeypatch.setattr("pem_lightning.inference.segment_files.made_ahead", lambda items: nullcontext(iter(items)))
+        monkeypatch.setattr("pem_lightning.inference.segment_files.prefetch", lambda items: nullcontext(iter(items)))
         segment_files(predictor(), write_video(tmp_path / "clip.mp4"), tmp_path / "out")
         assert "clip stopped by Ctrl-C after 0 frames" in capsys.readouterr().out
         assert not (tmp_path / "out").exists()

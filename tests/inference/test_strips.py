@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pem_lightning.inference.strips import resize_rows, source_rows
+from pem_lightning.inference.fast_argmax import resize_rows, source_rows
 
 
 @settings(max_examples=80, deadline=None)

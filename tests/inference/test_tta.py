@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pem_lightning.errors import UserError
 from pem_lightning.inference import tta
-from pem_lightning.inference.task import TaskInference
+from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.preprocess import normalize
-from pem_lightning.types import Predictions
+from pem_lightning.types import Predictions, UserError
 
 THINGS = {0, 1}
 VIEWS = [{"flip": True}, {"scales": [0.75, 1.0, 1.25]}, {"scales": [0.5, 2.0], "flip": True}]

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from pem_lightning.errors import UserError
-from pem_lightning.inference.video import FrameRate, VideoReader, VideoWriter, is_stream, stop_on_interrupt
+from pem_lightning.inference.sources import FrameRate, VideoReader, VideoWriter, is_stream, stop_on_interrupt
+from pem_lightning.types import UserError
 
 
 def frame(i, height=48, width=64):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pem_lightning.files import rgb_to_id
 from pem_lightning.inference.visualize import draw_caption, overlay_panoptic, overlay_semantic, side_by_side
-from pem_lightning.panoptic_png import rgb_to_id
 from pem_lightning.types import ClassInfo, DatasetInfo, Segment
 
 INFO = DatasetInfo(
@@ -153,7 +153,7 @@ def test_real_photograph_with_crowds(reference):
         "coco", tuple(ClassInfo(c["name"], tuple(c["color"]), bool(c["isthing"]), c["id"]) for c in categories)
     )
     annotation = json.loads((root / "panoptic.json").read_text())["annotations"][0]
-    segments = [Segment(s["id"], info.official_ids.index(s["category_id"]), True) for s in annotation["segments_info"]]
+    segments = [Segment(s["id"], info.category_ids.index(s["category_id"]), True) for s in annotation["segments_info"]]
     id_map = rgb_to_id(np.asarray(Image.open(root / "panoptic" / annotation["file_name"]).convert("RGB")))
     photo = np.asarray(Image.open(root / "images" / annotation["file_name"].replace(".png", ".jpg")).convert("RGB"))
     drawn = overlay_panoptic(photo, torch.from_numpy(id_map), segments, info)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pem_lightning.errors import UserError
 from pem_lightning.losses import SetCriterion
-from pem_lightning.types import MaskFactors, Predictions, Target
+from pem_lightning.types import MaskFactors, Predictions, Target, UserError
 
 WEIGHTS = {"ce": 2.0, "mask": 5.0, "dice": 5.0}
 CASES = ["normal", "one_empty", "all_empty", "full_queries"]

@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from pem_lightning.files import encode_mask
 from pem_lightning.metrics import AveragePrecision, instance_f1
-from pem_lightning.rle import encode_mask
 from pem_lightning.types import Segment
 
 K, SIZE = 5, (150, 200)

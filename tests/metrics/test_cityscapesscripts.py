@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pem_lightning.data import CITYSCAPES, VOID_CLASS, CityscapesDataset, class_map, generate_synthetic
-from pem_lightning.evaluate_files import evaluate_panoptic_files
+from pem_lightning.data import CITYSCAPES, IGNORE_INDEX, CityscapesDataset, class_map, generate_synthetic
+from pem_lightning.files import id_to_rgb
 from pem_lightning.metrics import MeanIoU, PanopticQuality
-from pem_lightning.panoptic_png import id_to_rgb
+from pem_lightning.metrics.panoptic_files import evaluate_panoptic_files
 from pem_lightning.types import Segment
 
 pytestmark = pytest.mark.cityscapesscripts
@@ -25,8 +25,8 @@ pytest.importorskip(
 )
 
 NUM_IMAGES, WALL, TERRAIN, CARAVAN, TRAIN, MOTORCYCLE = 5, 12, 22, 29, 31, 32
-CLASS_OF_LABEL = np.full(256, VOID_CLASS)
-CLASS_OF_LABEL[list(CITYSCAPES.official_ids)] = np.arange(CITYSCAPES.num_classes)
+CLASS_OF_LABEL = np.full(256, IGNORE_INDEX)
+CLASS_OF_LABEL[list(CITYSCAPES.category_ids)] = np.arange(CITYSCAPES.num_classes)
 
 
 def label_ids(instance_ids):
@@ -96,7 +96,7 @@ def test_mean_iou(root):
     run(root, "evaluation.evalPixelLevelSemanticLabeling")
     official = json.loads((root / "resultPixelLevelSemanticLabeling.json").read_text())
 
-    dataset, metric = CityscapesDataset(root, "val"), MeanIoU(CITYSCAPES.num_classes, VOID_CLASS)
+    dataset, metric = CityscapesDataset(root, "val"), MeanIoU(CITYSCAPES.num_classes, IGNORE_INDEX)
     for name, sample in zip(dataset.names, dataset, strict=True):
         with Image.open(root / "results" / f"{name}_pred.png") as image:
             metric.update(torch.from_numpy(CLASS_OF_LABEL[np.array(image)]), class_map(sample))
@@ -115,7 +115,7 @@ def test_mean_iou(root):
 def segments_of(ids):
     """Predicted segments: evaluated labels only, one segment per id."""
     classes = {value: int(CLASS_OF_LABEL[label_ids(value)]) for value in map(np.int64, np.unique(ids))}
-    evaluated = {int(value): k for value, k in classes.items() if k != VOID_CLASS}
+    evaluated = {int(value): k for value, k in classes.items() if k != IGNORE_INDEX}
     things = CITYSCAPES.thing_classes
     return [Segment(value, k, k in things) for value, k in evaluated.items()]
 
@@ -134,7 +134,7 @@ def panoptic_files(root):
         ids[~np.isin(ids, [s.id for s in segments])] = 0
         predictions[name] = ids, segments
         Image.fromarray(id_to_rgb(ids)).save(folder / f"{name}.png")
-        listed = [{"id": s.id, "category_id": CITYSCAPES.official_ids[s.class_id]} for s in segments]
+        listed = [{"id": s.id, "category_id": CITYSCAPES.category_ids[s.class_id]} for s in segments]
         annotations.append({"image_id": name, "file_name": f"{name}.png", "segments_info": listed})
     (root / "panoptic.json").write_text(json.dumps({"annotations": annotations}))
     gt_json, results = root / "gtFine" / "cityscapes_panoptic_val.json", root / "results.json"
@@ -155,7 +155,7 @@ def test_panoptic_quality(root, panoptic_files):
     for group in ("All", "Things", "Stuff"):
         pq, sq, rq, n = getattr(ours, group.lower())
         assert {"pq": pq, "sq": sq, "rq": rq, "n": n} == pytest.approx(official[group], abs=1e-9)
-    for k, label in enumerate(CITYSCAPES.official_ids):
+    for k, label in enumerate(CITYSCAPES.category_ids):
         mine = ours.pq_per_class[k], ours.sq_per_class[k], ours.rq_per_class[k]
         theirs = [official["per_class"][str(label)][key] for key in ("pq", "sq", "rq")]
         assert np.nan_to_num(mine) == pytest.approx(theirs, abs=1e-9)

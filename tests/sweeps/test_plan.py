@@ -7,9 +7,9 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from pem_lightning.config import CONF, check_composes, explain, job_folder, sweep_name
-from pem_lightning.errors import UserError
-from pem_lightning.sweeps.plan import plan_sweep
+from pem_lightning.cli.errors import CONF, check_composes, explain, job_folder, sweep_name
+from pem_lightning.cli.sweeps import plan_sweep
+from pem_lightning.types import UserError
 
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 HAS_PLUGINS = importlib.util.find_spec("hydra_plugins") is not None

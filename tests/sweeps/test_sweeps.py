@@ -11,11 +11,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import read_write
 
-from pem_lightning import run
-from pem_lightning.errors import UserError
-from pem_lightning.sweeps import devices
-from pem_lightning.sweeps.devices import take_gpu, worker_number
-from pem_lightning.sweeps.summary import summarize
+from pem_lightning.cli import main as run
+from pem_lightning.cli import sweeps as devices
+from pem_lightning.cli.sweeps import summarize, take_gpu, worker_number
+from pem_lightning.types import UserError
 from tests.jobs import call
 
 

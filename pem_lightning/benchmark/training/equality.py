@@ -16,9 +16,8 @@ from pem_lightning.benchmark.training.draws import SharedDraws
 from pem_lightning.benchmark.training.lineup import Plan
 from pem_lightning.benchmark.training.settings import TrainingSettings
 from pem_lightning.benchmark.training.steps import Losses
-from pem_lightning.errors import UserError
-from pem_lightning.networks.pem import PEM
-from pem_lightning.types import Batch
+from pem_lightning.models.pem import PEM
+from pem_lightning.types import Batch, UserError
 
 LARGEST_DIFFERENCE = 0.01
 """Relative, of the sum of the losses in float32; rounding stays far below it."""

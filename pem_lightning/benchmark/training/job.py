@@ -17,8 +17,7 @@ from pem_lightning.benchmark.training.equality import compare_plans
 from pem_lightning.benchmark.training.lineup import Plan, build_all, line_up, make_networks
 from pem_lightning.benchmark.training.settings import TrainingSettings, draw_batch
 from pem_lightning.benchmark.training.steps import TrainingStep
-from pem_lightning.errors import UserError
-from pem_lightning.types import Batch
+from pem_lightning.types import Batch, UserError
 
 Say = Callable[[str], None]
 

@@ -10,10 +10,9 @@ from pem_lightning.benchmark.memory import Memory, measure_own
 from pem_lightning.benchmark.training.settings import Kind, TrainingSettings, draw_batch
 from pem_lightning.benchmark.training.steps import OurStep, StraightforwardStep, TrainingStep
 from pem_lightning.benchmark.weights import random_weights
-from pem_lightning.errors import UserError
 from pem_lightning.losses import UniformSource
-from pem_lightning.networks.pem import PEM
-from pem_lightning.types import Batch
+from pem_lightning.models.pem import PEM
+from pem_lightning.types import Batch, UserError
 
 
 @dataclass(frozen=True)

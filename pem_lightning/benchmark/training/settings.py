@@ -10,12 +10,11 @@ import torch
 
 from pem_lightning.benchmark.settings import check_choices, check_numbers, find_device
 from pem_lightning.data.cityscapes import panoptic_from_instance_ids
-from pem_lightning.data.street.scene import draw_street
+from pem_lightning.data.street_scene import draw_street
 from pem_lightning.data.targets import panoptic_target
-from pem_lightning.errors import UserError
 from pem_lightning.inference.optimize import CompileMode, Precision
-from pem_lightning.networks.backbones import BACKBONES
-from pem_lightning.types import Batch, Sample, Target
+from pem_lightning.models.backbones import BACKBONES
+from pem_lightning.types import Batch, Sample, Target, UserError
 
 Kind = Literal["straightforward", "ours"]
 

@@ -17,14 +17,14 @@ from jaxtyping import Float
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from pem_lightning import straightforward
 from pem_lightning.benchmark.timing import Clock
-from pem_lightning.build import prefers_channels_last
-from pem_lightning.config import CONF
+from pem_lightning.cli.build import prefers_channels_last
+from pem_lightning.cli.errors import CONF
 from pem_lightning.losses import UniformSource
-from pem_lightning.networks.pem import PEM
+from pem_lightning.models.pem import PEM
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.types import Batch, Predictions, Target
+from scripts.benchmark import reference as straightforward
 
 STAGES = ("data preparation", "forward", "matching and losses", "backward", "clipping and optimiser")
 

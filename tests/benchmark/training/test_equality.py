@@ -5,7 +5,7 @@ from pem_lightning.benchmark.training.equality import compare_plans, compare_ste
 from pem_lightning.benchmark.training.lineup import Plan, make_networks
 from pem_lightning.benchmark.training.settings import TrainingSettings, draw_batch
 from pem_lightning.benchmark.weights import random_weights
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 SETTINGS = TrainingSettings(("stdc1",), (64, 96), segments=3, num_points=64, device="cpu")
 

@@ -3,7 +3,7 @@ import torch
 
 from pem_lightning.benchmark.training.settings import TrainingSettings, draw_batch
 from pem_lightning.benchmark.weights import CITYSCAPES_CLASSES
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 
 @pytest.mark.parametrize("segments", [3, 40])

@@ -6,7 +6,7 @@ from pem_lightning.benchmark.training.job import count_synchronisations, summari
 from pem_lightning.benchmark.training.lineup import Plan, build_all, line_up, make_networks, measure_memory
 from pem_lightning.benchmark.training.settings import TrainingSettings, draw_batch
 from pem_lightning.benchmark.training.steps import STAGES, paper_config
-from pem_lightning.errors import UserError
+from pem_lightning.types import UserError
 
 SETTINGS = TrainingSettings(("stdc1",), (64, 96), segments=4, num_points=64, device="cpu")
 

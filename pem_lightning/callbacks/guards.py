@@ -1,0 +1,136 @@
+"""A loss that is no number: what led to it is kept, and the weights are not touched."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pem_lightning.data import SegmentationDataModule
+from pem_lightning.files import write_or_warn
+from pem_lightning.training.distributed import SharedFlag, gather
+from pem_lightning.types import Batch, UserError
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLoss(Callback):
+    """Keeps a step whose loss is infinite or NaN on any device from changing anything, and stops.
+
+    Batch, losses and generators of the step go into `non_finite_step_<step>.pt`, one per device, in which `torch.load`
+    finds plain data. With mixed precision in float16, infinite gradients of a finite loss are no such step: the loss
+    scale deals with them.
+
+    A step that is skipped counts as a step: schedule, data and checkpoints stay in line.
+
+    Args:
+        directory: where the files go.
+        max_bad_steps: how many such steps of the run are skipped before one stops it. They are logged as
+            `train/bad_steps`.
+    """
+
+    def __init__(self, directory: str | Path, max_bad_steps: int = 0) -> None:
+        self.directory = Path(directory)
+        self.max_bad_steps = max_bad_steps
+        self.bad_steps = 0
+        self._flag = SharedFlag()
+        self._bad = False
+        self._generators: dict[str, Any] = {}
+        self._statistics: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the step's generators, and statistics that a forward pass changes."""
+        self._bad = False
+        self._generators = {"torch": torch.get_rng_state()}
+        if pl_module.device.type == "cuda":
+            self._generators["cuda"] = torch.cuda.get_rng_state(pl_module.device)  # kept on the host: no waiting
+        if self.max_bad_steps > self.bad_steps:
+            buffers = list(pl_module.buffers())
+            if len(self._statistics) != len(buffers):
+                self._statistics = [torch.empty_like(buffer) for buffer in buffers]
+            for kept, buffer in zip(self._statistics, buffers, strict=True):
+                kept.copy_(buffer)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Ask, but do not wait for the answer: the backward pass can be queued meanwhile."""
+        self._flag.tell(~loss.detach().isfinite())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Throw the gradients away if the answer is no; then the optimiser has nothing to do."""
+        self._bad = self._flag.read()
+        # With a loss scale it is that which skips the step, and it wants to see why.
+        if self._bad and not _scales_loss(trainer):
+            optimizer.zero_grad(set_to_none=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Keep what led to it; stop, or skip the step.
+
+        Raises:
+            UserError: there are more such steps than `max_bad_steps`.
+        """
+        if not self._bad:
+            return
+        self.bad_steps += 1
+        step = trainer.global_step
+        path = self._dump(trainer, batch, step)
+        files = [name for part in gather(_files(trainer, batch)) for name in part]
+        message = f"the loss of step {step} is not finite (images {', '.join(files)})"
+        if self.bad_steps > self.max_bad_steps:
+            raise UserError(
+                f"{message}: see torch.load('{path}'), and resume with a lower learning rate, another precision, "
+                "or recipe.max_bad_steps to skip such steps"
+            )
+        for kept, buffer in zip(self._statistics, pl_module.buffers(), strict=True):
+            buffer.copy_(kept)
+        pl_module.log("train/bad_steps", float(self.bad_steps), batch_size=1, rank_zero_only=True)
+        log.warning("%s: SKIPPED, %d of at most %d; see %s", message, self.bad_steps, self.max_bad_steps, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many there were."""
+        return {"bad_steps": self.bad_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.bad_steps = state_dict["bad_steps"]
+
+    def _dump(self, trainer: Trainer, batch: Batch, step: int) -> Path:
+        rank = f"_device_{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = self.directory / f"non_finite_step_{step:06d}{rank}.pt"
+        losses = {k: v.detach().cpu() for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+        content = {
+            "step": step,
+            "names": list(batch.names),
+            "files": _files(trainer, batch),
+            "images": [image.cpu() for image in batch.images],
+            "labels": [target.labels.cpu() for target in batch.targets],
+            "masks": [target.masks.cpu() for target in batch.targets],
+            "losses": losses,
+            "generators": self._generators,
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_or_warn(path, buffer.getvalue())
+        return path
+
+
+def _files(trainer: Trainer, batch: Batch) -> list[str]:
+    """The images' files where the data set tells, else their names."""
+    datamodule = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, SegmentationDataModule):
+        return list(batch.names)
+    dataset = datamodule.train_dataset
+    return [str(dataset.files(dataset.names.index(name))[0]) for name in batch.names]
+
+
+def _scales_loss(trainer: Trainer) -> bool:
+    plugin = trainer.precision_plugin
+    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None

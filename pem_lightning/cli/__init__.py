@@ -1,0 +1,1 @@
+"""The commands: where Hydra meets Lightning."""

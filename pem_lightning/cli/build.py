@@ -1,0 +1,184 @@
+"""From a composed experiment to its parts: trainer, data module, module, predictor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from pem_lightning.callbacks import ExactResume
+from pem_lightning.checkpoints import Checkpoint, load_network
+from pem_lightning.data import SegmentationDataModule
+from pem_lightning.inference.optimize import OptimizedNetwork, check_compile
+from pem_lightning.inference.postprocess import TaskInference
+from pem_lightning.inference.predictor import Predictor
+from pem_lightning.training.distributed import PlainSyncBatchNorm
+from pem_lightning.training.module import PEMModule
+from pem_lightning.training.resume import AtomicCheckpointIO
+from pem_lightning.types import DatasetInfo, UserError
+
+_DECIDED_BY_RECIPE = {
+    "accumulate_grad_batches": "micro_batch_size",
+    "gradient_clip_val": "gradient_clip",
+    "gradient_clip_algorithm": "gradient_clip",
+}
+"""Arguments of Lightning's that `PEMModule` does itself -> the recipe's key for it."""
+
+
+def build_trainer(cfg: DictConfig) -> Trainer:
+    """Make the trainer with its callbacks and loggers; `precision: auto` is decided here.
+
+    Raises:
+        UserError: a GPU is asked for where there is none, or something that the recipe decides is set here, or a
+            value is none that Lightning knows.
+    """
+    for key, instead in _DECIDED_BY_RECIPE.items():
+        if cfg.trainer.get(key) is not None:
+            raise UserError(f"trainer.{key} would change the recipe behind its back: set recipe.{instead} instead")
+    settings: dict[str, Any] = {}
+    has_gpu = torch.cuda.is_available()
+    on_gpu = has_gpu and cfg.trainer.accelerator != "cpu"
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not has_gpu:
+        raise UserError("trainer.accelerator=gpu, but torch finds no GPU here: choose trainer=cpu or trainer=auto")
+    if cfg.trainer.precision == "auto":
+        settings["precision"] = "16-mixed" if on_gpu else "32-true"
+    plugins = [*instantiate(cfg.trainer.get("plugins") or []), AtomicCheckpointIO()]
+    if cfg.trainer.sync_batchnorm:  # Lightning applies it when there are several processes
+        plugins.append(PlainSyncBatchNorm(cpu=not on_gpu))
+    settings["sync_batchnorm"] = False  # Lightning's own kind, which knows no frozen ones
+    loggers = _instantiate_all(cfg.logger)
+    callbacks = [ExactResume(), *_instantiate_all(cfg.callbacks)]
+    try:
+        return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins, **settings)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):  # its message lists the values there are
+            raise UserError(f"trainer: {error.__cause__}") from error
+        raise
+
+
+def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> SegmentationDataModule:
+    """Make the data module.
+
+    Args:
+        cfg: the experiment.
+        batch_size: training images that a device loads per step; None for all of the recipe's.
+    """
+    return instantiate(cfg.dataset.datamodule, batch_size=batch_size or cfg.recipe.global_batch_size)
+
+
+def build_module(
+    cfg: DictConfig, info: DatasetInfo, *, trainer: Trainer | None = None, micro_batches: int = 1
+) -> PEMModule:
+    """Make network, losses and optimiser for a data set's classes.
+
+    Args:
+        cfg: the experiment.
+        info: the classes.
+        trainer: decides on the memory format, see `wants_channels_last`; None for the plain one.
+        micro_batches: see `PEMModule`.
+
+    Raises:
+        UserError: the network cannot be compiled, or laid out in memory, as asked.
+    """
+    check_compile("recipe.compile", cfg.recipe.compile)
+    network = instantiate(cfg.network, num_classes=info.num_classes)
+    return PEMModule(
+        network=network,
+        criterion=instantiate(cfg.criterion, num_classes=info.num_classes),
+        inference=TaskInference(cfg.task.name, info.thing_classes, **cfg.task.inference),
+        info=info,
+        parameter_groups=instantiate(cfg.recipe.parameter_groups),
+        optimizer=instantiate(cfg.recipe.optimizer),
+        schedule=instantiate(cfg.recipe.schedule),
+        record={"config": _plain(cfg), "overrides": command_line()},
+        micro_batches=micro_batches,
+        channels_last=trainer is not None and wants_channels_last(cfg, trainer, network),
+        compile=cfg.recipe.compile if cfg.job == "train" else None,
+        gradient_clip=float(cfg.recipe.gradient_clip or 0),
+        **_views(cfg),
+    )
+
+
+def wants_channels_last(cfg: DictConfig, trainer: Trainer, network: nn.Module) -> bool:
+    """Which memory format to work in; `auto` takes the faster one: tensor cores like channels last, and so do CPUs.
+
+    Raises:
+        UserError: the setting is unknown, or the network cannot be trained so.
+    """
+    setting, device = cfg.recipe.channels_last, trainer.strategy.root_device
+    if setting not in ("auto", True, False):
+        raise UserError(f"recipe.channels_last={setting}: choose auto, true or false")
+    if setting == "auto":
+        return prefers_channels_last(network, device, mixed=str(trainer.precision).endswith("-mixed"))
+    if setting and device.type == "cpu" and not prefers_channels_last(network, device):
+        raise UserError(
+            "recipe.channels_last=true: PyTorch crashes when it trains this network's narrow strided 1x1 convolutions "
+            "on a CPU in this format: choose auto or false"
+        )
+    return bool(setting)
+
+
+def prefers_channels_last(network: nn.Module, device: torch.device, mixed: bool = False) -> bool:
+    """Whether a network is trained faster in channels-last, and can be.
+
+    Args:
+        network: to be trained.
+        device: where.
+        mixed: in mixed precision.
+    """
+    return mixed if device.type != "cpu" else not any(map(_crashes_in_channels_last, network.modules()))
+
+
+def _crashes_in_channels_last(module: nn.Module) -> bool:
+    """Whether PyTorch 2.13's backward pass on CPUs writes past its memory. PEM's own backbones have no such layer."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels < 16
+    )
+
+
+def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
+    """Make a predictor for a checkpoint, as the command line wants it."""
+    network = instantiate(cfg.network, num_classes=checkpoint.info.num_classes)
+    load_network(network, checkpoint)
+    return Predictor.from_parts(
+        OptimizedNetwork(network, cfg.inference.precision, cfg.inference.compile),
+        checkpoint.info,
+        TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference),
+        resize=instantiate(cfg.recipe.eval_transform),
+        device=cfg.device,
+        classes=cfg.classes,
+        batch_size=cfg.batch_size,
+        **_views(cfg),
+    )
+
+
+def _views(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of `TestTimeAugmentation`."""
+    try:
+        return {"scales": tuple(float(scale) for scale in cfg.inference.scales), "flip": bool(cfg.inference.flip)}
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"inference.scales={cfg.inference.scales}: give a list of numbers, e.g. [0.75,1.0,1.25]"
+        ) from error
+
+
+def _instantiate_all(group: DictConfig) -> list[Any]:
+    return [instantiate(node) for node in group.values() if node is not None]
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def command_line() -> list[str]:
+    """The overrides that the experiment was composed with."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []

@@ -1,1 +1,0 @@
-"""Drawing of the embedded data set's street scenes."""

@@ -1,0 +1,155 @@
+"""Results against annotations: which metrics a task has, and how they are reported."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pem_lightning.data.targets import IGNORE_INDEX, class_map
+from pem_lightning.inference.postprocess import Result
+from pem_lightning.inference.results import SHOWN_SCORE
+from pem_lightning.metrics import (
+    AveragePrecision,
+    AveragePrecisionResult,
+    MeanIoU,
+    MeanIoUResult,
+    PanopticQuality,
+    PanopticResult,
+    Precisions,
+    QualityAverage,
+    instance_f1,
+)
+from pem_lightning.types import DatasetInfo, Sample
+
+
+class Evaluation(NamedTuple):
+    """The metrics of a whole data set, as fractions of 1; a task has some of them."""
+
+    panoptic: PanopticResult | None = None
+    semantic: MeanIoUResult | None = None
+    instance: AveragePrecisionResult | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """The headline numbers by the names that loggers use, in percent."""
+        values: dict[str, float] = {}
+        if self.panoptic is not None:
+            for suffix, average in (
+                ("", self.panoptic.all),
+                ("_things", self.panoptic.things),
+                ("_stuff", self.panoptic.stuff),
+            ):
+                values |= {f"val/PQ{suffix}": average.pq, f"val/SQ{suffix}": average.sq, f"val/RQ{suffix}": average.rq}
+        if self.semantic is not None:
+            values |= {"val/mIoU": self.semantic.miou, "val/pixel_accuracy": self.semantic.pixel_accuracy}
+        if self.instance is not None:
+            values |= {f"val/{name}": value for name, value in zip(_AP_NAMES, self.instance.all, strict=True)}
+        return {name: 100 * value for name, value in values.items()}
+
+    def per_class(self, info: DatasetInfo) -> list[dict[str, Any]]:
+        """One row per class that the task has, in percent; NaN for classes that do not occur."""
+        rows: list[dict[str, Any]] = []
+        for k, c in enumerate(info.classes):
+            row: dict[str, Any] = {"class": c.name, "kind": "thing" if c.is_thing else "stuff"}
+            if (panoptic := self.panoptic) is not None:
+                row |= {
+                    "PQ": 100 * float(panoptic.pq_per_class[k]),
+                    "SQ": 100 * float(panoptic.sq_per_class[k]),
+                    "RQ": 100 * float(panoptic.rq_per_class[k]),
+                    "TP": int(panoptic.true_positives[k]),
+                    "FP": int(panoptic.false_positives[k]),
+                    "FN": int(panoptic.false_negatives[k]),
+                }
+            if self.semantic is not None:
+                row["IoU"] = 100 * float(self.semantic.iou_per_class[k])
+            if self.instance is not None:
+                if not c.is_thing:
+                    continue
+                row |= {name: 100 * value for name, value in zip(_AP_NAMES, self.instance.by_class[k], strict=True)}
+                row["objects"] = int(self.instance.num_objects[k])
+            rows.append(row)
+        return rows
+
+
+def to_plain(value: Any) -> Any:
+    """An `Evaluation`, or any part of one, as a checkpoint can hold it."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {"": type(value).__name__, **{name: to_plain(part) for name, part in value._asdict().items()}}
+    if isinstance(value, tuple):
+        return [to_plain(part) for part in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def from_plain(state: Any) -> Any:
+    """Inverse of `to_plain`."""
+    if isinstance(state, dict):
+        return _RESULTS[state[""]](**{name: from_plain(part) for name, part in state.items() if name})
+    if isinstance(state, list):
+        return tuple(from_plain(part) for part in state)
+    return state.numpy() if isinstance(state, torch.Tensor) else state
+
+
+_RESULTS: dict[str, Any] = {
+    result.__name__: result
+    for result in (Evaluation, PanopticResult, QualityAverage, MeanIoUResult, AveragePrecisionResult, Precisions)
+}
+
+_AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+"""COCO's names of `Precisions`, in its order."""
+
+
+class Evaluator(nn.Module):
+    """Accumulates the metrics of a task. A module, so that its states follow the model's device.
+
+    Args:
+        info: the classes.
+        task: "semantic" has the mean IoU, "panoptic" panoptic quality as well, "instance" COCO's average precision.
+    """
+
+    def __init__(self, info: DatasetInfo, task: str) -> None:
+        super().__init__()
+        self.mean_iou = MeanIoU(info.num_classes, IGNORE_INDEX) if task != "instance" else None
+        self.panoptic_quality = PanopticQuality(info.num_classes, info.thing_classes) if task == "panoptic" else None
+        self.average_precision = AveragePrecision(info.num_classes) if task == "instance" else None
+
+    @property
+    def needs_semantic(self) -> bool:
+        """Whether the task's metrics look at `Result.semantic`."""
+        return self.mean_iou is not None
+
+    def update(self, result: Result, sample: Sample) -> float:
+        """Add one image; the result has the annotation's size and everything that the task's metrics look at.
+
+        Returns:
+            The image's own score in [0, 1]: its PQ, its mIoU, or the F1 score of the objects that are drawn (see
+            `instance_f1`). NaN where there is nothing to score.
+        """
+        score = float("nan")
+        if self.mean_iou is not None:
+            assert result.semantic is not None
+            score = self.mean_iou(result.semantic, class_map(sample)).miou
+        if self.panoptic_quality is not None:
+            assert result.panoptic is not None
+            score = self.panoptic_quality(result.panoptic, result.segments, sample.panoptic, sample.segments).all.pq
+        if self.average_precision is not None:
+            self.average_precision.update(result.instances, sample.panoptic, sample.segments, sample.name)
+            score = instance_f1(result.instances, sample.panoptic, sample.segments, SHOWN_SCORE)
+        return score
+
+    def compute(self) -> Evaluation:
+        """The metrics over all images of all processes since the last `reset`."""
+        return Evaluation(
+            panoptic=self.panoptic_quality.compute() if self.panoptic_quality is not None else None,
+            semantic=self.mean_iou.compute() if self.mean_iou is not None else None,
+            instance=self.average_precision.compute() if self.average_precision is not None else None,
+        )
+
+    def reset(self) -> None:
+        """Forget all images."""
+        for metric in (self.mean_iou, self.panoptic_quality, self.average_precision):
+            if metric is not None:
+                metric.reset()

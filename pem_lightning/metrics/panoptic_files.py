@@ -1,0 +1,149 @@
+"""Panoptic quality of prediction files against ground truth files: panopticapi's evaluation, without panopticapi."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+
+from pem_lightning.data.coco import PanopticPairs
+from pem_lightning.metrics import PanopticQuality, PanopticResult, QualityAverage
+from pem_lightning.types import DatasetInfo, UserError
+
+
+class FilesEvaluation(NamedTuple):
+    """The result of comparing two files.
+
+    Attributes:
+        info: the ground truth's categories.
+        quality: panoptic quality, as fractions of 1.
+        num_images: of the ground truth.
+        notes: what the files contain that does not count, or counts in a surprising way.
+    """
+
+    info: DatasetInfo
+    quality: PanopticResult
+    num_images: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout of panopticapi's results: "All", "Things", "Stuff" and, by category id, "per_class".
+
+        As there, a class that does not occur has quality 0; its counts tell. A group without classes has None.
+        """
+        quality = self.quality
+        per_class = {
+            str(c.category_id): {
+                "name": c.name,
+                "isthing": int(c.is_thing),
+                "pq": _or(quality.pq_per_class[k], 0.0),
+                "sq": _or(quality.sq_per_class[k], 0.0),
+                "rq": _or(quality.rq_per_class[k], 0.0),
+                "iou_sum": float(quality.iou_sum[k]),
+                "tp": int(quality.true_positives[k]),
+                "fp": int(quality.false_positives[k]),
+                "fn": int(quality.false_negatives[k]),
+            }
+            for k, c in enumerate(self.info.classes)
+        }
+        groups = {name: _group(average) for name, average in self.groups().items()}
+        return {**groups, "per_class": per_class, "images": self.num_images, "notes": list(self.notes)}
+
+    def groups(self) -> dict[str, QualityAverage]:
+        """The averages by panopticapi's names."""
+        return {"All": self.quality.all, "Things": self.quality.things, "Stuff": self.quality.stuff}
+
+
+def evaluate_panoptic_files(
+    gt_json: str | Path,
+    pred_json: str | Path,
+    gt_folder: str | Path | None = None,
+    pred_folder: str | Path | None = None,
+    workers: int = 0,
+) -> FilesEvaluation:
+    """Compare two files in the COCO panoptic format by panopticapi's rules; shows a progress bar.
+
+    As in panopticapi, areas of true segments are the JSON's, and those of predictions their pixels. Where the JSON has
+    no areas, which panopticapi does not accept, pixels are counted.
+
+    Args:
+        gt_json: the ground truth's annotations and categories.
+        pred_json: the prediction's annotations; images that the ground truth does not have are ignored.
+        gt_folder: of its PNGs; by default the JSON's path without suffix.
+        pred_folder: likewise.
+        workers: reading and comparing processes; 0 works in this one. The result does not depend on it.
+
+    Raises:
+        UserError: a file is missing or broken, or the two do not fit each other.
+    """
+    folders = (Path(folder) if folder else None for folder in (gt_folder, pred_folder))
+    pairs = PanopticPairs(Path(gt_json), Path(pred_json), *folders)
+    loader = DataLoader(_Scores(pairs), None, num_workers=min(workers, len(pairs)), collate_fn=_unchanged)
+    total: PanopticQuality | None = None
+    stale, unlisted = 0, 0
+    for score in track(loader, "Comparing", len(pairs), transient=True):
+        if isinstance(score, UserError):
+            raise score
+        stale += score.stale_areas
+        unlisted += score.has_unlisted
+        if total is None:
+            total = score.metric
+        else:
+            total.merge_state(score.metric)
+    assert total is not None  # there is at least one pair
+    notes = list(pairs.notes)
+    if stale:
+        notes.append(f"{gt_json}: {stale} segment(s) have another area than pixels in the PNG; the area counts")
+    if unlisted:
+        notes.append(f"{gt_json}: {unlisted} image(s) have ids in the PNG of no counted segment; they are not void")
+    return FilesEvaluation(pairs.info, total.compute(), len(pairs), tuple(notes))
+
+
+class _Score(NamedTuple):
+    """One image's share of the result, and what is odd about its ground truth."""
+
+    metric: PanopticQuality
+    stale_areas: int
+    has_unlisted: bool
+
+
+class _Scores(Dataset[_Score | UserError]):
+    """The comparisons as a data set, so that a loader's processes share them out and keep their order."""
+
+    def __init__(self, pairs: PanopticPairs) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> _Score | UserError:
+        """Compare one image; an error is returned, because a loader would lay its process's traceback around it."""
+        info = self.pairs.info
+        metric = PanopticQuality(info.num_classes, info.thing_classes)
+        try:
+            pair = self.pairs[index]
+        except UserError as error:
+            return error
+        maps = torch.from_numpy(pair.pred_map), torch.from_numpy(pair.gt_map)
+        try:
+            metric.update(maps[0], pair.pred_segments, maps[1], pair.gt_segments, gt_areas=pair.areas)
+        except ValueError as error:  # the rest that it objects to, the pairs do not let through
+            return UserError(f"{self.pairs.gt_json}, image {pair.image_id!r}: {error}: give its number of pixels there")
+        return _Score(metric, pair.stale_areas, pair.has_unlisted)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _or(value: Any, otherwise: float | None) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if value == value else otherwise
+
+
+def _group(average: QualityAverage) -> dict[str, Any]:
+    qualities = {"pq": average.pq, "sq": average.sq, "rq": average.rq}
+    return {**{name: _or(value, None) for name, value in qualities.items()}, "n": average.num_classes}

@@ -1,0 +1,39 @@
+"""The interface of every backbone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pem_lightning.types import UserError
+
+
+class Backbone(nn.Module, ABC):
+    """A feature extractor.
+
+    Attributes:
+        channels: channels of the feature maps at strides 4, 8, 16 and 32.
+    """
+
+    channels: tuple[int, int, int, int]
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
+        """Extract the features.
+
+        Args:
+            images: normalised, height and width divisible by 32.
+
+        Returns:
+            Four feature maps, of strides 4, 8, 16 and 32.
+        """
+
+    def load_pretrained(self, source: bool | str = True) -> None:
+        """Fill in pretrained weights: those of the backbone's library, or those of a file.
+
+        Raises:
+            UserError: there are none for this backbone.
+        """
+        raise UserError("backbone.pretrained is for backbone=timm: leave it out")

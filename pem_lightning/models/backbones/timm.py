@@ -1,0 +1,218 @@
+"""Every feature extractor of timm (PyTorch Image Models) that has a pyramid of strides 4, 8, 16 and 32."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pem_lightning.models.backbones.base import Backbone
+from pem_lightning.types import UserError
+
+STRIDES = (4, 8, 16, 32)
+
+
+class TimmBackbone(Backbone):
+    """A network of timm without its classification head.
+
+    Pretrained weights expect the normalisation they were trained with, which for some is not ImageNet's. The difference
+    is a scale and a shift of the images; it is kept with the weights, so that images are always normalised alike.
+
+    Args:
+        name: of the model, with or without the tag of its weights: "convnext_tiny", "convnext_tiny.fb_in22k".
+        pretrained: see `load_pretrained`; False starts from random weights.
+        norm: "batch", or "frozen" for batch normalisations that keep their statistics and weights.
+        options: further arguments of `timm.create_model`, such as `drop_path_rate` or `img_size`.
+
+    Raises:
+        UserError: timm cannot be imported, the model or its weights are unknown, or it has no such pyramid.
+    """
+
+    input_scale: Tensor
+    input_shift: Tensor
+
+    def __init__(
+        self,
+        name: str = "convnext_tiny",
+        pretrained: bool | str = False,
+        norm: str = "batch",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if norm not in ("batch", "frozen"):
+            raise UserError(f"unknown backbone norm {norm!r}: choose batch or frozen")
+        timm = import_timm()
+        _check_name(timm, name)
+        self.name = name
+        self.frozen = norm == "frozen"
+        any_size = _any_size(timm, name)
+        self._one_size = any_size is None
+        self._arguments = {"features_only": True, **(any_size or {}), **(options or {})}
+        with torch.device("meta"):
+            levels = self._create(timm).feature_info
+        self._arguments["out_indices"] = _pyramid(name, levels)
+        self.model = self._create(timm)
+        c4, c8, c16, c32 = self.model.feature_info.channels()
+        self.channels = (c4, c8, c16, c32)
+        self._channels_last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
+        self.register_buffer("input_scale", torch.ones(3, 1, 1))
+        self.register_buffer("input_shift", torch.zeros(3, 1, 1))
+        if self.frozen:
+            for batch_norm in self._batch_norms():
+                batch_norm.requires_grad_(False)
+        if pretrained:
+            self.load_pretrained(pretrained)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
+        """Extract features at strides 4, 8, 16 and 32.
+
+        Raises:
+            UserError: the model does not take images of this size.
+        """
+        height, width = images.shape[-2:]
+        try:
+            features = self.model(torch.addcmul(self.input_shift, images, self.input_scale))
+        except (AssertionError, RuntimeError) as error:  # timm and PyTorch refuse a size in many ways
+            if not (self._one_size or isinstance(error, AssertionError)) or "memory" in str(error):
+                raise
+            cure = f"use one size everywhere and say +backbone.options.img_size=[{height},{width}]"
+            raise UserError(
+                f"backbone.name={self.name} does not take images of {height} x {width} ({_first_line(error)}): "
+                f"choose another{', or ' + cure if self._one_size else ''}"
+            ) from error
+        if self._channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        for feature, stride in zip(features, STRIDES, strict=True):
+            if feature.shape[-2:] != (height // stride, width // stride):
+                raise UserError(
+                    f"backbone.name={self.name} makes {feature.shape[-2]} x {feature.shape[-1]} features of an image "
+                    f"of {height} x {width} where {height // stride} x {width // stride} are needed: choose another"
+                )
+        return features
+
+    def load_pretrained(self, source: bool | str = True) -> None:
+        """Fill in pretrained weights.
+
+        Args:
+            source: True downloads timm's into the cache of Hugging Face, unless they are there; or the path of a file
+                with them (.safetensors, .pth).
+
+        Raises:
+            UserError: they do not exist or cannot be had.
+        """
+        timm = import_timm()
+        file = {} if source is True else {"pretrained_cfg_overlay": {"file": str(source)}}
+        with torch.random.fork_rng(devices=[]):  # the same draw twice tells what was filled in
+            torch.manual_seed(0)
+            random = self._create(timm)
+            torch.manual_seed(0)
+            try:
+                model = self._create(timm, pretrained=True, **file)
+            except Exception as error:  # timm, huggingface_hub and their HTTP client have no common error
+                raise UserError(self._no_weights(timm, error)) from error
+        pairs = zip(model.named_parameters(), random.parameters(), strict=True)
+        empty = [name for (name, p), q in pairs if p.ndim > 1 and torch.equal(p, q)]
+        if file and empty:  # timm accepts any file
+            raise UserError(f"backbone.pretrained={source} has no {empty[0]}: give the weights of {self.name}")
+        self.model.load_state_dict(model.state_dict())
+        mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+        imagenet_mean = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN)[:, None, None]
+        imagenet_std = torch.tensor(timm.data.IMAGENET_DEFAULT_STD)[:, None, None]
+        self.input_scale.copy_(imagenet_std / std)
+        self.input_shift.copy_((imagenet_mean - mean) / std)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that shall not decay: all vectors (norms, biases, scales), and tables and tokens.
+
+        This is timm's own rule for its models.
+        """
+        return {n for n, p in self.named_parameters() if p.ndim <= 1 or not n.endswith("weight")}
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """Frozen batch normalisations stay in evaluation mode whatever is asked."""
+        super().train(mode)
+        if self.frozen:
+            for batch_norm in self._batch_norms():
+                batch_norm.eval()
+        return self
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def _create(self, timm: ModuleType, **extra: Any) -> Any:
+        try:
+            return timm.create_model(self.name, **self._arguments, **extra)
+        except (TypeError, RuntimeError) as error:
+            if extra:
+                raise
+            raise UserError(
+                f"timm cannot make features of backbone.name={self.name} ({_first_line(error)}): choose another"
+            ) from error
+
+    def _no_weights(self, timm: ModuleType, error: Exception) -> str:
+        start = f"no pretrained weights for backbone.name={self.name} ({_first_line(error)}): "
+        config = timm.get_pretrained_cfg(self.name)
+        if not (config and (config.hf_hub_id or config.url)):
+            return f"{start}timm has none; use backbone.pretrained=false"
+        hub = config.hf_hub_id and f"model.safetensors from https://huggingface.co/{config.hf_hub_id}"
+        return f"{start}get {hub or config.url} by hand and give backbone.pretrained=FILE"
+
+
+def import_timm() -> ModuleType:
+    """Import timm.
+
+    Raises:
+        UserError: it is not installed or does not load.
+    """
+    try:
+        import timm
+        import timm.data
+    except Exception as error:  # a torchvision built for another torch raises RuntimeError on import
+        raise UserError(
+            f"backbone=timm needs a working timm ({_first_line(error)}): pip install -r requirements-timm.txt"
+        ) from error
+    return timm
+
+
+def _check_name(timm: ModuleType, name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+        raise UserError(f"timm has no model backbone.name={name}: {hint}")
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tagged:
+        raise UserError(f"timm has no weights backbone.name={name}: choose one of {', '.join([architecture, *tagged])}")
+
+
+def _any_size(timm: ModuleType, name: str) -> dict[str, bool] | None:
+    """What lets a model of one image size take others; None where its architecture cannot."""
+    config = timm.get_pretrained_cfg(name)
+    if not config or not config.fixed_input_size:
+        return {}
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, strict_img_size=False)
+    except TypeError:  # an architecture without this argument
+        return None
+    return {"strict_img_size": False}
+
+
+def _pyramid(name: str, levels: Any) -> tuple[int, ...]:
+    """The deepest level of every stride, as indices for timm."""
+    deepest = dict(zip(levels.reduction(), levels.out_indices, strict=True))
+    if missing := [stride for stride in STRIDES if stride not in deepest]:
+        raise UserError(
+            f"backbone.name={name} has features of stride {', '.join(map(str, deepest))}, but none of stride "
+            f"{', '.join(map(str, missing))}: choose a model with a pyramid, e.g. convnext_tiny"
+        )
+    return tuple(deepest[stride] for stride in STRIDES)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")

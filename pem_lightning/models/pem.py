@@ -1,0 +1,104 @@
+"""PEM: Prototype-based Efficient MaskFormer (Cavagnero, Rosi et al., CVPR 2024, arXiv 2402.19422)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pem_lightning.models.backbones import Backbone, build_backbone
+from pem_lightning.models.mask2former_pixel_decoder import MSDeformPixelDecoder
+from pem_lightning.models.pixel_decoder import PixelDecoder
+from pem_lightning.models.transformer_decoder import TransformerDecoder
+from pem_lightning.types import Predictions, UserError
+
+SIZE_DIVISOR = 32
+"""Images are padded to a multiple of the coarsest stride."""
+
+
+def padded_size(height: int, width: int) -> tuple[int, int]:
+    """The size the network works at: each side rounded up to a multiple of 32."""
+    return -(-height // SIZE_DIVISOR) * SIZE_DIVISOR, -(-width // SIZE_DIVISOR) * SIZE_DIVISOR
+
+
+class PEM(nn.Module):
+    """Backbone -> pixel decoder -> transformer decoder."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pixel_decoder: PixelDecoder | MSDeformPixelDecoder,
+        transformer_decoder: TransformerDecoder,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pixel_decoder = pixel_decoder
+        self.transformer_decoder = transformer_decoder
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
+        """Predict.
+
+        Args:
+            images: normalised (ImageNet's mean and deviation), of any size. They are padded with 0 at the right and the
+                bottom to a multiple of 32.
+
+        Returns:
+            Mask logits are at a quarter of the padded size.
+        """
+        height, width = images.shape[-2:]
+        full_height, full_width = padded_size(height, width)
+        if (height, width) != (full_height, full_width):
+            images = F.pad(images, (0, full_width - width, 0, full_height - height))
+        mask_features, levels = self.pixel_decoder(self.backbone(images))
+        return self.transformer_decoder(mask_features, levels)
+
+
+def build_pem(
+    backbone: str | Backbone = "resnet50",
+    *,
+    num_classes: int,
+    num_queries: int = 100,
+    backbone_norm: str = "batch",
+    kernel: str = "auto",
+    pixel_decoder: str = "pem",
+    pyramid_channels: int = 128,
+    mask_channels: int = 256,
+    csm: bool = True,
+    deformable: bool = True,
+    **decoder: Any,
+) -> PEM:
+    """Build PEM with random weights and the paper's sizes.
+
+    Args:
+        backbone: a name (resnet18/34/50/101, stdc1, stdc2) or a module.
+        num_classes: K, "no object" not counted.
+        num_queries: how many segments an image can have at most.
+        backbone_norm: "batch", or "frozen" for batch normalisation that does not learn. Only for a backbone by name.
+        kernel: of the deformable operators: "auto", "torch", "mmcv", of the convolutions also "torchvision".
+        pixel_decoder: "pem", or "msdeform" for Mask2Former's.
+        pyramid_channels: of the pixel decoder's levels.
+        mask_channels: of the mask features.
+        csm: False leaves context-based self-modulation out of PEM's pixel decoder.
+        deformable: False makes its deformable convolutions ordinary ones.
+        decoder: further arguments of `TransformerDecoder`, such as `num_layers`.
+
+    Raises:
+        UserError: the backbone, the norm, the kernel or a variant is unknown, not installed, or goes with no other.
+    """
+    if isinstance(backbone, str):
+        backbone = build_backbone(backbone, backbone_norm)
+    sizes = (backbone.channels, pyramid_channels, mask_channels, kernel)
+    if pixel_decoder == "msdeform":
+        if not (csm and deformable):
+            raise UserError("csm=false and deformable=false leave parts out of PEM's pixel decoder: msdeform has none")
+        pixels: PixelDecoder | MSDeformPixelDecoder = MSDeformPixelDecoder(*sizes)
+    elif pixel_decoder == "pem":
+        pixels = PixelDecoder(*sizes, csm=csm, deformable=deformable)
+    else:
+        raise UserError(f"pixel_decoder={pixel_decoder}: choose pem or msdeform")
+    transformer_decoder = TransformerDecoder(
+        pyramid_channels, mask_channels, num_classes=num_classes, num_queries=num_queries, **decoder
+    )
+    return PEM(backbone, pixels, transformer_decoder)

@@ -1,0 +1,1 @@
+"""How a network is trained: the LightningModule, optimiser, exact resume, several processes."""

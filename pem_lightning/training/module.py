@@ -1,0 +1,173 @@
+"""The one LightningModule: steps and hooks only. What happens in them is written elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, cast
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from pem_lightning.checkpoints import CHECKPOINT_KEY
+from pem_lightning.inference.postprocess import Result, TaskInference, size_of
+from pem_lightning.inference.tta import TestTimeAugmentation
+from pem_lightning.losses import SetCriterion
+from pem_lightning.metrics.evaluator import Evaluation, Evaluator
+from pem_lightning.preprocess import common_size, normalize, pad_batch
+from pem_lightning.training.averaging import AveragedNetwork
+from pem_lightning.training.batch_split import micro_batches_of
+from pem_lightning.training.distributed import mean_over_processes
+from pem_lightning.training.optim import clip_gradients, unscale_gradients
+from pem_lightning.types import Batch, DatasetInfo, Predictions, UserError
+
+
+class ValidationOutput(TypedDict):
+    """What callbacks get of every validation batch: results and their scores (see `Evaluator.update`), by image."""
+
+    results: list[Result]
+    scores: list[float]
+
+
+class PEMModule(LightningModule):
+    """Trains and evaluates a network.
+
+    Args:
+        network: `PEM`, or anything with its interface.
+        criterion: predictions and targets -> weighted losses by name.
+        inference: predictions -> result of the task.
+        info: the data set's classes.
+        parameter_groups: network -> groups for the optimiser.
+        optimizer: groups -> optimiser.
+        schedule: optimiser -> learning-rate scheduler, stepped every iteration.
+        record: how the experiment was configured, kept in checkpoints (see `checkpoints.Checkpoint`).
+        micro_batches: equal parts that the images of a step run through the network in (see `batch_split.BatchSplit`).
+        gradient_clip: largest norm of the gradient over all parameters; 0 for no limit.
+        channels_last: memory format that the network's weights are brought into, and the images of training.
+        compile: a mode of `torch.compile` for the network in training, or None. Validation, whose images may be of any
+            size, runs it as it is.
+        scales: of the views in validation, see `TestTimeAugmentation`.
+        flip: likewise.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        criterion: SetCriterion,
+        inference: TaskInference,
+        info: DatasetInfo,
+        parameter_groups: Callable[[nn.Module], list[dict[str, Any]]],
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+        record: Mapping[str, Any] | None = None,
+        *,
+        micro_batches: int = 1,
+        gradient_clip: float = 0.0,
+        channels_last: bool = False,
+        compile: str | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+    ) -> None:
+        super().__init__()
+        # Lightning's own loop divides every part's loss by the number of parts and knows no totals of a step.
+        self.automatic_optimization = False
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
+        self.criterion = criterion
+        self.inference = inference
+        self.augmentation = TestTimeAugmentation(inference, scales, flip)
+        self.info = info
+        self.evaluator = Evaluator(info, inference.task)
+        self.averaged: AveragedNetwork | None = None  # made by a callback
+        self.evaluation: Evaluation | None = None  # of the last validation
+        self.parameter_groups = parameter_groups
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.record = record or {}
+        self.micro_batches = micro_batches
+        self.gradient_clip = gradient_clip
+        self.memory_format = memory_format
+        self.compiled: Callable[[Tensor], Predictions] | None = None
+        if compile is not None:  # the function and not the module, so that weights keep their names
+            self.compiled = torch.compile(network.forward, mode=compile, dynamic=False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One optimiser step on this device's share of the step's images; returns the loss of all devices."""
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        schedule = cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers())
+        optimizer.zero_grad()
+        losses = self._backward(batch, optimizer)
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(batch.images))
+        optimizer.step()
+        schedule.step()
+        return losses["loss"]
+
+    def _backward(self, batch: Batch, optimizer: LightningOptimizer) -> dict[str, Tensor]:
+        """Add up the gradients of all micro-batches; returns the losses over all devices, and their sum as "loss"."""
+        network = self.compiled or self.network
+        size, totals, values = common_size(batch.images), None, []
+        for number, part in enumerate(micro_batches_of(batch, self.micro_batches), 1):
+            part = self.transfer_batch_to_device(part, self.device, 0)
+            # Gradients of processes are averaged once, during the last backward pass.
+            with optimizer.toggle_model(sync_grad=number == self.micro_batches):
+                images, targets = pad_batch(part.images, part.targets, size)
+                predictions = network(images.contiguous(memory_format=self.memory_format))
+                if totals is None:
+                    totals = self.criterion.totals(batch.targets, predictions.class_logits.shape[1], images.device)
+                losses = self.criterion(predictions, targets, totals)
+                values.append(torch.stack(list(losses.values())))
+                with torch.autocast(images.device.type, enabled=False):  # Lightning's is around the whole step
+                    self.manual_backward(values[-1].sum())
+        summed = mean_over_processes(torch.stack(values).detach().sum(0))
+        return {"loss": summed.sum(), **dict(zip(losses, summed, strict=True))}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradient; log its norm as it was."""
+        unscale_gradients(optimizer, self.trainer.precision_plugin)
+        self.log("train/grad_norm", clip_gradients(optimizer, self.gradient_clip), batch_size=1)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> ValidationOutput:
+        """Predict one image after the other, each at its own size, and compare."""
+        network = self.network if self.averaged is None else self.averaged.network
+        output = ValidationOutput(results=[], scores=[])
+        for image, sample in zip(batch.images, batch.samples, strict=True):
+            inputs, output_size = normalize(image)[None], size_of(sample.panoptic)
+            (result,) = self.augmentation(network, inputs, output_size, with_semantic=self.evaluator.needs_semantic)
+            output["scores"].append(self.evaluator.update(result, sample))
+            output["results"].append(result)
+        return output
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the data set's metrics, in percent."""
+        self.evaluation = self.evaluator.compute()
+        self.evaluator.reset()
+        for name, value in self.evaluation.scalars().items():
+            self.log(name, value, sync_dist=True)  # equal on all devices already, which Lightning cannot know
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Optimiser and schedule as configured."""
+        optimizer = self.optimizer(self.parameter_groups(self.network))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what cannot go on exactly.
+
+        Raises:
+            UserError: the training counted its steps in another way, before there were micro-batches.
+        """
+        done = checkpoint["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"]
+        if done["total"]["completed"] != checkpoint["global_step"]:
+            raise UserError(
+                "the checkpoint is of an older version, whose training cannot go on: start a new one with weights="
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what evaluation and prediction need to do without any other file."""
+        checkpoint[CHECKPOINT_KEY] = {**self.record, "dataset_info": self.info.to_dict()}
+        if self.averaged is not None:
+            checkpoint[CHECKPOINT_KEY]["averaged"] = self.averaged.state_dict()

@@ -1,0 +1,207 @@
+"""Every shipped ablation trains, reloads strictly and counts; its parts follow their definition."""
+
+import hydra
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+
+from pem_lightning import build_pem
+from pem_lightning.cli.errors import CONF
+from pem_lightning.inference.optimize import OptimizedNetwork
+from pem_lightning.losses import SetCriterion
+from pem_lightning.models.ablations import (
+    MaskedCrossAttention,
+    MeanCrossAttention,
+    MeanWithoutInteraction,
+    WithoutInteraction,
+)
+from pem_lightning.models.flops import count_gmacs, count_parameters
+from pem_lightning.models.layers import sine_position_encoding
+from pem_lightning.models.transformer_decoder import TransformerDecoder
+from pem_lightning.types import Target, UserError
+from scripts.benchmark.reference import predict
+from tests.models.randomize import randomize
+
+ABLATIONS = sorted(path.stem for path in (CONF / "ablation").glob("*.yaml"))
+BACKBONES = ["resnet18", "resnet34", "resnet50", "resnet101", "stdc1", "stdc2"]
+VARIANTS = [f"ablation={name}" for name in ABLATIONS]
+VARIANTS += ["ablation=[no_masking,no_csm]", "ablation=[no_prototype,no_interaction,no_masking,fpn]", "num_queries=7"]
+VARIANTS += [f"decoder_layers={n}" for n in range(1, 10)] + [f"backbone={name}" for name in BACKBONES]
+
+# Small enough for a second each.
+SMALL = ["network.channels=32", "network.hidden_channels=48", "network.mask_channels=16"]
+
+
+def network_of(*overrides, small=True):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("train", [*(SMALL if small else []), *overrides, "output_dir=unused"])
+    torch.manual_seed(0)
+    return instantiate(cfg.network, num_classes=19)
+
+
+def targets(height, width):
+    masks = torch.zeros(2, height, width, dtype=torch.bool)
+    masks[0, :, : width // 2] = masks[1, : height // 2] = True
+    return Target(labels=torch.tensor([3, 12]), masks=masks)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_reloads_and_counts(variant):
+    network = network_of(variant)
+    images = torch.randn(2, 3, 64, 96)
+    losses = SetCriterion(19, num_points=64)(network.train()(images), [targets(64, 96), targets(64, 96)])
+    torch.stack(list(losses.values())).sum().backward()
+    without = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without  # several processes would wait for them
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+    again = network_of(variant)
+    torch.nn.init.zeros_(again.transformer_decoder.query_features.weight)
+    again.load_state_dict(network.state_dict(), strict=True)
+    with torch.no_grad():
+        expected, actual = network.eval()(images), again.eval()(images)
+        fast = OptimizedNetwork(network)(images)
+    assert torch.equal(actual.mask_logits, expected.mask_logits)
+    assert torch.equal(actual.class_logits, expected.class_logits)
+    torch.testing.assert_close(fast.class_logits, expected.class_logits, rtol=1e-2, atol=1e-2)
+    assert count_gmacs(network, 64, 96) > 0
+    assert count_parameters(network) > 0
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if v.startswith("ablation=")] + ["decoder_layers=1", "decoder_layers=5"]
+)
+def test_fast_inference_equals_training_order_in_float64(variant):
+    """Resized features instead of resized masks, folded normalisation: the same function for every variant."""
+    network = randomize(network_of(variant)).double().eval()
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        fast = OptimizedNetwork(network)(images)
+        network.transformer_decoder.auxiliary = "always"
+        slow = network(images)
+    torch.testing.assert_close(fast.class_logits, slow.class_logits, rtol=0, atol=1e-9)
+    torch.testing.assert_close(fast.mask_logits, slow.mask_logits, rtol=0, atol=1e-9)
+
+
+def test_the_default_is_the_paper():
+    default = network_of("num_queries=100", small=False)
+    assert network_of("ablation=prototype", small=False).state_dict().keys() == default.state_dict().keys()
+    assert count_parameters(default) == 16_957_829
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 9])
+def test_levels_keep_cycling_and_none_is_idle(layers):
+    decoder = TransformerDecoder(8, 8, num_classes=3, channels=16, num_heads=4, num_queries=5, num_layers=layers).eval()
+    levels = [torch.randn(1, 8, 16 // s, 16 // s) for s in (8, 4, 2)]
+    sizes = []
+    for layer in decoder.layers:
+        layer.register_forward_hook(lambda _, arguments, out: sizes.append(arguments[2].shape[-1]))
+    decoder(torch.randn(1, 8, 16, 16), levels)
+    assert sizes == [(2, 4, 8)[i % 3] for i in range(layers)]
+    assert len(decoder.input_projections) == min(3, layers)
+
+
+def attention_inputs(kind):
+    torch.manual_seed(0)
+    module = kind(16, 4).eval()
+    queries, positions, features = torch.randn(2, 5, 16), torch.randn(5, 16), torch.randn(2, 16, 3, 4)
+    masks = torch.randn(2, 5, 3, 4)
+    masks[0, 1] = -1  # an empty mask
+    masks[1, 2, 0, 0] = 0  # foreground
+    return module, (queries, positions, features, masks)
+
+
+def keys_and_queries(module, queries, positions, features):
+    keys = module.feature_linear(module.feature_conv(module.feature_norm(features)).flatten(2).mT)
+    projected = module.query_linear(module.query_norm(queries + positions))
+    return F.normalize(keys, dim=2), F.normalize(projected, dim=2)
+
+
+def mean_by_loops(keys, masks, queries):
+    out = torch.empty_like(queries)
+    for b in range(len(queries)):
+        for q in range(queries.shape[1]):
+            inside = (masks[b, q].flatten() >= 0).nonzero().squeeze(1)
+            out[b, q] = keys[b, inside if len(inside) else slice(None)].mean(0)
+    return out
+
+
+def test_mean_of_the_mask_in_the_place_of_the_prototype():
+    module, (queries, positions, features, masks) = attention_inputs(MeanCrossAttention)
+    keys, projected = keys_and_queries(module, queries, positions, features)
+    mean = mean_by_loops(keys, masks, queries)
+    interaction = module.interaction(mean * projected)
+    expected = module.output(module.alpha * interaction / interaction.norm(dim=1, keepdim=True) + mean) + queries
+    torch.testing.assert_close(module(queries, positions, features, masks), expected)
+    everywhere = module(queries, positions, features, torch.ones_like(masks))
+    torch.testing.assert_close(module(queries, positions, features, None), everywhere)
+
+
+@pytest.mark.parametrize("kind", [WithoutInteraction, MeanWithoutInteraction])
+def test_without_interaction_the_prototype_goes_in_as_it_is(kind):
+    module, (queries, positions, features, masks) = attention_inputs(kind)
+    keys, projected = keys_and_queries(module, queries, positions, features)
+    taken = module.select(keys, projected, masks.flatten(2) < 0)
+    torch.testing.assert_close(module(queries, positions, features, masks), module.output(taken) + queries)
+    if kind is MeanWithoutInteraction:
+        torch.testing.assert_close(taken, mean_by_loops(keys, masks, queries))
+    assert not any("interaction" in name or "alpha" in name for name in module.state_dict())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_masked_cross_attention_equals_multihead_attention(masked):
+    """PyTorch's own layer on the same weights, its mask as Mask2Former builds it."""
+    module, (queries, positions, features, masks) = attention_inputs(MaskedCrossAttention)
+    attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    layers = (module.query_linear, module.key_linear, module.value_linear)
+    attention.in_proj_weight.data = torch.cat([layer.weight for layer in layers])
+    attention.in_proj_bias.data = torch.cat([layer.bias.normal_() for layer in map(detached, layers)])
+    attention.out_proj = module.output
+    y, x = sine_position_encoding(3, 4, 16)
+    memory = features.flatten(2).mT
+    blocked = (masks.flatten(2) < 0).repeat_interleave(4, dim=0)
+    blocked[blocked.all(-1)] = False
+    expected = attention(
+        module.query_norm(queries + positions),
+        memory + (y + x).flatten(1).mT,
+        memory,
+        attn_mask=blocked if masked else None,
+    )[0]
+    actual = module(queries, positions, features, masks if masked else None)
+    torch.testing.assert_close(actual, expected + queries)
+
+
+def detached(layer):
+    layer.requires_grad_(False)
+    return layer
+
+
+def test_a_selection_teaches_its_projection_nothing():
+    network = network_of("ablation=no_interaction")
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    assert {name.split(".")[-2] for name in frozen} == {"query_norm", "query_linear"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention": "magic"}, r"attention=magic: choose prototype, mean, dot_product"),
+        ({"attention": "dot_product", "interaction": False}, r"attention=dot_product has no interaction to leave out"),
+        ({"pixel_decoder": "unet"}, r"pixel_decoder=unet: choose pem or msdeform"),
+        ({"pixel_decoder": "msdeform", "csm": False}, r"csm=false and deformable=false leave parts out of PEM's"),
+        ({"num_layers": 0}, r"num_layers=0: choose at least 1"),
+        ({"num_queries": 0}, r"num_queries=0: choose at least 1"),
+        ({"channels": 30}, r"channels=30: choose a multiple of 4 and of num_heads=8"),
+        ({"auxiliary": "sometimes"}, r"auxiliary=sometimes: choose training, always or never"),
+    ],
+)
+def test_impossible_variants_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        build_pem("stdc1", num_classes=3, **arguments)
+
+
+@pytest.mark.parametrize("variant", ["no_masking", "no_prototype", "no_csm", "fpn"])
+def test_the_authors_algorithm_refuses_ablations(variant):
+    with pytest.raises(UserError, match="an ablation of it"):
+        predict(network_of(f"ablation={variant}").eval(), torch.zeros(1, 3, 32, 32))

@@ -1,0 +1,122 @@
+"""The network against the authors' frozen outputs, and its published size."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pem_lightning import build_pem, checkpoints
+from pem_lightning.models.flops import count_gmacs, count_parameters
+from pem_lightning.models.pem import padded_size
+from pem_lightning.preprocess import normalize
+from pem_lightning.types import UserError
+
+CASES = ["city_pan_r50_96x160", "city_pan_r50_90x150", "city_pan_stdc1_96x160", "city_pan_stdc1_90x150"]
+
+
+@pytest.fixture(scope="module")
+def models(official_weights):
+    """The authors' two networks with the reference weights, in evaluation mode."""
+
+    def load(name: str):
+        backbone = {"city_pan_r50": "resnet50", "city_pan_stdc1": "stdc1"}[name]
+        model = build_pem(backbone=backbone, num_classes=19, auxiliary="always").eval()
+        model.load_state_dict(checkpoints.from_official(official_weights(name, seed=1)), strict=True)
+        return model
+
+    return {name: load(name) for name in ("city_pan_r50", "city_pan_stdc1")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_authors_network(case, models, reference):
+    model = models[case.rsplit("_", 1)[0]]
+    expected = np.load(reference / "pem" / f"{case}.npz")
+    images = normalize(torch.from_numpy(expected["image"]))[None]
+    padded = torch.nn.functional.pad(images, _padding(images, expected["padded_hw"]))
+
+    def near(actual, name, atol):
+        torch.testing.assert_close(actual[0], torch.from_numpy(expected[name]), rtol=0, atol=atol)
+
+    with torch.no_grad():
+        features = model.backbone(padded)
+        mask_features, levels = model.pixel_decoder(features)
+        out = model(images)
+    for feature, name in zip(features, ("res2_c16", "res3_c16", "res4_c16", "res5_c16"), strict=True):
+        near(feature[:, ::16], name, 1e-4)
+    near(mask_features, "mask_features", 1e-4)
+    for level, name in zip(levels, ("ms_32", "ms_16", "ms_8"), strict=True):
+        near(level, name, 1e-4)
+    near(out.class_logits, "pred_logits", 1e-4)
+    near(out.mask_logits, "pred_masks", 1e-3)
+    assert len(out.auxiliary) == 6
+    for i, layer in enumerate(out.auxiliary):
+        torch.testing.assert_close(
+            layer.class_logits[0], torch.from_numpy(expected["aux_logits"][i]), rtol=0, atol=1e-4
+        )
+        torch.testing.assert_close(
+            layer.mask_logits[0, :, ::4, ::4], torch.from_numpy(expected["aux_masks_s4"][i]), rtol=0, atol=1e-3
+        )
+
+
+def _padding(images, padded_hw):
+    height, width = (int(x) for x in padded_hw)
+    return 0, width - images.shape[3], 0, height - images.shape[2]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "gmacs", "parameters"), [("resnet50", 237.3, 35.53), ("stdc1", 92.1, 16.96), ("stdc2", 118.5, 20.99)]
+)
+def test_size_is_the_published_one(backbone, gmacs, parameters):
+    with torch.device("meta"):
+        model = build_pem(backbone, num_classes=19, auxiliary="always")  # as the authors predict, after every layer
+    assert round(count_parameters(model) / 1e6, 2) == parameters
+    assert round(count_gmacs(model, 1024, 2048), 1) == gmacs
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_padded_size_is_the_next_multiple_of_32(height, width):
+    full_height, full_width = padded_size(height, width)
+    assert full_height % 32 == full_width % 32 == 0
+    assert 0 <= full_height - height < 32
+    assert 0 <= full_width - width < 32
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 100), st.integers(1, 100))
+def test_takes_any_size(height, width):
+    torch.manual_seed(0)
+    model = build_pem("stdc1", num_classes=3, num_queries=7, num_layers=1).eval()
+    with torch.no_grad():
+        out = model(torch.randn(2, 3, height, width))
+    full_height, full_width = padded_size(height, width)
+    assert out.class_logits.shape == (2, 7, 4)
+    assert out.mask_logits.shape == (2, 7, full_height // 4, full_width // 4)
+
+
+def test_images_of_a_batch_do_not_influence_each_other_in_evaluation(models):
+    """In float64: in float32 one image and two may be rounded differently, and with that a logit near 0 change sign."""
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = copy.deepcopy(models["city_pan_stdc1"]).double()
+    with torch.no_grad():
+        both, alone = model(images), model(images[1:])
+    torch.testing.assert_close(both.class_logits[1:], alone.class_logits, rtol=0, atol=1e-9)
+    torch.testing.assert_close(both.mask_logits[1:], alone.mask_logits, rtol=0, atol=1e-9)
+
+
+def test_every_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    model = build_pem("stdc1", num_classes=3, num_queries=7).train()
+    out = model(torch.randn(2, 3, 64, 64))
+    sum(p.class_logits.sum() + p.mask_logits.square().sum() for p in (out, *out.auxiliary)).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert without == []
+
+
+def test_unknown_names_are_refused_with_the_choices():
+    with pytest.raises(UserError, match=r"resnet99.*resnet50"):
+        build_pem("resnet99", num_classes=3)
+    with pytest.raises(UserError, match=r"nrm.*frozen"):
+        build_pem("resnet18", num_classes=3, backbone_norm="nrm")
