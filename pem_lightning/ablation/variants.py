@@ -66,7 +66,8 @@ _NETWORK_DEFAULTS = {
 
 _SCALE = ("global_batch_size", "max_steps", "train_transform", "eval_transform")
 """Of the recipe: runs that differ in it are not compared."""
-_BOOKKEEPING = (
+_BOOKKEEPING = ("val_interval", "checkpoint_interval", "micro_batch_size", "compile", "channels_last")
+_BOOKKEEPING += ("optimizer.fused",)
     "val_interval",
     "checkpoint_interval",
     "micro_batch_size",

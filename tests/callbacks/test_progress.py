@@ -4,7 +4,8 @@ import pytest
 import torch
 from lightning import Trainer
 
-from pem_lightning.callbacks import progress, progress_bar, stopwatch
+from pem_lightning.callbacks import progress, progress_bar
+from pem_lightning.callbacks import progress as stopwatch
 from pem_lightning.callbacks.progress import LiveProgress, ProgressLines
 from pem_lightning.types import Batch
 

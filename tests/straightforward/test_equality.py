@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pem_lightning import build_pem, checkpoints, straightforward
+from pem_lightning import build_pem, checkpoints
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.postprocess import panoptic, semantic, semantic_map
 from pem_lightning.models.pem import padded_size
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import Predictions
+from scripts.benchmark import reference as straightforward
 from tests.models.randomize import randomize
 
 CASES = ["city_pan_r50_96x160", "city_pan_r50_90x150", "city_pan_stdc1_96x160", "city_pan_stdc1_90x150"]
