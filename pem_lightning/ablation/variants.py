@@ -66,8 +66,7 @@ _NETWORK_DEFAULTS = {
 
 _SCALE = ("global_batch_size", "max_steps", "train_transform", "eval_transform")
 """Of the recipe: runs that differ in it are not compared."""
-_BOOKKEEPING = ("val_interval", "checkpoint_interval", "micro_batch_size", "compile", "channels_last")
-_BOOKKEEPING += ("optimizer.fused",)
+_BOOKKEEPING = (
     "val_interval",
     "checkpoint_interval",
     "micro_batch_size",
