@@ -117,7 +117,7 @@ def test_the_quickstart_runs(trained, kernel):
 @pytest.mark.slow
 def test_the_ablations_run(trained, kernel):
     notebook = execute("ablations", kernel, RUNS=[str(trained / "runs")])
-    assert "2 variants, 2 runs" in outputs_of(notebook, "read")[0].text
+    assert ": 2 variants, 2 runs" in outputs_of(notebook, "read")[0].text
     table = outputs_of(notebook, "table")[0].data["text/html"]
     assert "PEM" in table
     assert "no masking" in table
