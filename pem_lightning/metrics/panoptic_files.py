@@ -95,15 +95,19 @@ def evaluate_panoptic_files(
     folders = (Path(folder) if folder else None for folder in (gt_folder, pred_folder))
     pairs = PanopticPairs(Path(gt_json), Path(pred_json), *folders)
     loader = DataLoader(_Scores(pairs), None, num_workers=min(workers, len(pairs)), collate_fn=_unchanged)
-    total = PanopticQuality(pairs.info.num_classes, pairs.info.thing_classes)
+    total: PanopticQuality | None = None
     stale, unlisted = 0, 0
     for score in track(loader, "Comparing", len(pairs), transient=True):
         if isinstance(score, UserError):
             raise score
         metric, stale_areas, has_unlisted = score
-        total.merge_state(metric)
+        if total is None:
+            total = metric
+        else:
+            total.merge_state(metric)
         stale += stale_areas
         unlisted += has_unlisted
+    assert total is not None  # there is at least one pair
     notes = list(pairs.notes)
     if stale:
         notes.append(f"{gt_json}: {stale} segment(s) have another area than pixels in the PNG; the area counts")

@@ -8,12 +8,13 @@ import torch
 from hydra.utils import instantiate
 
 from pem_lightning import build_pem
-from pem_lightning.checkpoints import Checkpoint, convert_old, convert_override, load_network, read_checkpoint
+from pem_lightning.checkpoints import convert_old, convert_override, load_network, read_checkpoint
 from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import UserError
 from tests.checkpoints.files import Calls, write_checkpoint
+from tests.jobs import call
 
 OLD = Path(__file__).with_name("d805b9e.ckpt")
 """Written by train.py of d805b9e; its weights were then replaced by overlapping windows of a few random numbers."""
@@ -61,15 +62,12 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def checkpoint():
+    return read_checkpoint(OLD)
+
+
 class TestOldVersion:
-    @pytest.fixture(scope="class")
-    def checkpoint(self):
-        return read_checkpoint(OLD)
-
-    @pytest.fixture(scope="class")
-    def expected(self):
-        return json.loads(OLD.with_suffix(".json").read_text())
-
     def test_its_experiment_is_in_todays_words(self, checkpoint):
         assert (checkpoint.step, checkpoint.info.num_classes, checkpoint.info.category_ids[:2]) == (1, 19, (7, 8))
         assert checkpoint.config["recipe"]["micro_batch_size"] == 2
@@ -78,17 +76,26 @@ class TestOldVersion:
         assert not any("max_per_device" in override for override in checkpoint.overrides)
 
     @pytest.mark.parametrize("which", ["averaged", "last_step"])
-    def test_its_network_answers_as_it_did(self, checkpoint: Checkpoint, expected, which):
+    def test_its_network_answers_as_it_did(self, checkpoint, which):
+        expected = json.loads(OLD.with_suffix(".json").read_text())[which]
         network = instantiate(checkpoint.config["network"], num_classes=19).eval()
         weights = checkpoint.network if which == "averaged" else checkpoint.raw
         load_network(network, checkpoint._replace(network=weights))
         image = torch.randint(256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             predictions = network(normalize(image)[None])
-        expected_logits = torch.tensor(expected[which]["class_logits"])
+        expected_logits = torch.tensor(expected["class_logits"])
         torch.testing.assert_close(predictions.class_logits[0], expected_logits, rtol=0, atol=1e-5)
         mean = predictions.mask_logits[0].mean((1, 2))
-        torch.testing.assert_close(mean, torch.tensor(expected[which]["mask_logits_mean"]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(mean, torch.tensor(expected["mask_logits_mean"]), rtol=0, atol=1e-5)
+
+    @pytest.mark.slow
+    def test_it_evaluates_to_the_same_digits(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert call("evaluate", f"checkpoint={OLD}", "dataset.root=drawn", "trainer=cpu", "hydra.run.dir=again") == 0
+        expected = json.loads(OLD.with_suffix(".json").read_text())["averaged"]["metrics"]
+        metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-9)
 
     def test_it_predicts(self, checkpoint):
         result = Predictor(checkpoint, device="cpu")(torch.zeros(40, 60, 3, dtype=torch.uint8).numpy())

@@ -21,9 +21,8 @@ from pem_lightning.checkpoints import (
     rename_official_key,
     show_report,
 )
-from pem_lightning.checkpoints.pretrained import download, read_weights, summarize
-from pem_lightning.models.backbones import BACKBONES
-from pem_lightning.models.backbones.base import Backbone
+from pem_lightning.checkpoints.pretrained import _guess_backbone, download, read_weights, summarize
+from pem_lightning.models.backbones import BACKBONES, Backbone, build_backbone
 from pem_lightning.models.pem import PEM
 from pem_lightning.types import ClassInfo, DatasetInfo, UserError
 from tests.checkpoints.files import (
@@ -65,11 +64,6 @@ def resnet18():
 
 
 @pytest.fixture(scope="module")
-def resnet50():
-    return random_backbone("resnet50")
-
-
-@pytest.fixture(scope="module")
 def stdc1():
     return random_backbone("stdc1")
 
@@ -102,12 +96,12 @@ class TestFormats:
         assert torch.equal(network.backbone.conv1.weight, resnet18.conv1.weight.half().float())
         assert network.backbone.conv1.weight.dtype == torch.float32
 
-    @pytest.mark.parametrize("numpy_core", ["numpy.core", "numpy._core"])
-    def test_detectron2s_pickle(self, tmp_path, resnet50, numpy_core):
-        path = write_pickle(tmp_path / "R.pkl", detectron2_pickle(resnet50), numpy_core)
-        network = network_for("resnet50", backbone_norm="frozen")
+    def test_detectron2s_pickle(self, tmp_path, resnet18):
+        """Its R-50.pkl is converted in tests/scripts/test_convert_checkpoint.py."""
+        path = write_pickle(tmp_path / "R.pkl", detectron2_pickle(resnet18), numpy_core="numpy.core")
+        network = network_for("resnet18", backbone_norm="frozen")
         report = load_weights(network, path)
-        assert_same_backbone(network, resnet50)
+        assert_same_backbone(network, resnet18)
         assert report.kind == "detectron2 ResNet"
         assert report.unexpected == ["stem.fc.weight", "stem.fc.bias"]
         assert not any(name.startswith("backbone.") for name in report.missing)
@@ -122,14 +116,9 @@ class TestFormats:
         assert parts(report.unexpected) == {"x2", "x4", "x8", "x16", "x32", "conv_last", "fc", "bn", "linear"}
         assert len([name for name in report.unexpected if name.startswith("x")]) == len(stdc1.state_dict())
 
-    @pytest.mark.parametrize("form", ["torch", "pickle"])
-    def test_the_pem_authors_checkpoint(self, tmp_path, official, form):
-        if form == "torch":
-            path = saved(tmp_path / "model_final.pth", {"model": official, "iteration": 9})
-        else:
-            path = write_pickle(tmp_path / "a.pkl", {"model": {key: value.numpy() for key, value in official.items()}})
+    def test_the_pem_authors_checkpoint(self, tmp_path, official):
         network = build_pem("stdc1", num_classes=19)
-        report = load_weights(network, path)
+        report = load_weights(network, saved(tmp_path / "model_final.pth", {"model": official, "iteration": 9}))
         expected = from_official(official)
         assert {k for k, v in network.state_dict().items() if not torch.equal(v, expected[k].reshape(v.shape))} == set()
         assert report.kind == "PEM authors"
@@ -160,18 +149,20 @@ class TestFormats:
                 read_weights(source)
 
 
+@pytest.fixture(scope="class")
+def source():
+    return network_for("resnet18", num_layers=2)
+
+
+@pytest.fixture(scope="class")
+def path(source, tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("ours") / "a.ckpt", source)
+
+
 class TestOurs:
     @staticmethod
     def info(*names):
         return DatasetInfo("other", tuple(ClassInfo(name, (0, 0, 0), True, i) for i, name in enumerate(names)))
-
-    @pytest.fixture(scope="class")
-    def source(self):
-        return network_for("resnet18", num_layers=2)
-
-    @pytest.fixture(scope="class")
-    def path(self, source, tmp_path_factory):
-        return write_checkpoint(tmp_path_factory.mktemp("ours") / "a.ckpt", source)
 
     def test_with_the_same_classes_is_taken_over_whole(self, source, path):
         network = network_for("resnet18", num_layers=2)
@@ -209,7 +200,13 @@ class TestOurs:
 
 
 class TestCoverage:
-    @pytest.mark.parametrize(("given", "wanted"), [("resnet50", "resnet18"), ("resnet18", "stdc1"), ("stdc1", "stdc2")])
+    @pytest.mark.parametrize("name", BACKBONES)
+    def test_backbones_are_told_apart(self, name):
+        with torch.device("meta"):
+            state = build_backbone(name).state_dict()
+        assert _guess_backbone({f"backbone.{key}": value for key, value in state.items()}) == name
+
+    @pytest.mark.parametrize(("given", "wanted"), [("resnet18", "resnet34"), ("resnet18", "stdc1"), ("stdc1", "stdc2")])
     def test_an_uncovered_backbone_is_an_error_and_nothing_is_changed(self, tmp_path, request, given, wanted):
         path = saved(tmp_path / "a.pth", request.getfixturevalue(given).state_dict())
         network = network_for(wanted)
@@ -245,14 +242,10 @@ class TestCoverage:
 
 
 class TestConversion:
-    @pytest.mark.parametrize("name", ["resnet18", "resnet50", "stdc1"])
-    def test_converted_weights_load_like_the_original(self, tmp_path, request, name):
+    @pytest.mark.parametrize(("name", "form"), [("resnet18", torchvision_state), ("stdc1", stdc_file)])
+    def test_converted_weights_load_like_the_original(self, tmp_path, request, name, form):
         backbone = request.getfixturevalue(name)
-        if name == "resnet50":
-            path = write_pickle(tmp_path / "in", detectron2_pickle(backbone))
-        else:
-            path = saved(tmp_path / "in", stdc_file(backbone) if name == "stdc1" else torchvision_state(backbone))
-        report = convert_weights(path, tmp_path / "new" / "out.pth")
+        report = convert_weights(saved(tmp_path / "in", form(backbone)), tmp_path / "new" / "out.pth")
         assert report.missing == []
         again = load_weights(network := network_for(name), tmp_path / "new" / "out.pth")
         assert_same_backbone(network, backbone)

@@ -141,7 +141,7 @@ class TestState:
 
     def test_the_order_of_images_changes_no_bit(self):
         """IoUs of which sums of floats depend on the order."""
-        areas = [(a, a + b) for a in range(50, 90) for b in range(1, 40)]
+        areas = [(a, a + b) for a in range(50, 60) for b in range(1, 20)]
 
         def measure(order):
             metric = PanopticQuality(1, {0})
