@@ -9,12 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
-from pycocotools import mask as coco_mask
-from torch import Tensor
+from jaxtyping import Int32, UInt8
 
 from pem_lightning.types import UserError
 
@@ -120,9 +118,3 @@ def id_to_rgb(ids: Int32[np.ndarray, "height width"]) -> UInt8[np.ndarray, "heig
     if ids.size and (ids.min() < 0 or ids.max() > MAX_ID):
         raise ValueError(f"segment ids must be in 0..{MAX_ID}, got {ids.min()}..{ids.max()}")
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
-
-
-def encode_mask(mask: Bool[Tensor, "height width"]) -> dict[str, Any]:
-    """COCO's compressed run lengths, as JSON holds them."""
-    encoded = coco_mask.encode(np.asfortranarray(mask.cpu().numpy()).view(np.uint8))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}

@@ -18,7 +18,6 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from pem_lightning.files import encode_mask
 from pem_lightning.types import Segment
 
 Detection = tuple[Bool[Tensor, "H W"], int, float]
@@ -85,11 +84,11 @@ class AveragePrecision(Metric):
             name: of the image, unique. Equal scores are ranked in the order of the names.
         """
         detected: list[dict[str, Any]] = [
-            {"category_id": k, "score": score, "segmentation": encode_mask(mask)} for mask, k, score in instances
+            {"category_id": k, "score": score, "segmentation": _run_lengths(mask)} for mask, k, score in instances
         ]
         things = [(gt_map == s.id, s) for s in gt_segments if s.is_thing]
         true: list[dict[str, Any]] = [
-            {"category_id": s.class_id, "iscrowd": int(s.is_crowd), "segmentation": encode_mask(mask)}
+            {"category_id": s.class_id, "iscrowd": int(s.is_crowd), "segmentation": _run_lengths(mask)}
             for mask, s in things
             if mask.any()
         ]
@@ -116,6 +115,12 @@ class AveragePrecision(Metric):
         for index, class_id in enumerate(classes):
             by_class[class_id] = _average(precision[:, :, [index]])
         return AveragePrecisionResult(_average(precision), tuple(by_class), num_objects)
+
+
+def _run_lengths(mask: Bool[Tensor, "H W"]) -> dict[str, Any]:
+    """COCO's compressed encoding, as JSON holds it."""
+    encoded = coco_mask.encode(np.asfortranarray(mask.cpu().numpy()).view(np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
 
 
 def _coco(images: list[dict[str, Any]], classes: list[int], which: str) -> COCO:
