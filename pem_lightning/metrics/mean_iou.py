@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float64, Int64, Integer
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -48,7 +49,8 @@ class MeanIoU(MulticlassConfusionMatrix):
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
         # One class more stands for predictions of none.
-        super().__init__(num_classes + 1, ignore_index=ignore_index, validate_args=False)
+        super().__init__(num_classes + 1, validate_args=False)
+        self.unlabelled = ignore_index
 
     def update(self, prediction: Integer[Tensor, "*size"], target: Integer[Tensor, "*size"]) -> None:
         """Add one image or a batch.
@@ -61,11 +63,13 @@ class MeanIoU(MulticlassConfusionMatrix):
             ValueError: a target is neither.
         """
         K = self.num_classes - 1
-        target, prediction = target.to(self.device), prediction.to(self.device).long()
-        strays = target[((target < 0) | (target >= K)) & (target != self.ignore_index)]
+        target, prediction = target.to(self.device), prediction.to(self.device)
+        labelled = target != self.unlabelled
+        true, predicted = target[labelled].long(), prediction[labelled].long()
+        strays = true[(true < 0) | (true >= K)]
         if len(strays):
-            raise ValueError(f"target {strays[0].item()} is neither a class 0..{K - 1} nor {self.ignore_index}")
-        super().update(prediction.where((prediction >= 0) & (prediction < K), K), target)
+            raise ValueError(f"target {strays[0].item()} is neither a class 0..{K - 1} nor {self.unlabelled}")
+        super().update(torch.where((predicted >= 0) & (predicted < K), predicted, K), true)
 
     def compute(self) -> MeanIoUResult:  # type: ignore[override]
         """IoU per class, averaged over the classes that occurred."""

@@ -1,8 +1,6 @@
 """scripts/convert_checkpoint.py: what it prints and writes, and its exit codes."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -54,11 +52,3 @@ def test_mistakes_end_in_one_line_and_write_nothing(main, tmp_path, capsys):
         assert not (tmp_path / "out.pth").exists()
     assert main([str(path), f"{SCRIPT}/out.pth"]) == 2
     assert "cannot write" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_as_a_program(tmp_path):
-    command = [sys.executable, str(SCRIPT), "none.pth", "out.pth"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: weights=none.pth does not exist: ")
