@@ -120,8 +120,12 @@ _RENAMED_KEYS: dict[str, str | None] = {
 }
 """Config keys: old -> new, or None for those that are gone."""
 
-_RENAMED_CHOICES: dict[str, str] = {}
-"""Overrides as a whole: old -> new, such as "dataset=old" -> "dataset=new"."""
+_RENAMED_CHOICES = {
+    "recipe=cityscapes_panoptic": "recipe=cityscapes",
+    "recipe=coco_panoptic_panoptic": "recipe=custom",
+    "recipe=synthetic_panoptic": "recipe=synthetic",
+}
+"""Overrides that choose from a group: old -> new."""
 
 _RENAMED_TARGETS = {
     "pem_lightning.networks.": "pem_lightning.models.",

@@ -119,6 +119,7 @@ class TestOldVersion:
         [
             ("recipe.max_per_device=null", "recipe.micro_batch_size=null"),
             ("+recipe.batch_size=4", "+recipe.global_batch_size=4"),
+            ("recipe=synthetic_panoptic", "recipe=synthetic"),
             ("task=semantic", "task=semantic"),
         ],
     )
