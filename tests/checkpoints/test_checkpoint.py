@@ -13,7 +13,7 @@ from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import UserError
-from tests.checkpoints.files import Calls, write_checkpoint
+from tests.checkpoint_files import Calls, write_checkpoint
 from tests.jobs import call
 
 OLD = Path(__file__).with_name("d805b9e.ckpt")

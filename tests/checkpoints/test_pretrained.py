@@ -25,7 +25,7 @@ from pem_lightning.checkpoints.pretrained import _guess_backbone, download, read
 from pem_lightning.models.backbones import BACKBONES, Backbone, build_backbone
 from pem_lightning.models.pem import PEM
 from pem_lightning.types import ClassInfo, DatasetInfo, UserError
-from tests.checkpoints.files import (
+from tests.checkpoint_files import (
     CLASSES,
     Calls,
     detectron2_pickle,

@@ -15,7 +15,7 @@ import torch
 from pem_lightning.checkpoints import load_weights
 from pem_lightning.checkpoints.safe_load import as_tensor, read_content
 from pem_lightning.types import UserError
-from tests.checkpoints.files import Calls, write_pickle
+from tests.checkpoint_files import Calls, write_pickle
 
 ARRAYS = {
     "float": np.arange(6, dtype=np.float32).reshape(2, 3),

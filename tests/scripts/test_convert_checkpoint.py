@@ -8,7 +8,7 @@ import torch
 
 from pem_lightning import build_pem
 from pem_lightning.checkpoints import load_weights
-from tests.checkpoints.files import detectron2_pickle, random_backbone, write_pickle
+from tests.checkpoint_files import detectron2_pickle, random_backbone, write_pickle
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
 
