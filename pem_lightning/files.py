@@ -1,35 +1,32 @@
-"""Writing files so that no half-written one is ever taken for a whole one."""
+"""Writing files so that no half-written one is ever taken for a whole one; segment ids as the colours of a PNG."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
-from pycocotools import mask as coco_mask
-from torch import Tensor
+from jaxtyping import Int32, UInt8
 
 from pem_lightning.types import UserError
 
 log = logging.getLogger(__name__)
 
+MAX_ID = 256**3 - 1
+"""Largest segment id that a COCO panoptic PNG can hold."""
+
 
 def write_file(path: Path, content: bytes | str) -> Path:
-    """Write a file at once: readers never see half of it, and a crash leaves what was there before.
-
-    Args:
-        path: its folder is made if need be.
-        content: text is written as UTF-8.
+    """Write a file at once (text as UTF-8); its folder is made if need be.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written. What was there before is left.
     """
     try:
         with replace_file(path) as file:
@@ -40,11 +37,7 @@ def write_file(path: Path, content: bytes | str) -> Path:
 
 
 def write_or_warn(path: Path, content: bytes | str) -> bool:
-    """`write_file` for what training can do without, such as its pictures: a failure is only logged.
-
-    Returns:
-        Whether the file was written.
-    """
+    """`write_file` for what training can do without, such as pictures; returns whether it worked."""
     try:
         write_file(path, content)
     except UserError as error:
@@ -55,14 +48,14 @@ def write_or_warn(path: Path, content: bytes | str) -> bool:
 
 @contextmanager
 def replace_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of an old one when all of it is written.
+    """Open a new file that replaces the old one when it is complete.
 
     Args:
         path: its folder is made if need be.
-        durable: wait until the file is on the disk, so that it outlives a power failure as well.
+        durable: wait until the file is on the disk, so that it survives a power failure.
 
     Raises:
-        OSError: the file cannot be written; what was there before is left.
+        OSError: the file cannot be written. What was there before is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -78,15 +71,16 @@ def replace_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         raise
     if durable:
-        _sync_folder(path.parent)
+        with suppress(OSError):  # not every file system can make the new name durable
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete what killed processes had half-written anywhere in a folder; only where nobody else is writing.
-
-    Returns:
-        The files that are gone.
-    """
+    """Delete and return the temporary files of killed processes; only where nobody else is writing."""
     leftovers = [path for path in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.\d+\.tmp", path.name)]
     for path in leftovers:
         path.unlink(missing_ok=True)
@@ -100,54 +94,27 @@ def check_writable(folder: Path) -> None:
         UserError: they cannot.
     """
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"cannot write into {folder} ({existing} is a file): choose another output folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into {folder} (no permission for {existing}): choose another output folder")
-    if shutil.disk_usage(existing).free == 0:
-        raise UserError(f"cannot write into {folder} (the disk is full): choose another output folder or make room")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable, too; not every file system has that."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-MAX_ID = 256**3 - 1
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {folder} ({existing}: {error.strerror}): choose another output folder or make room"
+        ) from error
 
 
 def rgb_to_id(rgb: UInt8[np.ndarray, "height width 3"]) -> Int32[np.ndarray, "height width"]:
-    """Segment ids from the colours of a COCO panoptic PNG."""
+    """Segment ids from the colours of a COCO panoptic PNG: R + 256 G + 256² B."""
     red, green, blue = (rgb[..., channel].astype(np.int32) for channel in range(3))
     return red + 256 * green + 256**2 * blue
 
 
 def id_to_rgb(ids: Int32[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width 3"]:
-    """Colours that carry the segment ids, to be saved without loss (PNG).
+    """Inverse of `rgb_to_id`.
 
     Raises:
-        ValueError: an id is negative or does not fit into 24 bits.
+        ValueError: an id is not in 0..`MAX_ID`.
     """
     if ids.size and (ids.min() < 0 or ids.max() > MAX_ID):
         raise ValueError(f"segment ids must be in 0..{MAX_ID}, got {ids.min()}..{ids.max()}")
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
-
-
-class RLE(TypedDict):
-    """COCO's compressed encoding in JSON's types: height and width, and the lengths of runs as text."""
-
-    size: list[int]
-    counts: str
-
-
-def encode_mask(mask: Bool[Tensor, "height width"]) -> RLE:
-    """Encode one mask."""
-    # Columns first, as COCO counts runs.
-    pixels = mask.T.contiguous().cpu().numpy().view(np.uint8).T
-    encoded = coco_mask.encode(pixels)
-    return RLE(size=[int(length) for length in encoded["size"]], counts=encoded["counts"].decode("ascii"))

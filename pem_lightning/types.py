@@ -1,8 +1,4 @@
-"""The few types every part of the project shares.
-
-Values that travel through PyTorch's and Lightning's machinery (collate, pinning, device transfer,
-`torch.export`) are named tuples, because all of that machinery understands them.
-"""
+"""The few types that everything shares. Named tuples travel through collate, pinning, device transfer and export."""
 
 from __future__ import annotations
 
@@ -11,11 +7,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int32, Int64, UInt8
 from torch import Tensor
 
 VOID_ID = 0
-"""The segment id of unlabelled pixels in every panoptic id map."""
+"""Segment id of unlabelled pixels in every panoptic id map."""
+
+IGNORE_INDEX = 255
+"""Class of unlabelled pixels in every class map."""
+
+
+class UserError(Exception):
+    """A mistake of the user. The message is one line that names the cure; the command line exits with code 2."""
 
 
 class Segment(NamedTuple):
@@ -25,7 +29,7 @@ class Segment(NamedTuple):
         id: the value of its pixels in the id map, never `VOID_ID`.
         class_id: contiguous class index, 0 to K-1.
         is_thing: whether its class is countable.
-        is_crowd: whether it is a group of things that are not told apart (ground truth only).
+        is_crowd: a group of things that are not told apart (ground truth only).
         score: confidence in [0, 1] (predictions only).
     """
 
@@ -41,10 +45,9 @@ class Sample(NamedTuple):
 
     Attributes:
         image: RGB, 0 to 255.
-        panoptic: segment id of every pixel; `VOID_ID` where nothing is annotated. In training it has the
-            image's size; in evaluation the size of the annotation, whatever size the image was resized to.
-        segments: what the ids mean. A segment that augmentation removed from the map may still be listed.
-        name: unique within its data set; names outputs and errors.
+        panoptic: segment id of every pixel. In evaluation it has the annotation's size, whatever the image's is.
+        segments: what the ids mean; some may have no pixels.
+        name: unique within its data set.
     """
 
     image: UInt8[Tensor, "3 height width"]
@@ -52,9 +55,17 @@ class Sample(NamedTuple):
     segments: tuple[Segment, ...]
     name: str
 
+    def class_map(self) -> Int64[Tensor, "map_height map_width"]:
+        """Class index of every pixel, `IGNORE_INDEX` where nothing is annotated."""
+        largest = max(int(self.panoptic.max()), *(s.id for s in self.segments), 0)
+        table = torch.full((largest + 1,), IGNORE_INDEX)
+        for segment in self.segments:
+            table[segment.id] = segment.class_id
+        return table.to(self.panoptic.device)[self.panoptic.long()]
+
 
 class Target(NamedTuple):
-    """What the losses compare with: one boolean mask and one class per segment."""
+    """What the losses compare with: one class and one mask per segment."""
 
     labels: Int64[Tensor, " segments"]
     masks: Bool[Tensor, "segments height width"]
@@ -70,7 +81,7 @@ class Batch(NamedTuple):
 
 
 class MaskFactors(NamedTuple):
-    """The two matrices whose product are the mask logits. What needs a few queries only multiplies these alone."""
+    """The two matrices whose product is the mask logits; a few queries' masks need only their rows."""
 
     embeddings: Float[Tensor, "batch queries channels"]
     features: Float[Tensor, "batch channels quarter_height quarter_width"]
@@ -94,7 +105,7 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """One class: its name, customary RGB colour, kind, and its id in the data set's official files."""
+    """One class: name, customary RGB colour, whether it is countable, and its id in the data set's official files."""
 
     name: str
     color: tuple[int, int, int]
@@ -104,22 +115,19 @@ class ClassInfo:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Everything that is known about a data set's classes; the only place where a class count lives.
-
-    A class's position in `classes` is the contiguous index that model, losses and metrics use.
-    """
+    """A data set's classes. A class's position is the index that model, losses and metrics use."""
 
     name: str
     classes: tuple[ClassInfo, ...]
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, "no object" and void not counted."""
+        """K, without "no object" and unlabelled."""
         return len(self.classes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names by class index."""
+        """By class index."""
         return tuple(c.name for c in self.classes)
 
     @property
@@ -129,12 +137,12 @@ class DatasetInfo:
 
     @property
     def colors(self) -> UInt8[np.ndarray, "classes 3"]:
-        """RGB colours by class index."""
+        """RGB, by class index."""
         return np.array([c.color for c in self.classes], np.uint8).reshape(-1, 3)
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """The official files' ids by class index."""
+        """Ids of the official files, by class index."""
         return tuple(c.category_id for c in self.classes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,10 +154,3 @@ class DatasetInfo:
         """Inverse of `to_dict`."""
         classes = (ClassInfo(**{**c, "color": tuple(c["color"])}) for c in state["classes"])
         return cls(state["name"], tuple(classes))
-
-
-class UserError(Exception):
-    """Something the user can put right. The message is one line that says what is wrong and names the cure.
-
-    The command line prints it without a traceback and exits with code 2.
-    """

@@ -14,10 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
-
 from pem_lightning.checkpoints import convert_weights
-from pem_lightning.checkpoints.pretrained import report_table
 from pem_lightning.types import UserError
 
 
@@ -29,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         report = convert_weights(parsed.source, parsed.target, parsed.backbone)
-        Console().print(report_table(report))
+        print(report)
         report.check_backbone()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,10 +1,25 @@
+import errno
 import logging
-import os
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
 
-from pem_lightning.files import check_writable, remove_leftovers, replace_file, write_file, write_or_warn
+from pem_lightning.files import (
+    MAX_ID,
+    check_writable,
+    id_to_rgb,
+    remove_leftovers,
+    replace_file,
+    rgb_to_id,
+    write_file,
+    write_or_warn,
+)
 from pem_lightning.types import UserError
 
 
@@ -50,8 +65,28 @@ def test_a_folder_is_looked_at_before_it_is_made(tmp_path, monkeypatch):
     check_writable(tmp_path / "new" / "run")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is a file"):
+    with pytest.raises(UserError, match=r"cannot write into .*/file/run \(.*file: Not a directory\): choose another"):
         check_writable(tmp_path / "file" / "run")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match="no permission for"):
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match=r"No space left on device.* make room"):
         check_writable(Path("run"))
+
+
+class TestPanopticPNG:
+    @given(hnp.arrays(np.int32, st.tuples(st.integers(0, 4), st.integers(0, 4)), elements=st.integers(0, MAX_ID)))
+    def test_ids_survive_the_way_to_colours_and_back(self, ids):
+        assert np.array_equal(rgb_to_id(id_to_rgb(ids)), ids)
+
+    def test_the_layout_is_the_official_one(self, reference):
+        assert id_to_rgb(np.array([[1 + 2 * 256 + 3 * 256**2]], np.int32)).tolist() == [[[1, 2, 3]]]
+        with Image.open(reference / "panoptic_quality" / "coco_sample" / "panoptic" / "000000142238.png") as image:
+            assert 5314498 in rgb_to_id(np.asarray(image.convert("RGB")))
+
+    @pytest.mark.parametrize("bad", [-1, MAX_ID + 1])
+    def test_ids_that_do_not_fit_are_refused(self, bad):
+        with pytest.raises(ValueError, match=str(bad)):
+            id_to_rgb(np.array([[bad]], np.int32))

@@ -1,6 +1,14 @@
 """Reading checkpoints: our own, those of the PEM authors, and published weights of backbones."""
 
-from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY, Checkpoint, check_fits, load_network, read_checkpoint
+from pem_lightning.checkpoints.checkpoint import (
+    CHECKPOINT_KEY,
+    Checkpoint,
+    check_fits,
+    convert_old,
+    convert_override,
+    load_network,
+    read_checkpoint,
+)
 from pem_lightning.checkpoints.pretrained import (
     DOWNLOADS,
     LoadReport,
@@ -17,6 +25,8 @@ __all__ = [
     "Checkpoint",
     "LoadReport",
     "check_fits",
+    "convert_old",
+    "convert_override",
     "convert_weights",
     "from_official",
     "load_network",

@@ -1,24 +1,27 @@
-"""Our own checkpoints, as train.py writes them."""
+"""What one of our checkpoints holds, and how it is read.
+
+It is Lightning's file with one entry more:
+
+    state_dict            weights, as "network.<name>"; averaged ones where the training averages
+    current_model_state   then the last step's own weights
+    global_step           how long it was trained
+    optimizer_states, lr_schedulers, loops, callbacks    what resuming needs besides
+    pem_lightning         config (the composed experiment), overrides (of the command line), dataset_info (the classes)
+"""
 
 from __future__ import annotations
 
-import importlib
-import pickle
-import re
-from collections import OrderedDict
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pem_lightning.types import DatasetInfo, UserError
 
 CHECKPOINT_KEY = "pem_lightning"
-"""Where a Lightning checkpoint keeps what is ours."""
-
 _NETWORK_PREFIX = "network."
 
 
@@ -32,8 +35,8 @@ class Checkpoint(NamedTuple):
         overrides: the command line's part of it.
         info: the classes it knows.
         network: weights, by the network's own names; averaged ones if the training averaged them.
-        raw: the last step's weights beside averaged ones, else None.
-        resumable: whether it has all that a training needs to go on.
+        raw: beside averaged weights those of the last step, else None.
+        resumable: whether it has what a training needs to go on.
     """
 
     path: Path
@@ -56,27 +59,29 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: train.py writes them to outputs/<experiment>/checkpoints")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return parse_checkpoint(path, content)
+        return parse_checkpoint(path, torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load has no common error for what is wrong with a file
         raise UserError(f"{path} is damaged or was not written by train.py: give one of its .ckpt files") from error
 
 
 def parse_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
-    """Find our own in what a checkpoint's file holds."""
-    ours, state = content[CHECKPOINT_KEY], content["state_dict"]
-    raw = {k.removeprefix(_NETWORK_PREFIX): v for k, v in state.items() if k.startswith(_NETWORK_PREFIX)}
-    averaged = ours.get("averaged")
+    """Take what is ours from a checkpoint's content, of today's form or an older one."""
+    content = convert_old(content)
+    ours, raw = content[CHECKPOINT_KEY], content.get("current_model_state")
     return Checkpoint(
         path=path,
         step=content["global_step"],
         config=ours["config"],
         overrides=ours["overrides"],
         info=DatasetInfo.from_dict(ours["dataset_info"]),
-        network=raw if averaged is None else averaged["weights"],
-        raw=None if averaged is None else raw,
+        network=_network(content["state_dict"]),
+        raw=None if raw is None else _network(raw),
         resumable="optimizer_states" in content,
     )
+
+
+def _network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(_NETWORK_PREFIX): v for k, v in state.items() if k.startswith(_NETWORK_PREFIX)}
 
 
 def load_network(network: nn.Module, checkpoint: Checkpoint) -> None:
@@ -95,165 +100,92 @@ def check_fits(network: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: some differ; the message names the first.
     """
-    wanted, given = network.state_dict(), checkpoint.network
-    problems = [f"{k} is missing" for k in wanted if k not in given]
-    problems += [f"{k} is not known" for k in given if k not in wanted]
-    problems += [
-        f"{k} has shape {list(given[k].shape)} instead of {list(v.shape)}"
-        for k, v in wanted.items()
-        if k in given and given[k].shape != v.shape
-    ]
-    if problems:
+    wanted, given = (
+        {name: list(value.shape) for name, value in state.items()}
+        for state in (network.state_dict(), checkpoint.network)
+    )
+    if wrong := [name for name in {**wanted, **given} if wanted.get(name) != given.get(name)]:
+        shapes = f"{given.get(wrong[0], 'missing')} instead of {wanted.get(wrong[0], 'nothing')}"
         raise UserError(
-            f"{checkpoint.path} does not fit the network ({problems[0]}; {len(problems)} differences): "
+            f"{checkpoint.path} does not fit the network ({wrong[0]} is {shapes}; {len(wrong)} differences): "
             "use the backbone, network and data set it was trained with"
         )
 
 
-_ZIP = b"PK\x03\x04"
-_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-"""The first object in a file of torch.save before PyTorch 1.6, which was several pickles in a row."""
+# Checkpoints of older versions. Extend these tables when a key, a choice or a module that `_target_` names is renamed.
 
-
-class PickledDType:
-    """Stands for `numpy.dtype` in a pickle. NumPy's own would believe whatever the pickle says about memory."""
-
-    def __init__(self, code: Any, *_: Any) -> None:
-        if not re.fullmatch(r"[<>=|]?(b1|[iu][1248]|f[248])", str(code)):
-            raise pickle.UnpicklingError(f"an array of {code!r}, which are no numbers")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class PickledArray:
-    """Stands for `numpy.ndarray` in a pickle, which makes an empty one, whatever the arguments, and fills it."""
-
-    array: np.ndarray = np.zeros(0, np.float32)
-
-    def __new__(cls, *_: Any) -> PickledArray:
-        """Make an empty one."""
-        return super().__new__(cls)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data  # a string of Python 2
-        self.array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
-
-
-def _array_from_buffer(data: Any, dtype: PickledDType, shape: tuple[int, ...], order: str, *_: Any) -> PickledArray:
-    if order not in ("C", "F"):
-        raise pickle.UnpicklingError(f"an array in the order {order!r}")
-    array = PickledArray()
-    array.__setstate__((1, shape, dtype, order == "F", data))
-    return array
-
-
-def _scalar(dtype: PickledDType, data: Any) -> bool | int | float:
-    data = data.encode("latin1") if isinstance(data, str) else data
-    return np.frombuffer(data, dtype.dtype)[0].item()
-
-
-def _no_bytes() -> bytes:
-    """An empty array's memory in Python 2's protocol."""
-    return b""
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
-    return text.encode("latin1")
-
-
-_NUMPY: dict[str, Any] = {
-    "numpy.ndarray": PickledArray,
-    "numpy.dtype": PickledDType,
-    **{f"numpy.{core}.multiarray._reconstruct": PickledArray for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
-    **{f"numpy.{core}.numeric._frombuffer": _array_from_buffer for core in ("core", "_core")},
+_RENAMED_KEYS: dict[str, str | None] = {
+    "recipe.batch_size": "recipe.global_batch_size",
+    "recipe.max_per_device": "recipe.micro_batch_size",
 }
-_PLAIN = {
-    **_NUMPY,
-    "__builtin__.bytes": _no_bytes,
-    "collections.OrderedDict": OrderedDict,
-    "_codecs.encode": _latin1,
+"""Config keys: old -> new, or None for those that are gone."""
+
+_RENAMED_CHOICES = {
+    "recipe=cityscapes_panoptic": "recipe=cityscapes",
+    "recipe=coco_panoptic_panoptic": "recipe=custom",
+    "recipe=synthetic_panoptic": "recipe=synthetic",
 }
+"""Overrides that choose from a group: old -> new."""
+
+_RENAMED_TARGETS = {
+    "pem_lightning.networks.": "pem_lightning.models.",
+    "pem_lightning.optim.": "pem_lightning.training.optim.",
+}
+"""Beginnings of dotted names in `_target_`: old -> new. Those of loggers and callbacks are never used again."""
 
 
-class _ForbiddenError(pickle.UnpicklingError):
-    """A pickle asks for what weights have no need of."""
+def convert_old(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Bring the content of an older version's checkpoint into today's form; today's stays as it is."""
+    ours = dict(content[CHECKPOINT_KEY])
+    info = ours["dataset_info"]
+    classes = [{"category_id" if key == "official_id" else key: v for key, v in c.items()} for c in info["classes"]]
+    ours["dataset_info"] = {**info, "classes": classes}
+    ours["config"] = _convert_config(ours["config"])
+    ours["overrides"] = [new for old in ours["overrides"] if (new := convert_override(old)) is not None]
+    converted = {**content, CHECKPOINT_KEY: ours}
+    if averaged := ours.pop("averaged", None):
+        converted["current_model_state"] = content["state_dict"]
+        converted["state_dict"] = {f"{_NETWORK_PREFIX}{name}": value for name, value in averaged["weights"].items()}
+    return converted
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Knows dictionaries, lists, strings, numbers and arrays of numbers, and nothing that could be called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Look up the few names that arrays need."""
-        if f"{module}.{name}" not in _PLAIN:
-            raise _ForbiddenError(f"{module}.{name}")
-        return _PLAIN[f"{module}.{name}"]
-
-
-def read_content(path: Path) -> Mapping[Any, Any]:
-    """Read a file of PyTorch's, a plain pickle (of Python 2, too) or a safetensors file; what it is shows by content.
-
-    Raises:
-        UserError: it is damaged, no dictionary, or asks to execute something.
-    """
-    try:
-        content = _read(path)
-    except _ForbiddenError as error:
-        raise UserError(
-            f"{path} asks for {error}, which is no plain data: nothing was executed; take weights from their authors, "
-            "saved as a plain state dict"
-        ) from error
-    except UserError:
-        raise
-    except Exception as error:  # pickle, torch.load and safetensors have no common error for a file that is wrong
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
-        raise UserError(f"{path} is damaged or no file of weights ({reason}): get it again") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__} and no weights by name: save a state dict")
-    return content
+def convert_override(override: str) -> str | None:
+    """A command-line override by today's names; None if its key is gone."""
+    if override in _RENAMED_CHOICES:
+        return _RENAMED_CHOICES[override]
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+~")
+    new = _RENAMED_KEYS.get(name, name)
+    return None if new is None else f"{key.removesuffix(name)}{new}{equals}{value}"
 
 
-def _read(path: Path) -> Any:
-    with path.open("rb") as file:
-        head = file.read(9)
-        if head.startswith(_ZIP):
-            return _read_torch(path)
-        if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-            return _read_safetensors(path)
-        file.seek(0)
-        content = _PlainUnpickler(file, encoding="latin1").load()
-    return _read_torch(path) if content == _TORCH_MAGIC else content
+def _convert_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    converted = copy.deepcopy(dict(config))
+    for old, new in _RENAMED_KEYS.items():
+        group, key = _group_of(converted, old)
+        if key in group:
+            value = group.pop(key)
+            if new is not None:
+                group, key = _group_of(converted, new)
+                group[key] = value
+    return _convert_targets(converted)
 
 
-def _read_torch(path: Path) -> Any:
-    allowed: list[Any] = [(stand_in, name) for name, stand_in in _NUMPY.items()]
-    allowed.append((_no_bytes, "builtins.bytes"))
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise _ForbiddenError(match[1]) from error
-        _, _, reason = str(error).partition("WeightsUnpickler error: ")  # around it is advice for programmers
-        raise pickle.UnpicklingError(reason.strip() or str(error)) from error
+def _group_of(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The dictionary that holds a key, and the key's last part. A new key's groups must exist."""
+    *groups, key = path.split(".")
+    for group in groups:
+        config = config.get(group, {})
+    return config, key
 
 
-def _read_safetensors(path: Path) -> Any:
-    try:
-        load_file = importlib.import_module("safetensors.torch").load_file
-    except ImportError as error:
-        raise UserError(f"{path} needs the package safetensors: pip install safetensors") from error
-    return load_file(path)
-
-
-def as_tensor(value: Any) -> Tensor | None:
-    """A tensor of what stood for one in a file; None for anything else, such as a step count."""
-    if isinstance(value, PickledArray):
-        return torch.from_numpy(value.array.astype(value.array.dtype.newbyteorder("=")))
-    return value.detach() if isinstance(value, Tensor) else None
+def _convert_targets(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_convert_targets(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    converted = {key: _convert_targets(value) for key, value in node.items()}
+    for old, new in _RENAMED_TARGETS.items():
+        if str(converted.get("_target_")).startswith(old):
+            converted["_target_"] = new + converted["_target_"].removeprefix(old)
+    return converted

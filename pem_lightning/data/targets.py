@@ -12,12 +12,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from pem_lightning.types import Sample, Segment, Target, UserError
+from pem_lightning.types import IGNORE_INDEX, Sample, Segment, Target, UserError
 
 Task = Literal["panoptic", "semantic", "instance"]
-
-IGNORE_INDEX = 255
-"""Class of unlabelled pixels in every class map."""
 
 
 def check_task(task: str) -> None:
@@ -72,11 +69,7 @@ def semantic_target(sample: Sample) -> Target:
 
 def class_map(sample: Sample) -> Int64[Tensor, "map_height map_width"]:
     """Class index of every pixel, `IGNORE_INDEX` where nothing is annotated."""
-    largest = max(int(sample.panoptic.max()), *(s.id for s in sample.segments), 0)
-    table = torch.full((largest + 1,), IGNORE_INDEX)
-    for segment in sample.segments:
-        table[segment.id] = segment.class_id
-    return table.to(sample.panoptic.device)[sample.panoptic.long()]
+    return sample.class_map()
 
 
 def _masks_of(segments: Iterable[Segment], sample: Sample, keep_empty: bool) -> Target:

@@ -13,10 +13,11 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Int32, Integer, UInt8, UInt16
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from pem_lightning.data.targets import IGNORE_INDEX
-from pem_lightning.files import encode_mask, id_to_rgb, write_file
+from pem_lightning.files import id_to_rgb, write_file
 from pem_lightning.inference.postprocess import Instance, Result
 from pem_lightning.inference.visualize import (
     Box,
@@ -200,11 +201,13 @@ def segments_info(
 
 def coco_instance(instance: Instance | InstanceInfo, image_id: str | int, info: DatasetInfo) -> dict[str, Any]:
     """One entry of COCO's instance results."""
-    area, box = region_of(instance.mask.numpy()) or Region(0, (0, 0, 0, 0))
+    mask = instance.mask.numpy()
+    area, box = region_of(mask) or Region(0, (0, 0, 0, 0))
+    encoded = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
     return {
         "image_id": image_id,
         "category_id": info.classes[instance.class_id].category_id,
-        "segmentation": encode_mask(instance.mask),
+        "segmentation": {"size": list(mask.shape), "counts": encoded["counts"].decode()},
         "bbox": _coco_box(box),
         "area": area,
         "score": instance.score,

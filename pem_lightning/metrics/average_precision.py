@@ -1,7 +1,4 @@
-"""Average precision of instance masks by COCO's own evaluator, and a score for single images.
-
-K classes, H W spatial
-"""
+"""Average precision of instance masks by COCO's evaluator, and a score for single images. K classes, H W spatial."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int32, Int64, UInt8
+from jaxtyping import Bool, Float64, Int32, Int64
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -21,7 +18,6 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from pem_lightning.files import encode_mask
 from pem_lightning.types import Segment
 
 Detection = tuple[Bool[Tensor, "H W"], int, float]
@@ -29,16 +25,8 @@ Detection = tuple[Bool[Tensor, "H W"], int, float]
 
 
 class Precisions(NamedTuple):
-    """Average precisions in [0, 1]; NaN where nothing is annotated.
-
-    Attributes:
-        ap: mean over the IoU thresholds 0.50, 0.55, ..., 0.95.
-        ap50: at IoU 0.50.
-        ap75: at IoU 0.75.
-        small: as `ap`, of objects up to 32² pixels.
-        medium: of objects from 32² to 96² pixels.
-        large: of objects from 96² pixels on.
-    """
+    """Average precisions in [0, 1]: the mean over IoU 0.50, 0.55, ..., 0.95, at 0.50, at 0.75, and the mean for objects
+    up to 32², up to 96² and from 96² pixels on. NaN where nothing is annotated."""
 
     ap: float
     ap50: float
@@ -49,13 +37,7 @@ class Precisions(NamedTuple):
 
 
 class AveragePrecisionResult(NamedTuple):
-    """Instance quality of a whole data set.
-
-    Attributes:
-        all: means over the classes that have annotated objects.
-        by_class: by class index.
-        num_objects: annotated objects by class, crowds not counted.
-    """
+    """Means over the classes that have annotated objects; by class; and how many objects there are, without crowds."""
 
     all: Precisions
     by_class: tuple[Precisions, ...]
@@ -65,14 +47,11 @@ class AveragePrecisionResult(NamedTuple):
 class AveragePrecision(Metric):
     """COCO's mask AP over a data set (`pycocotools.cocoeval`), the same with any number of processes.
 
-    As for COCO, at most 100 objects per image and class count, the most confident ones; crowds are neither found nor
-    missed, and void does not excuse a wrong prediction. The area of an annotated object is that of its pixels. An
-    annotated segment without pixels, which nobody can find, is left out.
+    The 100 most confident objects per image and class count; crowds are neither found nor missed; void does not excuse
+    a wrong prediction. The area of an annotated object is its pixels; one without pixels is left out.
 
-    Cityscapes reports another AP by the same name: its evaluator has no limit of 100, ignores small objects and
-    predictions that lie in void, and integrates the precision without COCO's 101 recall levels. Do not compare them.
-
-    What is kept of an image is a line of JSON with its masks as run lengths, in bytes: processes exchange tensors.
+    Do not compare with Cityscapes' AP: its evaluator has no limit of 100, ignores small objects and predictions in
+    void, and integrates the precision without COCO's 101 recall levels.
 
     Args:
         num_classes: K.
@@ -82,6 +61,7 @@ class AveragePrecision(Metric):
     higher_is_better = True
 
     lines: list[Tensor] | Tensor
+    """A line of JSON per image, with masks as run lengths, in bytes: processes exchange tensors."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -95,68 +75,96 @@ class AveragePrecision(Metric):
         gt_segments: Sequence[Segment],
         name: str,
     ) -> None:
-        """Adds one image.
+        """Add one image.
 
         Args:
             instances: predicted objects, which may overlap.
             gt_map: true segment id of every pixel.
             gt_segments: what they are; stuff is left out.
             name: of the image, unique. Equal scores are ranked in the order of the names.
-
-        Raises:
-            ValueError: a class does not exist.
         """
         detected: list[dict[str, Any]] = [
-            {"category_id": k, "score": score, "segmentation": encode_mask(mask)} for mask, k, score in instances
+            {"category_id": k, "score": score, "segmentation": _run_lengths(mask)} for mask, k, score in instances
         ]
         things = [(gt_map == s.id, s) for s in gt_segments if s.is_thing]
         true: list[dict[str, Any]] = [
-            {"category_id": s.class_id, "iscrowd": int(s.is_crowd), "segmentation": encode_mask(mask)}
+            {"category_id": s.class_id, "iscrowd": int(s.is_crowd), "segmentation": _run_lengths(mask)}
             for mask, s in things
             if mask.any()
         ]
-        for entry in (*detected, *true):
-            if not 0 <= entry["category_id"] < self.num_classes:
-                raise ValueError(f"class {entry['category_id']} of {name} is not in 0..{self.num_classes - 1}")
         line = json.dumps({"name": name, "size": list(gt_map.shape), "detected": detected, "true": true}) + "\n"
         assert isinstance(self.lines, list)  # only synchronised states are joined
         self.lines.append(torch.frombuffer(bytearray(line.encode()), dtype=torch.uint8).to(self.device))
 
     def compute(self) -> AveragePrecisionResult:
         """AP per class and averaged over the classes that have annotated objects."""
-        images = _parse(dim_zero_cat(self.lines)) if len(self.lines) else []
-        true = [{**entry, "image_id": i} for i, image in enumerate(images) for entry in image["true"]]
-        detected = [{**entry, "image_id": i} for i, image in enumerate(images) for entry in image["detected"]]
-        single = [entry["category_id"] for entry in true if not entry["iscrowd"]]
-        num_objects = np.bincount(np.array(single, np.int64), minlength=self.num_classes)
+        lines = dim_zero_cat(self.lines).cpu().numpy().tobytes().splitlines() if len(self.lines) else []
+        images = sorted((json.loads(line) for line in lines), key=lambda image: image["name"])
+        objects = [entry["category_id"] for image in images for entry in image["true"] if not entry["iscrowd"]]
+        num_objects = np.bincount(np.array(objects, np.int64), minlength=self.num_classes)
         classes = np.flatnonzero(num_objects).tolist()
         nothing = Precisions(*[float("nan")] * len(Precisions._fields))
         by_class = [nothing] * self.num_classes
         if not classes:
             return AveragePrecisionResult(nothing, tuple(by_class), num_objects)
-        precision = _evaluate(images, classes, true, detected)
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every step
+            evaluation = COCOeval(_coco(images, classes, "true"), _coco(images, classes, "detected"), "segm")
+            evaluation.evaluate()
+            evaluation.accumulate()
+        precision = evaluation.eval["precision"][..., -1]  # with up to 100 objects per image and class
         for index, class_id in enumerate(classes):
             by_class[class_id] = _average(precision[:, :, [index]])
         return AveragePrecisionResult(_average(precision), tuple(by_class), num_objects)
 
 
-def instance_f1(
-    instances: Iterable[Detection], gt_map: Int32[Tensor, "H W"], gt_segments: Sequence[Segment], min_score: float
-) -> float:
-    """How well the objects of a single image were found: 2 TP / (2 TP + FP + FN), in [0, 1].
+def _run_lengths(mask: Bool[Tensor, "H W"]) -> dict[str, Any]:
+    """COCO's compressed encoding, as JSON holds it."""
+    encoded = coco_mask.encode(np.asfortranarray(mask.cpu().numpy()).view(np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
 
-    AP looks at the ranking over a whole data set and says little about one image. Here the confident objects are
-    matched as in COCO at IoU 0.5: the most confident first, each with the free object of its class that it covers best.
-    Predictions of which at least half lies in their class's crowd do not count.
+
+def _coco(images: list[dict[str, Any]], classes: list[int], which: str) -> COCO:
+    """What COCO's evaluator takes, without a file."""
+    coco = COCO()
+    annotations: list[dict[str, Any]] = []
+    for image_id, image in enumerate(images):
+        for entry in image[which]:
+            more = {"id": len(annotations) + 1, "image_id": image_id}  # an id of 0 would mean "without a match"
+            annotations.append({"iscrowd": 0, **entry, **more, "area": int(coco_mask.area(entry["segmentation"]))})
+    sizes = [{"id": i, "height": image["size"][0], "width": image["size"][1]} for i, image in enumerate(images)]
+    coco.dataset = {"images": sizes, "annotations": annotations, "categories": [{"id": k} for k in classes]}
+    coco.createIndex()
+    return coco
+
+
+def _average(precision: Float64[np.ndarray, "thresholds recalls classes areas"]) -> Precisions:
+    """Means over what is annotated (the rest is -1); areas are all, small, medium, large."""
+
+    def mean(part: np.ndarray) -> float:
+        valid = part[part > -1]
+        return float(valid.mean()) if valid.size else float("nan")
+
+    every, small, medium, large = (precision[..., area] for area in range(4))
+    return Precisions(mean(every), mean(every[0]), mean(every[5]), mean(small), mean(medium), mean(large))
+
+
+def instance_f1(
+    instances: Iterable[Detection],
+    gt_map: Int32[Tensor, "H W"],
+    gt_segments: Sequence[Segment],
+    min_score: float = 0.5,
+) -> float:
+    """F1 score of the objects found in a single image, 2 TP / (2 TP + FP + FN), in [0, 1]; NaN without any object.
+
+    AP looks at the ranking over a whole data set and says little about one image. Here the objects that pictures show
+    are matched as in COCO at IoU 0.5: the most confident first, each with the free object of its class that it covers
+    best. Predictions of which at least half lies in their class's crowd do not count.
 
     Args:
         instances: predicted objects.
         gt_map: true segment id of every pixel.
         gt_segments: what they are; stuff is left out.
         min_score: predictions below it do not count.
-
-    Returns:
-        NaN if there is no object, neither true nor predicted.
     """
     things = {s.id: s for s in gt_segments if s.is_thing}
     areas = {i: n for i, n in _counts(gt_map).items() if i in things}
@@ -182,44 +190,3 @@ def _counts(ids: Int32[Tensor, "*size"]) -> dict[int, int]:
     """Pixels by id."""
     values, counts = ids.unique(return_counts=True)
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
-
-
-def _parse(lines: UInt8[Tensor, " bytes"]) -> list[dict[str, Any]]:
-    """The images in the order of their names, whatever process they come from."""
-    images = [json.loads(line) for line in lines.cpu().numpy().tobytes().splitlines()]
-    return sorted(images, key=lambda image: image["name"])
-
-
-def _evaluate(
-    images: list[dict[str, Any]], classes: list[int], true: list[dict[str, Any]], detected: list[dict[str, Any]]
-) -> Float64[np.ndarray, "thresholds recalls classes areas"]:
-    """COCO's precisions; -1 where no object of that class and area is annotated."""
-    sizes = [{"id": i, "height": image["size"][0], "width": image["size"][1]} for i, image in enumerate(images)]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every step
-        evaluation = COCOeval(_coco(sizes, classes, true), _coco(sizes, classes, detected), "segm")
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval["precision"][..., -1]  # of up to 100 objects per image and class
-
-
-def _coco(sizes: list[dict[str, int]], classes: list[int], entries: Iterable[dict[str, Any]]) -> COCO:
-    """What COCO's evaluator takes, without a file."""
-    coco = COCO()
-    annotations = []
-    for number, entry in enumerate(entries, start=1):  # 0 would mean "without a match"
-        area = int(coco_mask.area(entry["segmentation"]))
-        annotations.append({"iscrowd": 0, **entry, "id": number, "area": area})
-    coco.dataset = {"images": sizes, "annotations": annotations, "categories": [{"id": k} for k in classes]}
-    coco.createIndex()
-    return coco
-
-
-def _average(precision: Float64[np.ndarray, "thresholds recalls classes areas"]) -> Precisions:
-    """Means over what is annotated; areas are all, small, medium, large."""
-
-    def mean(part: np.ndarray) -> float:
-        valid = part[part > -1]
-        return float(valid.mean()) if valid.size else float("nan")
-
-    every, small, medium, large = (precision[..., area] for area in range(4))
-    return Precisions(mean(every), mean(every[0]), mean(every[5]), mean(small), mean(medium), mean(large))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import nn
+from torchmetrics import Metric
 
-from pem_lightning.data.targets import IGNORE_INDEX, class_map
-from pem_lightning.inference.postprocess import Result
-from pem_lightning.inference.results import SHOWN_SCORE
 from pem_lightning.metrics import (
     AveragePrecision,
     AveragePrecisionResult,
@@ -24,6 +22,9 @@ from pem_lightning.metrics import (
 )
 from pem_lightning.types import DatasetInfo, Sample
 
+_AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+"""COCO's names of `Precisions`, in its order."""
+
 
 class Evaluation(NamedTuple):
     """The metrics of a whole data set, as fractions of 1; a task has some of them."""
@@ -36,11 +37,7 @@ class Evaluation(NamedTuple):
         """The headline numbers by the names that loggers use, in percent."""
         values: dict[str, float] = {}
         if self.panoptic is not None:
-            for suffix, average in (
-                ("", self.panoptic.all),
-                ("_things", self.panoptic.things),
-                ("_stuff", self.panoptic.stuff),
-            ):
+            for suffix, average in zip(("", "_things", "_stuff"), self.panoptic[:3], strict=True):
                 values |= {f"val/PQ{suffix}": average.pq, f"val/SQ{suffix}": average.sq, f"val/RQ{suffix}": average.rq}
         if self.semantic is not None:
             values |= {"val/mIoU": self.semantic.miou, "val/pixel_accuracy": self.semantic.pixel_accuracy}
@@ -53,15 +50,11 @@ class Evaluation(NamedTuple):
         rows: list[dict[str, Any]] = []
         for k, c in enumerate(info.classes):
             row: dict[str, Any] = {"class": c.name, "kind": "thing" if c.is_thing else "stuff"}
-            if (panoptic := self.panoptic) is not None:
-                row |= {
-                    "PQ": 100 * float(panoptic.pq_per_class[k]),
-                    "SQ": 100 * float(panoptic.sq_per_class[k]),
-                    "RQ": 100 * float(panoptic.rq_per_class[k]),
-                    "TP": int(panoptic.true_positives[k]),
-                    "FP": int(panoptic.false_positives[k]),
-                    "FN": int(panoptic.false_negatives[k]),
-                }
+            if self.panoptic is not None:
+                qualities = {"PQ": "pq_per_class", "SQ": "sq_per_class", "RQ": "rq_per_class"}
+                counts = {"TP": "true_positives", "FP": "false_positives", "FN": "false_negatives"}
+                row |= {name: 100 * float(getattr(self.panoptic, key)[k]) for name, key in qualities.items()}
+                row |= {name: int(getattr(self.panoptic, key)[k]) for name, key in counts.items()}
             if self.semantic is not None:
                 row["IoU"] = 100 * float(self.semantic.iou_per_class[k])
             if self.instance is not None:
@@ -71,6 +64,12 @@ class Evaluation(NamedTuple):
                 row["objects"] = int(self.instance.num_objects[k])
             rows.append(row)
         return rows
+
+
+_RESULTS: dict[str, Any] = {
+    result.__name__: result
+    for result in (Evaluation, PanopticResult, QualityAverage, MeanIoUResult, AveragePrecisionResult, Precisions)
+}
 
 
 def to_plain(value: Any) -> Any:
@@ -93,15 +92,6 @@ def from_plain(state: Any) -> Any:
     return state.numpy() if isinstance(state, torch.Tensor) else state
 
 
-_RESULTS: dict[str, Any] = {
-    result.__name__: result
-    for result in (Evaluation, PanopticResult, QualityAverage, MeanIoUResult, AveragePrecisionResult, Precisions)
-}
-
-_AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-"""COCO's names of `Precisions`, in its order."""
-
-
 class Evaluator(nn.Module):
     """Accumulates the metrics of a task. A module, so that its states follow the model's device.
 
@@ -112,44 +102,41 @@ class Evaluator(nn.Module):
 
     def __init__(self, info: DatasetInfo, task: str) -> None:
         super().__init__()
-        self.mean_iou = MeanIoU(info.num_classes, IGNORE_INDEX) if task != "instance" else None
-        self.panoptic_quality = PanopticQuality(info.num_classes, info.thing_classes) if task == "panoptic" else None
-        self.average_precision = AveragePrecision(info.num_classes) if task == "instance" else None
+        # Named like the fields of `Evaluation`.
+        self.panoptic = PanopticQuality(info.num_classes, info.thing_classes) if task == "panoptic" else None
+        self.semantic = MeanIoU(info.num_classes) if task != "instance" else None
+        self.instance = AveragePrecision(info.num_classes) if task == "instance" else None
 
     @property
     def needs_semantic(self) -> bool:
         """Whether the task's metrics look at `Result.semantic`."""
-        return self.mean_iou is not None
+        return self.semantic is not None
 
-    def update(self, result: Result, sample: Sample) -> float:
-        """Add one image; the result has the annotation's size and everything that the task's metrics look at.
+    def update(self, result: Any, sample: Sample) -> float:
+        """Add one image.
+
+        Args:
+            result: a `Result` of the annotation's size with everything that the task's metrics look at.
+            sample: the annotation.
 
         Returns:
-            The image's own score in [0, 1]: its PQ, its mIoU, or the F1 score of the objects that are drawn (see
-            `instance_f1`). NaN where there is nothing to score.
+            The image's own score in [0, 1]: its PQ, its mIoU, or `instance_f1`; NaN where there is nothing to score.
         """
         score = float("nan")
-        if self.mean_iou is not None:
-            assert result.semantic is not None
-            score = self.mean_iou(result.semantic, class_map(sample)).miou
-        if self.panoptic_quality is not None:
-            assert result.panoptic is not None
-            score = self.panoptic_quality(result.panoptic, result.segments, sample.panoptic, sample.segments).all.pq
-        if self.average_precision is not None:
-            self.average_precision.update(result.instances, sample.panoptic, sample.segments, sample.name)
-            score = instance_f1(result.instances, sample.panoptic, sample.segments, SHOWN_SCORE)
+        if self.semantic is not None:
+            score = self.semantic(result.semantic, sample.class_map()).miou
+        if self.panoptic is not None:
+            score = self.panoptic(result.panoptic, result.segments, sample.panoptic, sample.segments).all.pq
+        if self.instance is not None:
+            self.instance.update(result.instances, sample.panoptic, sample.segments, sample.name)
+            score = instance_f1(result.instances, sample.panoptic, sample.segments)
         return score
 
     def compute(self) -> Evaluation:
         """The metrics over all images of all processes since the last `reset`."""
-        return Evaluation(
-            panoptic=self.panoptic_quality.compute() if self.panoptic_quality is not None else None,
-            semantic=self.mean_iou.compute() if self.mean_iou is not None else None,
-            instance=self.average_precision.compute() if self.average_precision is not None else None,
-        )
+        return Evaluation(**{name: cast(Metric, metric).compute() for name, metric in self.named_children()})
 
     def reset(self) -> None:
         """Forget all images."""
-        for metric in (self.mean_iou, self.panoptic_quality, self.average_precision):
-            if metric is not None:
-                metric.reset()
+        for metric in self.children():
+            cast(Metric, metric).reset()

@@ -10,7 +10,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from pem_lightning.data.coco import PanopticPairs
-from pem_lightning.metrics import PanopticQuality, PanopticResult, QualityAverage
+from pem_lightning.metrics.panoptic_quality import PanopticQuality, PanopticResult, QualityAverage
 from pem_lightning.types import DatasetInfo, UserError
 
 
@@ -28,6 +28,10 @@ class FilesEvaluation(NamedTuple):
     quality: PanopticResult
     num_images: int
     notes: tuple[str, ...]
+
+    def groups(self) -> dict[str, QualityAverage]:
+        """The averages by panopticapi's names."""
+        return {"All": self.quality.all, "Things": self.quality.things, "Stuff": self.quality.stuff}
 
     def to_dict(self) -> dict[str, Any]:
         """The layout of panopticapi's results: "All", "Things", "Stuff" and, by category id, "per_class".
@@ -49,12 +53,21 @@ class FilesEvaluation(NamedTuple):
             }
             for k, c in enumerate(self.info.classes)
         }
-        groups = {name: _group(average) for name, average in self.groups().items()}
+        groups = {
+            name: {
+                "pq": _or(group.pq, None),
+                "sq": _or(group.sq, None),
+                "rq": _or(group.rq, None),
+                "n": group.num_classes,
+            }
+            for name, group in self.groups().items()
+        }
         return {**groups, "per_class": per_class, "images": self.num_images, "notes": list(self.notes)}
 
-    def groups(self) -> dict[str, QualityAverage]:
-        """The averages by panopticapi's names."""
-        return {"All": self.quality.all, "Things": self.quality.things, "Stuff": self.quality.stuff}
+
+def _or(value: Any, otherwise: float | None) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if value == value else otherwise
 
 
 def evaluate_panoptic_files(
@@ -72,8 +85,8 @@ def evaluate_panoptic_files(
     Args:
         gt_json: the ground truth's annotations and categories.
         pred_json: the prediction's annotations; images that the ground truth does not have are ignored.
-        gt_folder: of its PNGs; by default the JSON's path without suffix.
-        pred_folder: likewise.
+        gt_folder: the ground truth's PNGs; by default the JSON's path without suffix.
+        pred_folder: the prediction's PNGs; by default the JSON's path without suffix.
         workers: reading and comparing processes; 0 works in this one. The result does not depend on it.
 
     Raises:
@@ -87,12 +100,13 @@ def evaluate_panoptic_files(
     for score in track(loader, "Comparing", len(pairs), transient=True):
         if isinstance(score, UserError):
             raise score
-        stale += score.stale_areas
-        unlisted += score.has_unlisted
+        metric, stale_areas, has_unlisted = score
         if total is None:
-            total = score.metric
+            total = metric
         else:
-            total.merge_state(score.metric)
+            total.merge_state(metric)
+        stale += stale_areas
+        unlisted += has_unlisted
     assert total is not None  # there is at least one pair
     notes = list(pairs.notes)
     if stale:
@@ -102,16 +116,12 @@ def evaluate_panoptic_files(
     return FilesEvaluation(pairs.info, total.compute(), len(pairs), tuple(notes))
 
 
-class _Score(NamedTuple):
-    """One image's share of the result, and what is odd about its ground truth."""
+class _Scores(Dataset[tuple[PanopticQuality, int, bool] | UserError]):
+    """The comparisons as a data set, so that a loader's processes share them and keep their order.
 
-    metric: PanopticQuality
-    stale_areas: int
-    has_unlisted: bool
-
-
-class _Scores(Dataset[_Score | UserError]):
-    """The comparisons as a data set, so that a loader's processes share them out and keep their order."""
+    An item is one image's metric, how many of its areas are not pixels, and whether it has unlisted ids. An error is
+    returned, because a loader would wrap it into its process's traceback.
+    """
 
     def __init__(self, pairs: PanopticPairs) -> None:
         self.pairs = pairs
@@ -119,31 +129,19 @@ class _Scores(Dataset[_Score | UserError]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> _Score | UserError:
-        """Compare one image; an error is returned, because a loader would lay its process's traceback around it."""
-        info = self.pairs.info
-        metric = PanopticQuality(info.num_classes, info.thing_classes)
+    def __getitem__(self, index: int) -> tuple[PanopticQuality, int, bool] | UserError:
+        metric = PanopticQuality(self.pairs.info.num_classes, self.pairs.info.thing_classes)
         try:
             pair = self.pairs[index]
         except UserError as error:
             return error
-        maps = torch.from_numpy(pair.pred_map), torch.from_numpy(pair.gt_map)
+        pred_map, gt_map = torch.from_numpy(pair.pred_map), torch.from_numpy(pair.gt_map)
         try:
-            metric.update(maps[0], pair.pred_segments, maps[1], pair.gt_segments, gt_areas=pair.areas)
-        except ValueError as error:  # the rest that it objects to, the pairs do not let through
+            metric.update(pred_map, pair.pred_segments, gt_map, pair.gt_segments, gt_areas=pair.areas)
+        except ValueError as error:  # an impossible area; the pairs let nothing else through
             return UserError(f"{self.pairs.gt_json}, image {pair.image_id!r}: {error}: give its number of pixels there")
-        return _Score(metric, pair.stale_areas, pair.has_unlisted)
+        return metric, pair.stale_areas, pair.has_unlisted
 
 
 def _unchanged(item: Any) -> Any:
     return item
-
-
-def _or(value: Any, otherwise: float | None) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if value == value else otherwise
-
-
-def _group(average: QualityAverage) -> dict[str, Any]:
-    qualities = {"pq": average.pq, "sq": average.sq, "rq": average.rq}
-    return {**{name: _or(value, None) for name, value in qualities.items()}, "n": average.num_classes}

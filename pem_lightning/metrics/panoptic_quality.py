@@ -1,9 +1,7 @@
-"""Panoptic quality with the exact rules of panopticapi, the official evaluator of COCO and Cityscapes.
+"""Panoptic quality (Kirillov et al., CVPR 2019) with the exact rules of panopticapi, COCO's and Cityscapes' evaluator.
 
-Kirillov et al., Panoptic Segmentation, CVPR 2019.
-
-K classes, G ground-truth segments, P predicted segments, H W spatial;
-rows and columns: the segments, then void, then ids of no known segment
+K classes, G true segments, P predicted segments, H W spatial;
+rows and columns of an overlap: the segments, then void, then ids of no known segment.
 """
 
 from __future__ import annotations
@@ -20,16 +18,16 @@ from torchmetrics import Metric
 from pem_lightning.types import VOID_ID, Segment
 
 _UNIT_BITS, _LOW_BITS = 53, 27
-"""IoUs of matches are summed as whole multiples of 2**-53, which floats from 0.5 on are: high parts and low 27 bits."""
+"""IoUs of matches, floats from 0.5 on, are whole multiples of 2**-53: summed exactly as high parts and low 27 bits."""
 
 
 class QualityAverage(NamedTuple):
-    """Averages over those classes of a group that occur in ground truth or prediction; NaN where none does.
+    """Averages, in [0, 1], over the classes of a group that occur in ground truth or prediction; NaN where none does.
 
     Attributes:
-        pq: panoptic quality, in [0, 1].
-        sq: segmentation quality, the mean IoU of matched segments, in [0, 1].
-        rq: recognition quality, the F1 score of detection, in [0, 1].
+        pq: panoptic quality.
+        sq: segmentation quality, the mean IoU of matched segments.
+        rq: recognition quality, the F1 score of detection.
         num_classes: how many classes the averages are over.
     """
 
@@ -55,12 +53,11 @@ class PanopticResult(NamedTuple):
 
 
 class PanopticQuality(Metric):
-    """Panoptic quality over a data set. Its states are whole numbers, so that the result is the same to the last bit in
-    any order of the images and on any number of processes.
+    """Panoptic quality over a data set, the same to the last bit in any order of images and on any number of processes.
 
-    Segments match when they have the same class and overlap with an IoU above 0.5, which makes matches unique.
-    Crowds are neither matched nor missed. A prediction without a match is forgiven when more than half of it lies
-    in void or in its class's crowd.
+    Segments match when they have the same class and an IoU above 0.5, which makes matches unique. Crowds are neither
+    matched nor missed. A prediction without a match is forgiven when more than half of it lies in void or in its
+    class's crowd.
 
     Args:
         num_classes: K.
@@ -71,17 +68,14 @@ class PanopticQuality(Metric):
     higher_is_better = True
 
     iou_parts: Tensor
-    true_positives: Tensor
-    false_positives: Tensor
-    false_negatives: Tensor
+    counts: Tensor
 
     def __init__(self, num_classes: int, thing_classes: Collection[int]) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.is_thing = np.isin(np.arange(num_classes), list(thing_classes))
         self.add_state("iou_parts", torch.zeros(2, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
-        for name in ("true_positives", "false_positives", "false_negatives"):
-            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(3, num_classes, dtype=torch.int64), dist_reduce_fx="sum")  # TP, FP, FN
 
     def update(
         self,
@@ -91,29 +85,30 @@ class PanopticQuality(Metric):
         gt_segments: Sequence[Segment],
         gt_areas: Mapping[int, float] | None = None,
     ) -> None:
-        """Adds one image.
+        """Add one image.
 
         Args:
             pred_map: predicted segment id of every pixel, `VOID_ID` for none.
             pred_segments: exactly the segments in `pred_map`.
             gt_map: true segment id of every pixel, `VOID_ID` where it is unknown.
             gt_segments: what they are. A listed segment without pixels is missed by definition.
-            gt_areas: by segment id, what counts as area in pixels where it is not that in `gt_map`: panopticapi takes
-                areas from the JSON.
+            gt_areas: areas in pixels by segment id, where those in `gt_map` do not count: panopticapi takes the JSON's.
 
         Raises:
-            ValueError: prediction's map and segments do not agree, a class does not exist, or a given area is smaller
-                than what the segment shares with a prediction.
+            ValueError: prediction's map and segments do not agree, or a given area is smaller than what the segment
+                shares with a prediction.
         """
         predicted, true = {s.id: s for s in pred_segments}, {s.id: s for s in gt_segments}
-        self._check_classes(predicted, true)
-        overlap = _intersections(gt_map.to(pred_map.device), pred_map, list(true), list(predicted))
-        _check_agreement(overlap, pred_map, list(predicted))
+        overlap = _overlap(gt_map.to(pred_map.device), pred_map, list(true), list(predicted))
+        if VOID_ID in predicted or overlap[:, -1].any() or not overlap[:, :-2].any(0).all():
+            listed, present = sorted(predicted), sorted(set(pred_map.unique().tolist()) - {VOID_ID})
+            raise ValueError(f"pred_segments must list exactly the segments in pred_map: {listed} and {present} differ")
 
         gt_class = np.array([s.class_id for s in true.values()], np.int64)
         pred_class = np.array([s.class_id for s in predicted.values()], np.int64)
         is_crowd = np.array([s.is_crowd for s in true.values()], bool)
-        iou = _ious(overlap, _areas(overlap, list(true), gt_areas or {}))
+        pixels = dict(zip(true, overlap[:-2].sum(1).tolist(), strict=True)) | dict(gt_areas or {})
+        iou = _ious(overlap, np.array([pixels[segment_id] for segment_id in true], np.float64))
         match = (iou > 0.5) & (gt_class[:, None] == pred_class) & ~is_crowd[:, None]  # [G, P]
         gt_hit, pred_hit = np.nonzero(match)
         if (too_much := iou[gt_hit, pred_hit] > 1).any():
@@ -128,16 +123,15 @@ class PanopticQuality(Metric):
         np.add.at(parts[0], gt_class[gt_hit], units >> _LOW_BITS)
         np.add.at(parts[1], gt_class[gt_hit], units & (2**_LOW_BITS - 1))
         self.iou_parts += torch.from_numpy(parts).to(device)
-        self.true_positives += torch.from_numpy(np.bincount(gt_class[gt_hit], minlength=K)).to(device)
-        self.false_positives += torch.from_numpy(np.bincount(pred_class[wrong], minlength=K)).to(device)
-        self.false_negatives += torch.from_numpy(np.bincount(gt_class[missed], minlength=K)).to(device)
+        counts = (gt_class[gt_hit], pred_class[wrong], gt_class[missed])
+        self.counts += torch.from_numpy(np.stack([np.bincount(k, minlength=K) for k in counts])).to(device)
 
     def compute(self) -> PanopticResult:
         """Quality per class and averaged over the classes that occurred."""
         high, low = self.iou_parts.tolist()
-        # Python's whole numbers have no end, and their quotient is rounded once.
+        # Python's integers do not overflow, and their quotient is rounded once.
         iou_sum = np.array([(h * 2**_LOW_BITS + w) / 2**_UNIT_BITS for h, w in zip(high, low, strict=True)])
-        tp, fp, fn = (x.cpu().numpy() for x in (self.true_positives, self.false_positives, self.false_negatives))
+        tp, fp, fn = self.counts.cpu().numpy()
         seen = tp + fp + fn > 0
         detections = np.where(seen, tp + 0.5 * fp + 0.5 * fn, np.nan)
         pq, rq = iou_sum / detections, tp / detections
@@ -153,13 +147,8 @@ class PanopticQuality(Metric):
         groups = (average(seen), average(self.is_thing), average(~self.is_thing))
         return PanopticResult(*groups, pq, sq, rq, iou_sum, tp, fp, fn)
 
-    def _check_classes(self, *groups: Mapping[int, Segment]) -> None:
-        for segment in (s for group in groups for s in group.values()):
-            if not 0 <= segment.class_id < self.num_classes:
-                raise ValueError(f"segment {segment.id} has class {segment.class_id}, not in 0..{self.num_classes - 1}")
 
-
-def _intersections(
+def _overlap(
     gt_map: Int32[Tensor, "H W"], pred_map: Int32[Tensor, "H W"], gt_ids: list[int], pred_ids: list[int]
 ) -> Int64[np.ndarray, "rows columns"]:
     """Pixels that each pair shares."""
@@ -180,34 +169,11 @@ def _positions(values: Int32[Tensor, " runs"], ids: list[int]) -> Int64[Tensor, 
     return torch.where(known[found] == values, order[found], len(known))
 
 
-def _check_agreement(
-    overlap: Int64[np.ndarray, "rows columns"], pred_map: Int32[Tensor, "H W"], pred_ids: list[int]
-) -> None:
-    areas = overlap.sum(0)
-    if VOID_ID in pred_ids:
-        raise ValueError(f"segment id {VOID_ID} is void and cannot be predicted")
-    if areas[-1]:
-        stray = set(pred_map.unique().tolist()) - {VOID_ID, *pred_ids}
-        raise ValueError(f"segment {min(stray)} is in the predicted map, but not among the predicted segments")
-    for segment_id, area in zip(pred_ids, areas, strict=False):
-        if area == 0:
-            raise ValueError(f"segment {segment_id} is among the predicted segments, but not in the predicted map")
-
-
 def _ious(overlap: Int64[np.ndarray, "rows columns"], gt_area: Float64[np.ndarray, " G"]) -> Float64[np.ndarray, "G P"]:
-    """IoU of every pair; what a prediction has in void does not count as its area."""
+    """IoU of every pair; a prediction's pixels in void do not count as its area."""
     intersection, in_void, pred_area = overlap[:-2, :-2], overlap[-2, :-2], overlap.sum(0)[:-2]
     union = gt_area[:, None] + pred_area - intersection - in_void
     return intersection / np.maximum(union, 0.5)  # empty when both lie in void only: IoU 0
-
-
-def _areas(
-    overlap: Int64[np.ndarray, "rows columns"], gt_ids: list[int], given: Mapping[int, float]
-) -> Float64[np.ndarray, " G"]:
-    """Areas of the true segments: those given, and else their pixels."""
-    pixels = overlap[:-2].sum(1).tolist()
-    areas = [given.get(segment_id, count) for segment_id, count in zip(gt_ids, pixels, strict=True)]
-    return np.array(areas, np.float64)
 
 
 def _forgiven(

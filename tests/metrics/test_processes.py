@@ -1,19 +1,20 @@
 """Metrics over two processes are those of one process, to the last bit."""
 
 import socket
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 
-from pem_lightning.metrics import MeanIoU, PanopticQuality
+from pem_lightning.metrics import AveragePrecision, MeanIoU, PanopticQuality
 from pem_lightning.types import Segment
 
 CLASSES = 4
 
 
 def images(count=11):
-    """Random images: predicted and true id maps with their segments, and class maps; some classes in few of them."""
+    """Arguments of the three metrics for random images; some classes are in few of them, and scores have ties."""
     rng = np.random.default_rng(0)
     for number in range(count):
         gt_map = rng.integers(0, 9, (6, 7)).repeat(5, 0).repeat(5, 1).astype(np.int32)
@@ -21,26 +22,29 @@ def images(count=11):
         class_of = rng.integers(0, CLASSES if number == 4 else CLASSES - 1, 9)
         class_of[0] = 255
         pred_segments, gt_segments = (
-            [Segment(i, int(class_of[i]), class_of[i] < 2) for i in np.unique(ids).tolist() if i]
+            [Segment(i, int(class_of[i]), bool(class_of[i] < 2)) for i in np.unique(ids).tolist() if i]
             for ids in (pred_map, gt_map)
         )
         maps = torch.from_numpy(pred_map), torch.from_numpy(gt_map)
-        yield (maps[0], pred_segments, maps[1], gt_segments), tuple(torch.from_numpy(class_of)[m.long()] for m in maps)
+        objects = [(maps[0] == s.id, s.class_id, float(rng.integers(3))) for s in pred_segments if s.is_thing]
+        classes = tuple(torch.from_numpy(class_of)[m.long()] for m in maps)
+        yield (maps[0], pred_segments, maps[1], gt_segments), classes, (objects, maps[1], gt_segments, str(number))
 
 
 def measure(chosen):
-    """All numbers of both metrics, as text that has every bit."""
-    panoptic, semantic = PanopticQuality(CLASSES, {0, 1}), MeanIoU(CLASSES)
-    for number, (segments, classes) in enumerate(images()):
-        if number in chosen:
-            panoptic.update(*segments)
-            semantic.update(*classes)
-    numbers = {**panoptic.compute()._asdict(), **semantic.compute()._asdict()}
-    return {name: np.asarray(value, np.float64).tobytes().hex() for name, value in numbers.items()}
+    """All numbers of the metrics, as text that has every bit."""
+    metrics = PanopticQuality(CLASSES, {0, 1}), MeanIoU(CLASSES), AveragePrecision(CLASSES)
+    for number, arguments in enumerate(images()):
+        for metric, given in zip(metrics, arguments, strict=True):
+            if number in chosen:
+                metric.update(*given)
+    numbers = [value for metric in metrics for value in metric.compute()]
+    return [np.asarray(value, np.float64).tobytes().hex() for value in numbers]
 
 
 def _one_of_two(rank, port, share, answers):
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    limit = timedelta(seconds=100)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=limit)
     answers.put(measure(share))
     torch.distributed.destroy_process_group()
 
@@ -59,7 +63,7 @@ def test_two_processes_equal_one():
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0]
     alone = measure(range(11))
     for _ in workers:

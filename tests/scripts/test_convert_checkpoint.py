@@ -1,8 +1,6 @@
 """scripts/convert_checkpoint.py: what it prints and writes, and its exit codes."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,28 +21,26 @@ def main():
     return module.main
 
 
-@pytest.fixture(scope="module")
-def pickled(tmp_path_factory):
-    return write_pickle(tmp_path_factory.mktemp("files") / "R-50.pkl", detectron2_pickle(random_backbone("resnet50")))
-
-
-def test_prints_the_table_and_writes_what_weights_reads(main, pickled, tmp_path, capsys):
-    assert main([str(pickled), f"{tmp_path}/out.pth"]) == 0
+def test_prints_the_table_and_writes_what_weights_reads(main, tmp_path, capsys):
+    path = write_pickle(tmp_path / "R-50.pkl", detectron2_pickle(random_backbone("resnet50")))
+    assert main([str(path), f"{tmp_path}/out.pth"]) == 0
     printed = capsys.readouterr().out
-    rows = [line.replace("│", " ").split() for line in printed.splitlines()]
-    assert ["loaded", "265", "backbone.*", "265"] in rows
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["loaded", "265", "backbone", "(265)"] in rows
     assert ["unexpected,", "not", "used", "2", "stem.fc.weight,", "stem.fc.bias"] in rows
     assert f"wrote {tmp_path}/out.pth" in printed
     report = load_weights(build_pem("resnet50", num_classes=3, num_layers=1), tmp_path / "out.pth")
     assert len(report.loaded) == 265
 
 
-def test_mistakes_end_in_one_line_and_write_nothing(main, pickled, tmp_path, capsys):
+def test_mistakes_end_in_one_line_and_write_nothing(main, tmp_path, capsys):
+    path = tmp_path / "resnet18.pth"
+    torch.save(random_backbone("resnet18").state_dict(), path)
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_bytes(b"broken")
     for source, more, message in (
-        (pickled, ["--backbone=resnet18"], "does not cover the backbone"),
-        (pickled, ["--backbone=resnet"], "unknown backbone"),
+        (path, ["--backbone=resnet34"], "does not cover the backbone"),
+        (path, ["--backbone=resnet"], "unknown backbone"),
         (tmp_path / "none.pth", [], "none.pth does not exist"),
         (tmp_path / "other.pth", [], "of no known kind"),
         (tmp_path / "broken.pth", [], "damaged or no file of weights"),
@@ -54,13 +50,5 @@ def test_mistakes_end_in_one_line_and_write_nothing(main, pickled, tmp_path, cap
         assert line.startswith("error: ")
         assert message in line
         assert not (tmp_path / "out.pth").exists()
-    assert main([str(pickled), f"{SCRIPT}/out.pth"]) == 2
+    assert main([str(path), f"{SCRIPT}/out.pth"]) == 2
     assert "cannot write" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_as_a_program(pickled, tmp_path):
-    command = [sys.executable, str(SCRIPT), str(pickled), "out.pth"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "out.pth").is_file()

