@@ -1,4 +1,4 @@
-"""Cityscapes: its classes, and its two official archives read just as they unzip, with no preparation step."""
+"""Cityscapes: its classes, and its two official archives read as they unzip, with no preparation step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from pem_lightning.data.dataset import (
     read_pair,
     read_rgb,
 )
-from pem_lightning.data.targets import Task
-from pem_lightning.data.transforms import EvalTransform, TrainTransform
 from pem_lightning.types import VOID_ID, ClassInfo, DatasetInfo, Sample, Segment, UserError
 
 # In the order of the official train ids; names, colours and ids as in cityscapesScripts' labels.py.
@@ -56,7 +54,7 @@ _FIRST_COUNTED_LABEL = 24
 """From person on, single things are numbered, also those that are not evaluated (caravan, trailer)."""
 _IMAGE_SUFFIX = "_leftImg8bit.png"
 _ANNOTATIONS = {"train": "gtFine", "val": "gtFine", "train_extra": "gtCoarse", "test": None}
-_CURE = (
+_HINT = (
     "log in at cityscapes-dataset.com, download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
     "(for train_extra: leftImg8bit_trainextra.zip and gtCoarse.zip) and unzip them into dataset.root "
     "(or take dataset=synthetic to start now)"
@@ -65,8 +63,6 @@ _CURE = (
 
 class CityscapesDataset(SegmentationDataset):
     """The images of some splits with their panoptic annotation, in the order of their names.
-
-    Files that cityscapesScripts has added to the archives' do not disturb.
 
     Args:
         root: the folder that holds `leftImg8bit`, `gtFine`, and `gtCoarse` for `train_extra`.
@@ -93,24 +89,19 @@ class CityscapesDataset(SegmentationDataset):
             found, missing = _find_split(Path(root), one)
             files |= found
             problems += missing
-        super().__init__(CITYSCAPES, sorted(files), problems, transform=transform, on_error=on_error)
-        self._files = [files[name] for name in self.names]
-
-    def files(self, index: int) -> tuple[Path, ...]:
-        """Photograph and `instanceIds` map; the test split has no maps."""
-        return self._files[index]
+        super().__init__(CITYSCAPES, dict(sorted(files.items())), problems, transform=transform, on_error=on_error)
 
     def read(self, index: int) -> Sample:
         """Decode one item; a segment's id is its value in the file."""
-        image_path, *annotation = self._files[index]
+        image_path, *annotation = self.files(index)
         if not annotation:
-            image = read_rgb(image_path, _CURE)
+            image = read_rgb(image_path, _HINT)
             return make_sample(image, np.full(image.shape[:2], VOID_ID, np.int32), (), self.names[index])
-        image, values = read_pair(image_path, annotation[0], _CURE)
+        image, values = read_pair(image_path, annotation[0], _HINT)
         try:
             panoptic, segments = panoptic_from_instance_ids(values)
         except ValueError as error:
-            raise UserError(f"{annotation[0]} {error}: {_CURE}") from error
+            raise UserError(f"{annotation[0]} {error}: {_HINT}") from error
         return make_sample(image, panoptic, segments, self.names[index])
 
 
@@ -120,10 +111,10 @@ def panoptic_from_instance_ids(
     """Read an official `instanceIds` map, by the rules of cityscapesScripts' createPanopticImgs.py.
 
     A value is a label id, or for single things a label id times 1000 plus a number. A thing without a number is a
-    crowd; labels that are not evaluated become void. A segment's id is its value in the file.
+    crowd; labels that are not evaluated become void.
 
     Returns:
-        The panoptic map and its segments by rising id.
+        The panoptic map and its segments by rising id, which is the value in the file.
 
     Raises:
         ValueError: a value is none that Cityscapes defines.
@@ -157,8 +148,7 @@ def _find_split(root: Path, split: str) -> tuple[dict[str, tuple[Path, ...]], li
     kind = _ANNOTATIONS[split]
     if kind is None:
         return {name: (path,) for name, path in images.items()}, []
-    pairs, problems = pair_files(images, _find(root / kind / split, f"_{kind}_instanceIds.png"), _CURE)
-    return dict(pairs), problems
+    return pair_files(images, _find(root / kind / split, f"_{kind}_instanceIds.png"), _HINT)
 
 
 def _find(folder: Path, suffix: str) -> dict[str, Path]:
@@ -166,44 +156,23 @@ def _find(folder: Path, suffix: str) -> dict[str, Path]:
     files = {path.name.removesuffix(suffix): path for path in folder.glob(f"*/*{suffix}")}
     if not files:
         problem = "has no files" if folder.is_dir() else "does not exist; expected there are files"
-        raise UserError(f"{folder} {problem} <city>/*{suffix}: {_CURE}")
+        raise UserError(f"{folder} {problem} <city>/*{suffix}: {_HINT}")
     return files
 
 
 class CityscapesDataModule(SegmentationDataModule):
-    """Cityscapes with the paper's augmentation; the defaults are the paper's numbers (batch size over all devices: 32).
+    """Cityscapes.
 
     Args:
-        root: the folder that holds `leftImg8bit` and `gtFine`.
-        task: "panoptic", "semantic" or "instance".
-        batch_size: training images per device.
-        train_transform: the paper's augmentation by default.
-        eval_transform: native size by default.
+        arguments: see `SegmentationDataModule`; `root` is the folder that holds `leftImg8bit` and `gtFine`.
         train_splits: what is trained on: "train", "train_extra" (the coarse set) or both.
-        loading: how; see `SegmentationDataModule`.
+        loading: see `SegmentationDataModule`.
     """
 
     info = CITYSCAPES
 
-    def __init__(
-        self,
-        root: str | Path = "data/cityscapes",
-        task: Task = "panoptic",
-        batch_size: int = 32,
-        train_transform: SampleTransform | None = None,
-        eval_transform: SampleTransform | None = None,
-        *,
-        train_splits: Sequence[str] = ("train",),
-        **loading: Any,
-    ) -> None:
-        super().__init__(
-            task=task,
-            batch_size=batch_size,
-            train_transform=train_transform or TrainTransform(),
-            eval_transform=eval_transform or EvalTransform(),
-            **loading,
-        )
-        self.root = Path(root)
+    def __init__(self, *arguments: Any, train_splits: Sequence[str] = ("train",), **loading: Any) -> None:
+        super().__init__(*arguments, **loading)
         self.train_splits = tuple(train_splits)
 
     def make_dataset(self, split: str, transform: SampleTransform | None) -> CityscapesDataset:

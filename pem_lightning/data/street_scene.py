@@ -1,4 +1,4 @@
-"""Composes one street: its surroundings from far to near, then everything that stands in it, then light and grain."""
+"""Draws one street: its surroundings from far to near, then everything that stands in it, then light and grain."""
 
 from __future__ import annotations
 
@@ -26,12 +26,19 @@ _CAMERA_HEIGHT = 1.6
 class Canvas:
     """Draws every shape twice: its colour and, where it has one, its segment id.
 
-    Colours are averaged down from four times the size, which smooths edges; ids are picked at pixel centres.
+    Colours are averaged down from four times the size, which smooths edges; ids are picked at pixel centres. Places are
+    in image heights, or in metres where they are projected by a pinhole camera that looks down the street.
+
+    Args:
+        height: in pixels.
+        width: in pixels.
+        vanishing_point: of the street, in image heights.
     """
 
-    def __init__(self, height: int, width: int) -> None:
+    def __init__(self, height: int, width: int, vanishing_point: Point) -> None:
         self.height = height
         self.aspect = width / height
+        self.vanishing_point = vanishing_point
         self._scale = height * _OVERSAMPLING  # drawn pixels per image height
         self._colors = np.zeros((height * _OVERSAMPLING, width * _OVERSAMPLING, 3), np.uint8)
         self._ids = np.zeros(self._colors.shape[:2], np.uint16)
@@ -42,6 +49,10 @@ class Canvas:
         count = self._counts.get(label, 0)
         self._counts[label] = count + 1
         return label * 1000 + count
+
+    def project(self, x: Number, y: Number, z: Number) -> tuple[float, float]:
+        """From metres (right, up, ahead) to image heights."""
+        return self.vanishing_point[0] + x / z, self.vanishing_point[1] + (_CAMERA_HEIGHT - y) / z
 
     def polygon(self, points: Points, color: Color, segment_id: int | None) -> None:
         """Fill a polygon; without an id it only paints, like a shadow or a road marking."""
@@ -75,31 +86,13 @@ class Canvas:
 
 
 @dataclass(frozen=True)
-class Camera:
-    """A pinhole camera looking down the street.
-
-    Attributes:
-        x: column of the vanishing point, in image heights.
-        horizon: its row.
-    """
-
-    x: float
-    horizon: float
-
-    def project(self, x: Number, y: Number, z: Number) -> tuple[float, float]:
-        """From metres to image heights."""
-        return self.x + x / z, self.horizon + (_CAMERA_HEIGHT - y) / z
-
-
-@dataclass(frozen=True)
 class Sprite:
-    """A flat drawing that stands upright in the street, facing the camera.
+    """A flat drawing that stands upright in the street at (x, z) metres, facing the camera.
 
     Shapes are given in metres from the point where it stands: to the right (to the left if mirrored) and up.
     """
 
     canvas: Canvas
-    camera: Camera
     x: Number
     z: Number
     segment_id: int
@@ -108,21 +101,21 @@ class Sprite:
     def polygon(self, points: Points, color: Color) -> None:
         """Fill a polygon."""
         sign = -1 if self.mirrored else 1
-        placed = [self.camera.project(self.x + sign * x, y, self.z) for x, y in points]
+        placed = [self.canvas.project(self.x + sign * x, y, self.z) for x, y in points]
         self.canvas.polygon(placed, color, self.segment_id)
 
     def box(self, left: Number, bottom: Number, right: Number, top: Number, color: Color, slant: Number = 0) -> None:
         """Fill a box whose top edge is shorter by `slant` at either end."""
         self.polygon([(left, bottom), (right, bottom), (right - slant, top), (left + slant, top)], color)
 
-    def ellipse(self, x: Number, y: Number, radius_x: Number, radius_y: Number, color: Color) -> None:
-        """Fill an ellipse around a point."""
-        center = self.camera.project(self.x + (-x if self.mirrored else x), y, self.z)
-        self.canvas.ellipse(center, (radius_x / self.z, radius_y / self.z), color, self.segment_id)
-
     def disc(self, x: Number, y: Number, radius: Number, color: Color) -> None:
         """Fill a circle around a point."""
         self.ellipse(x, y, radius, radius, color)
+
+    def ellipse(self, x: Number, y: Number, radius_x: Number, radius_y: Number, color: Color) -> None:
+        """Fill an ellipse around a point."""
+        center = self.canvas.project(self.x + (-x if self.mirrored else x), y, self.z)
+        self.canvas.ellipse(center, (radius_x / self.z, radius_y / self.z), color, self.segment_id)
 
     def line(self, points: Points, width: Number, color: Color) -> None:
         """Draw a line of a certain width through points."""
@@ -133,7 +126,7 @@ class Sprite:
 
     def shadow(self, width: Number) -> None:
         """Darken the ground where it stands."""
-        self.canvas.shade(self.camera.project(self.x, 0, self.z), (0.6 * width / self.z, 0.22 / self.z), 0.55)
+        self.canvas.shade(self.canvas.project(self.x, 0, self.z), (0.6 * width / self.z, 0.22 / self.z), 0.55)
 
 
 _DARK = (38, 38, 44)
@@ -401,7 +394,7 @@ def draw_street(
     Returns:
         RGB image, and the annotation as an official `instanceIds` map.
     """
-    street = _Street(rng, Canvas(height, width))
+    street = _Street(rng, height, width)
     street.draw_sky()
     street.draw_ground()
     for side in (-1, 1):
@@ -418,10 +411,9 @@ def draw_street(
 class _Street:
     """One street with everything that is drawn at random about it."""
 
-    def __init__(self, rng: np.random.Generator, canvas: Canvas) -> None:
+    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
         self.rng = rng
-        self.canvas = canvas
-        self.camera = Camera(canvas.aspect / 2 + self.draw(-0.25, 0.25), self.draw(0.4, 0.48))
+        self.canvas = Canvas(height, width, (width / height / 2 + self.draw(-0.25, 0.25), self.draw(0.4, 0.48)))
         self.kerb = self.draw(3.2, 4.2)
         self.walk = self.kerb + self.draw(2.0, 3.0)  # outer edge of the pavements
 
@@ -431,7 +423,7 @@ class _Street:
 
     def sprite(self, x: Number, z: Number, segment_id: int, mirrored: bool = False) -> Sprite:
         """An upright drawing at a place."""
-        return Sprite(self.canvas, self.camera, x, z, segment_id, mirrored)
+        return Sprite(self.canvas, x, z, segment_id, mirrored)
 
     def placed(self, z: Number, draw: Callable[..., None], sprite: Sprite, *args: float) -> Placed:
         """A drawing to be made when its depth is due."""
@@ -443,7 +435,7 @@ class _Street:
         bottoms: tuple[Color, ...] = ((206, 226, 244), (250, 226, 204), (222, 226, 230))
         kind, aspect, steps = self.rng.integers(3), self.canvas.aspect, 24
         for step in range(steps):
-            y = step / steps * (self.camera.horizon + 0.02)
+            y = step / steps * (self.canvas.vanishing_point[1] + 0.02)
             color = _mix(tops[kind], bottoms[kind], step / steps)
             self.canvas.polygon([(0, y), (aspect, y), (aspect, 0.6), (0, 0.6)], color, LABELS["sky"])
         for _ in range(self.rng.integers(2, 6)):
@@ -496,7 +488,7 @@ class _Street:
         plaster: Color = ((186, 116, 86), (206, 164, 116), (170, 98, 84), (176, 142, 124))[self.rng.integers(4)]
         (near, far), height, gable = depths, self.draw(5, 12), x + float(np.sign(x)) * 9
         wall = [(x, 0.0), (gable, 0.0), (gable, height), (x, height)]
-        corners = [self.camera.project(wall_x, y, near) for wall_x, y in wall]
+        corners = [self.canvas.project(wall_x, y, near) for wall_x, y in wall]
         self.canvas.polygon(corners, _mix(plaster, (0, 0, 0), 0.28), LABELS["building"])
         self._upright(x, depths, (0, height), plaster, "building")
         self._upright(x, depths, (height - 0.5, height), _mix(plaster, (60, 40, 40), 0.5), "building")
@@ -557,7 +549,7 @@ class _Street:
             label, draw, _, depths, xs = _THINGS[self.rng.choice(len(_THINGS), p=frequency / frequency.sum())]
             for _ in range(12):
                 x, z = self.draw(*xs), self.draw(*depths)
-                column = self.camera.project(x, 0, z)[0]
+                column = self.canvas.project(x, 0, z)[0]
                 inside = 0.12 < column < self.canvas.aspect - 0.12
                 if inside and all(abs(column - other) > 0.3 for other in columns):
                     break
@@ -584,13 +576,13 @@ class _Street:
     def _flat(self, xs: Span, depths: Span, color: Color, segment_id: int | None) -> None:
         """A rectangle on the ground."""
         (left, right), (near, far) = xs, depths
-        corners = [self.camera.project(x, 0, z) for x, z in ((left, far), (right, far), (right, near), (left, near))]
+        corners = [self.canvas.project(x, 0, z) for x, z in ((left, far), (right, far), (right, near), (left, near))]
         self.canvas.polygon(corners, color, segment_id)
 
     def _upright(self, x: float, depths: Span, heights: Span, color: Color, label: str) -> None:
         """A rectangle that stands along the street."""
         (near, far), (low, high) = depths, heights
-        corners = [self.camera.project(x, y, z) for y, z in ((low, near), (low, far), (high, far), (high, near))]
+        corners = [self.canvas.project(x, y, z) for y, z in ((low, near), (low, far), (high, far), (high, near))]
         self.canvas.polygon(corners, color, LABELS[label])
 
 
