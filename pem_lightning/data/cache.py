@@ -84,7 +84,7 @@ class CachedDataset(SegmentationDataset):
             segments = [Segment(*segment) for segment in facts["segments"]]
             # Private pages: whatever a transform does to them never reaches the file.
             image, ids = (np.asarray(np.load(path, mmap_mode="c")) for path in arrays)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{facts_path} or its arrays are damaged: delete it, it is made again at the next start"
             ) from error
