@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image, PngImagePlugin
 
-from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, DOWNLOAD, FOLDERS, PANOPTIC, find_files
+from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, DOWNLOAD, FOLDERS, PANOPTIC
 from pem_lightning.data.coco import panoptic_json
-from pem_lightning.data.dataset import map_parallel, pair_files, read_map, read_pair
+from pem_lightning.data.dataset import find_files, map_parallel, pair_files, read_map, read_pair
 from pem_lightning.files import id_to_rgb, write_file
 from pem_lightning.types import VOID_ID, UserError
 
@@ -125,9 +125,9 @@ def prepare_split(root: Path, split: str, workers: int = 0) -> list[str]:
 
 def find_jobs(root: Path, split: str) -> list[Job]:
     folder = FOLDERS[split]
-    photos = find_files(root / "images" / folder, "jpg", DOWNLOAD)
-    semantic, problems = pair_files(photos, find_files(root / "annotations" / folder, "png", DOWNLOAD), DOWNLOAD)
-    instance_files = find_files(root / "annotations_instance" / folder, "png", INSTANCES)
+    photos = find_files(root / "images" / folder, ".jpg", DOWNLOAD)
+    semantic, problems = pair_files(photos, find_files(root / "annotations" / folder, ".png", DOWNLOAD), DOWNLOAD)
+    instance_files = find_files(root / "annotations_instance" / folder, ".png", INSTANCES)
     instances, more = pair_files(photos, instance_files, INSTANCES)
     if problems := problems + more:
         raise UserError(f"{problems[0]} ({len(problems)} such file(s))")

@@ -14,7 +14,15 @@ import numpy as np
 
 from pem_lightning.data.coco import CocoPanopticDataset
 from pem_lightning.data.datamodule import SegmentationDataModule
-from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDataset, make_sample, pair_files, read_pair
+from pem_lightning.data.dataset import (
+    OnError,
+    SampleTransform,
+    SegmentationDataset,
+    find_files,
+    make_sample,
+    pair_files,
+    read_pair,
+)
 from pem_lightning.data.transforms import square_transforms
 from pem_lightning.types import VOID_ID, ClassInfo, DatasetInfo, Sample, Segment, UserError
 
@@ -50,8 +58,7 @@ class ADE20KDataset(SegmentationDataset):
     Args:
         root: the folder `ADEChallengeData2016`.
         split: "train" or "val".
-        transform: applied to every sample.
-        on_error: what an unreadable file does, see `SegmentationDataset`.
+        transform, on_error: see `SegmentationDataset`.
 
     Raises:
         UserError: a folder is missing or empty, or an image and an annotation lack their counterpart.
@@ -60,8 +67,8 @@ class ADE20KDataset(SegmentationDataset):
     def __init__(
         self, root: str | Path, split: str, transform: SampleTransform | None = None, on_error: OnError = "stop"
     ) -> None:
-        images = find_files(Path(root) / "images" / FOLDERS[split], "jpg", DOWNLOAD)
-        maps = find_files(Path(root) / "annotations" / FOLDERS[split], "png", DOWNLOAD)
+        images = find_files(Path(root) / "images" / FOLDERS[split], ".jpg", DOWNLOAD)
+        maps = find_files(Path(root) / "annotations" / FOLDERS[split], ".png", DOWNLOAD)
         super().__init__(ADE20K, *pair_files(images, maps, DOWNLOAD), transform=transform, on_error=on_error)
 
     def read(self, index: int) -> Sample:
@@ -82,26 +89,8 @@ class ADE20KDataset(SegmentationDataset):
         return make_sample(image, values.astype(np.int32), segments, self.names[index])
 
 
-def find_files(folder: Path, suffix: str, hint: str) -> dict[str, Path]:
-    """All files of a kind in a folder, by name.
-
-    Raises:
-        UserError: there are none.
-    """
-    files = {path.stem: path for path in folder.glob(f"*.{suffix}")}
-    if not files:
-        problem = f"has no *.{suffix} files" if folder.is_dir() else "does not exist"
-        raise UserError(f"{folder} {problem}: {hint}")
-    return files
-
-
 class ADE20KDataModule(SegmentationDataModule):
-    """ADE20K from the folder `ADEChallengeData2016`; tasks but "semantic" need `scripts/prepare_ade20k.py` once.
-
-    Args:
-        arguments: see `SegmentationDataModule`.
-        loading: see `SegmentationDataModule`.
-    """
+    """ADE20K from the folder `ADEChallengeData2016`; tasks but "semantic" need `scripts/prepare_ade20k.py` once."""
 
     def __init__(self, *arguments: Any, **loading: Any) -> None:
         super().__init__(*arguments, **loading)

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,9 +92,8 @@ def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, gall
         gallery: how many items are chosen for the gallery.
     """
     result = SplitCheck(split, dataset.info, len(dataset))
-    items: list[ItemCheck] = list(
-        map_parallel(lambda index: check_item(dataset, index), range(len(dataset)), workers, f"Checking {split}")
-    )
+    check = partial(check_item, dataset)
+    items: list[ItemCheck] = list(map_parallel(check, range(len(dataset)), workers, f"Checking {split}"))
     values: Counter[int] = Counter()
     for item in items:
         values += item.values

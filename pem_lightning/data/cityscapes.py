@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt
-from numpy.typing import NDArray
 
 from pem_lightning.data.datamodule import SegmentationDataModule
 from pem_lightning.data.dataset import (
     OnError,
     SampleTransform,
     SegmentationDataset,
+    find_files,
     make_sample,
     pair_files,
     read_pair,
@@ -67,8 +67,7 @@ class CityscapesDataset(SegmentationDataset):
     Args:
         root: the folder that holds `leftImg8bit`, `gtFine`, and `gtCoarse` for `train_extra`.
         split: "train", "val", "train_extra" (coarsely annotated), "test" (images only, all void), or several.
-        transform: applied to every sample.
-        on_error: what an unreadable file does, see `SegmentationDataset`.
+        transform, on_error: see `SegmentationDataset`.
 
     Raises:
         UserError: a split is unknown, a folder missing or empty, or an image or an annotation lacks its counterpart.
@@ -120,7 +119,8 @@ def panoptic_from_instance_ids(
         ValueError: a value is none that Cityscapes defines.
     """
     present = np.flatnonzero(np.bincount(values.ravel()))  # four times as fast as np.unique
-    if unknown := present[~_is_defined(present)].tolist():
+    is_numbered = (present >= 1000 * _FIRST_COUNTED_LABEL) & (present < 1000 * _NUM_LABELS)
+    if unknown := present[~is_numbered & (present >= _NUM_LABELS)].tolist():
         raise ValueError(f"has ids that Cityscapes does not define ({', '.join(map(str, unknown[:5]))})")
     segments = []
     for value in present.tolist():
@@ -135,38 +135,23 @@ def panoptic_from_instance_ids(
     return table[values], tuple(segments)
 
 
-def _is_defined(values: NDArray[np.int64]) -> NDArray[np.bool_]:
-    numbered = (values >= 1000 * _FIRST_COUNTED_LABEL) & (values < 1000 * _NUM_LABELS)
-    return (values < _NUM_LABELS) | numbered
-
-
 def _find_split(root: Path, split: str) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
     """The files of one split by name, and what is wrong with them."""
     if split not in _ANNOTATIONS:
         raise UserError(f"Cityscapes has no split {split!r}: choose from {', '.join(_ANNOTATIONS)}")
-    images = _find(root / "leftImg8bit" / split, _IMAGE_SUFFIX)
+    images = find_files(root / "leftImg8bit" / split, _IMAGE_SUFFIX, _HINT, "*/")
     kind = _ANNOTATIONS[split]
     if kind is None:
         return {name: (path,) for name, path in images.items()}, []
-    return pair_files(images, _find(root / kind / split, f"_{kind}_instanceIds.png"), _HINT)
-
-
-def _find(folder: Path, suffix: str) -> dict[str, Path]:
-    """All files `<city>/<name><suffix>` by name."""
-    files = {path.name.removesuffix(suffix): path for path in folder.glob(f"*/*{suffix}")}
-    if not files:
-        problem = "has no files" if folder.is_dir() else "does not exist; expected there are files"
-        raise UserError(f"{folder} {problem} <city>/*{suffix}: {_HINT}")
-    return files
+    return pair_files(images, find_files(root / kind / split, f"_{kind}_instanceIds.png", _HINT, "*/"), _HINT)
 
 
 class CityscapesDataModule(SegmentationDataModule):
     """Cityscapes.
 
     Args:
-        arguments: see `SegmentationDataModule`; `root` is the folder that holds `leftImg8bit` and `gtFine`.
+        arguments, loading: see `SegmentationDataModule`; `root` is the folder that holds `leftImg8bit` and `gtFine`.
         train_splits: what is trained on: "train", "train_extra" (the coarse set) or both.
-        loading: see `SegmentationDataModule`.
     """
 
     info = CITYSCAPES

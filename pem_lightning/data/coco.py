@@ -79,8 +79,7 @@ class CocoPanopticDataset(SegmentationDataset):
         maps: the folder of PNGs; named like the JSON by default.
         info: the classes that the file must have; by default those it has, named after its file.
         hint: what the user can do about a file that is missing or broken.
-        transform: applied to every sample.
-        on_error: what an unreadable file or a wrong entry does, see `SegmentationDataset`.
+        transform, on_error: see `SegmentationDataset`; a wrong entry is treated as an unreadable file.
 
     Raises:
         UserError: the JSON is missing or not in the format, or files or entries lack their counterpart.
@@ -160,14 +159,10 @@ class CocoPanopticDataModule(SegmentationDataModule):
     """A data set in the COCO panoptic format; its classes are the categories of the validation JSON.
 
     Args:
-        arguments: see `SegmentationDataModule`; all paths below are relative to `root`.
-        train_json: the annotation of the training images.
-        train_images: their folder.
-        val_json: the annotation of the validation images.
-        val_images: their folder.
-        train_maps: the training images' PNGs; by default the folder named like the JSON.
-        val_maps: the validation images' PNGs; by default the folder named like the JSON.
-        loading: see `SegmentationDataModule`.
+        arguments, loading: see `SegmentationDataModule`; all paths below are relative to `root`.
+        train_json, val_json: the annotations.
+        train_images, val_images: folders of the images.
+        train_maps, val_maps: folders of the PNGs; by default named like the JSON.
 
     Raises:
         UserError: there is no validation JSON, or it is not in the format.
@@ -331,17 +326,10 @@ class Annotation(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One image's ground truth and prediction.
+    """One image's ground truth and prediction, whose segments are renumbered 1, 2, ... in the order of its list.
 
-    Attributes:
-        image_id: as in the files.
-        pred_map: predicted segment of every pixel, 1, 2, ... in the order of its list.
-        pred_segments: exactly those.
-        gt_map: true id of every pixel.
-        gt_segments: those that are listed, with pixels or not.
-        areas: of true segments by their id, as far as the JSON has them.
-        stale_areas: how many of them are not the number of pixels.
-        has_unlisted: whether `gt_map` has ids that are neither void nor listed.
+    `areas` are the true segments' by id, as far as the JSON has them, `stale_areas` counts those that are not the
+    number of pixels, and `has_unlisted` tells whether `gt_map` has ids that are neither void nor listed.
     """
 
     image_id: ImageId
@@ -367,8 +355,7 @@ class PanopticPairs:
     Args:
         gt_json: the ground truth's annotations.
         pred_json: the prediction's; it needs no other list than "annotations".
-        gt_folder: the ground truth's PNGs; by default the JSON's path without suffix.
-        pred_folder: the prediction's PNGs; by default the JSON's path without suffix.
+        gt_folder, pred_folder: of the PNGs; by default the JSON's path without suffix.
 
     Raises:
         UserError: a file is missing or not of the format, or an image has no prediction.
@@ -390,10 +377,6 @@ class PanopticPairs:
         _check_complete(list(true), predicted, gt_json, pred_json)
         self._truth = [self._annotation(i, true[i], gt_json, gt_folder, is_truth=True) for i in true]
         self._predictions = [self._annotation(i, predicted[i], pred_json, pred_folder, is_truth=False) for i in true]
-        for entries, option in ((self._truth, "--gt-folder"), (self._predictions, "--pred-folder")):
-            if missing := [entry.png for entry in entries if not entry.png.is_file()]:
-                more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-                raise UserError(f"{missing[0]}{more} does not exist: put it there, or give another folder by {option}")
         self.notes: list[str] = []
         if extra := len(predicted) - len(true):
             self.notes.append(f"{pred_json}: {extra} image(s) are not in the ground truth and do not count")
@@ -461,7 +444,10 @@ class PanopticPairs:
         name = entry.get("file_name")
         if not _is_file_name(name) or str(name).splitlines() != [name]:
             raise UserError(f"{place} has the file_name {name!r}: name its PNG")
-        return Annotation(image_id, folder / str(name), tuple(segments), areas)
+        if not (png := folder / str(name)).is_file():
+            option = "--gt-folder" if is_truth else "--pred-folder"
+            raise UserError(f"{png} does not exist: put it there, or give another folder by {option}")
+        return Annotation(image_id, png, tuple(segments), areas)
 
 
 def _any_categories(content: Content, path: Path) -> DatasetInfo:

@@ -129,6 +129,19 @@ def first_problem(problems: Sequence[str]) -> str:
     return problems[0] + (f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else "")
 
 
+def find_files(folder: Path, suffix: str, hint: str, subfolders: str = "") -> dict[str, Path]:
+    """All files of a kind by name, without the suffix; `subfolders` is a pattern such as "*/".
+
+    Raises:
+        UserError: there are none.
+    """
+    files = {path.name.removesuffix(suffix): path for path in folder.glob(f"{subfolders}*{suffix}")}
+    if not files:
+        problem = "has no files" if folder.is_dir() else "does not exist; expected are files"
+        raise UserError(f"{folder} {problem} {subfolders}*{suffix}: {hint}")
+    return files
+
+
 def pair_files(
     images: Mapping[str, Path], annotations: Mapping[str, Path], hint: str
 ) -> tuple[dict[str, tuple[Path, ...]], list[str]]:

@@ -83,8 +83,7 @@ class SemanticFolderDataset(SegmentationDataset):
     Args:
         root: holds `classes.yaml`, `images/<split>` and `labels/<split>`; maps are PNGs of one channel.
         split: "train" or "val".
-        transform: applied to every sample.
-        on_error: what an unreadable file does, see `SegmentationDataset`.
+        transform, on_error: see `SegmentationDataset`.
 
     Raises:
         UserError: `classes.yaml` is missing or wrong, or files are missing or ambiguous.

@@ -37,10 +37,8 @@ def generate_synthetic(
 
     Args:
         root: its folder, laid out as the official archives unzip.
-        train: number of training images.
-        val: number of validation images.
-        height: in pixels.
-        width: in pixels.
+        train, val: numbers of images.
+        height, width: of the images, in pixels.
         seed: the same seed gives the same bytes.
 
     Returns:
@@ -116,13 +114,10 @@ class SyntheticDataModule(CityscapesDataModule):
     """Drawn street scenes with Cityscapes' classes; written on first use.
 
     Args:
-        arguments: see `SegmentationDataModule`.
-        num_train: number of training images.
-        num_val: number of validation images.
-        height: of the images, in pixels.
-        width: of the images, in pixels.
+        arguments, loading: see `SegmentationDataModule`.
+        num_train, num_val: numbers of images.
+        height, width: of the images, in pixels.
         seed: of the drawing, not of the training.
-        loading: see `SegmentationDataModule`.
     """
 
     def __init__(
