@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -61,10 +62,8 @@ class CachedDataset(SegmentationDataset):
 
     def paths(self, index: int) -> tuple[Path, Path, Path]:
         """Image, ids and JSON of one item's copy."""
-        image, ids, facts = (
-            self.folder / (quote(self.names[index], safe=" ") + end) for end in (".image.npy", ".ids.npy", ".json")
-        )
-        return image, ids, facts
+        stem = self.folder / quote(self.names[index], safe=" ")
+        return Path(f"{stem}.image.npy"), Path(f"{stem}.ids.npy"), Path(f"{stem}.json")
 
     def read(self, index: int) -> Sample:
         """Map one item into memory; what nobody looks at is not read. Items that could not be copied are decoded.
@@ -77,14 +76,15 @@ class CachedDataset(SegmentationDataset):
             return self.source.read(index)
         try:
             facts = json.loads(facts_path.read_bytes())
+            item = facts["item"]
             if not self._verified[index]:
-                if _digest((path.read_bytes() for path in arrays), facts["segments"]) != facts["hash"]:
+                if _digest(item, (path.read_bytes() for path in arrays)) != facts["hash"]:
                     raise ValueError("another hash")
                 self._verified[index] = True
-            segments = [Segment(*segment) for segment in facts["segments"]]
-            # Private pages: whatever a transform does to them never reaches the file.
-            image, ids = (np.asarray(np.load(path, mmap_mode="c")) for path in arrays)
-        except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+            segments = [Segment(*segment) for segment in item["segments"]]
+            image = _map(arrays[0], np.uint8, (*item["shape"], 3), item["sizes"][0])
+            ids = _map(arrays[1], np.int32, tuple(item["shape"]), item["sizes"][1])
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{facts_path} or its arrays are damaged: delete it, it is made again at the next start"
             ) from error
@@ -99,16 +99,14 @@ class CachedDataset(SegmentationDataset):
             return str(error)
         *arrays, facts_path = self.paths(index)
         contents = [_npy(sample.image.permute(1, 2, 0).numpy()), _npy(sample.panoptic.numpy())]
-        segments = [list(segment) for segment in sample.segments]
-        facts = {
-            "files": fingerprint,
+        item = {
+            "shape": list(sample.panoptic.shape),
             "sizes": [len(content) for content in contents],
-            "hash": _digest(contents, segments),
-            "segments": segments,
+            "segments": [list(segment) for segment in sample.segments],
         }
         for path, content in zip(arrays, contents, strict=True):
             write_file(path, content)
-        write_file(facts_path, json.dumps(facts))
+        write_file(facts_path, json.dumps({"item": item, "files": fingerprint, "hash": _digest(item, contents)}))
         return None
 
     def _fingerprint(self, index: int) -> list[list[Any]]:
@@ -124,7 +122,7 @@ class CachedDataset(SegmentationDataset):
             return False
         try:
             facts = json.loads(facts_path.read_bytes())
-            sizes, files = facts["sizes"], facts["files"]
+            sizes, files = facts["item"]["sizes"], facts["files"]
         except (ValueError, TypeError, KeyError):
             sizes, files = None, None
         if sizes != [_state(path)[1] for path in arrays]:
@@ -166,8 +164,17 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _digest(contents: Iterable[bytes], segments: list[list[Any]]) -> str:
-    digest = hashlib.sha256(json.dumps(segments).encode())
+def _map(path: Path, dtype: type, shape: tuple[int, ...], size: int) -> np.ndarray:
+    """The array of a `.npy` file of a known size; `np.load` would read its header, five times slower.
+
+    Its pages are private: whatever a transform does to them never reaches the file.
+    """
+    offset = size - math.prod(shape) * np.dtype(dtype).itemsize
+    return np.asarray(np.memmap(path, dtype, "c", offset, shape))
+
+
+def _digest(item: dict[str, Any], contents: Iterable[bytes]) -> str:
+    digest = hashlib.sha256(json.dumps(item).encode())
     for content in contents:
         digest.update(content)
     return digest.hexdigest()
