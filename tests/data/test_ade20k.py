@@ -75,7 +75,10 @@ def test_splits_and_missing_files(tmp_path):
     write(tmp_path, "b", np.ones((4, 4), np.uint8), "validation")
     write(tmp_path, "a", np.ones((4, 4), np.uint8), "validation")
     assert ADE20KDataset(tmp_path, "val").names == ["a", "b"]
-    with pytest.raises(UserError, match=r"images.training does not exist; expected are files \*\.jpg: download .*ADEChallengeData2016\.zip"):
+    with pytest.raises(
+        UserError,
+        match=r"images.training does not exist; expected are files \*\.jpg: download .*ADEChallengeData2016\.zip",
+    ):
         ADE20KDataset(tmp_path, "train")
     (tmp_path / "annotations" / "validation" / "b.png").unlink()
     with pytest.raises(UserError, match=r"b\.jpg has no annotation"):
