@@ -1,24 +1,65 @@
 """Make ADE20K's panoptic annotation: `python scripts/prepare_ade20k.py data/ADEChallengeData2016 --workers 8`.
 
-Writes `ade20k_panoptic_{train,val}/*.png` and `ade20k_panoptic_{train,val}.json` into the folder. It may be stopped at
-any time: what is finished is not made again. Exit code 0: done, 2: something is wrong with the files.
+Writes `ade20k_panoptic_{train,val}/*.png` and `ade20k_panoptic_{train,val}.json` into the folder. The files are those
+that Mask2Former's preparation makes but for the numbers of the ids and the areas, here those of the pixels that a
+segment keeps; either can be used. The script may be stopped at any time: what is finished is not made again. Exit code
+0: done, 2: something is wrong with the files.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the internet for a newer version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pem_lightning.data.ade20k_panoptic import SplitSummary, prepare_split
-from pem_lightning.types import UserError
+import numpy as np
+from jaxtyping import Int32, UInt8
+from PIL import Image, PngImagePlugin
 
+from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, DOWNLOAD, FOLDERS, PANOPTIC
+from pem_lightning.data.coco import panoptic_json
+from pem_lightning.data.dataset import find_files, map_parallel, pair_files, read_map, read_pair
+from pem_lightning.files import id_to_rgb, write_file
+from pem_lightning.types import VOID_ID, UserError
+
+FORMAT_VERSION = 1
+"""Raised whenever the files' content changes, so that old ones are made anew."""
 SHOWN = 20
 """So many problems of one split are printed."""
+INSTANCES = (
+    "download sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar and unpack it in the folder "
+    "ADEChallengeData2016"
+)
+KEY = "ade20k_panoptic"
+"""Of the PNG's text chunk that holds its segments: both are written at once, and a finished image is known."""
+FIRST_INSTANCE = 256
+"""Ids of instances are their number in the file plus this; those of stuff are the semantic map's values."""
+CLASS_OF_INSTANCE_CATEGORY = (-1, *sorted(ADE20K.thing_classes))
+"""Categories of instances are the thing classes in their order, counted from 1."""
+
+
+class Job(NamedTuple):
+    """The files of one image."""
+
+    photo: Path
+    semantic: Path
+    instances: Path
+    target: Path
+
+
+class Outcome(NamedTuple):
+    """What became of one image: its entry for the JSON, or what is wrong with its files."""
+
+    entry: dict[str, Any] | None
+    was_made: bool
+    problem: str | None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,33 +72,161 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parsed = parser.parse_args(arguments)
     try:
-        summaries = [prepare_split(parsed.root, split, max(parsed.workers, 0)) for split in ("train", "val")]
+        problems = [prepare_split(parsed.root, split, max(parsed.workers, 0)) for split in ("train", "val")]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on where it stopped", file=sys.stderr)
         return 130
-    for summary in summaries:
-        report(summary)
-    return 2 if any(summary.problems for summary in summaries) else 0
+    return 2 if any(problems) else 0
 
 
-def report(summary: SplitSummary) -> None:
-    kept = summary.images - summary.made - len(summary.problems)
+def prepare_split(root: Path, split: str, workers: int = 0) -> list[str]:
+    """Make the PNGs of one split, and at last its JSON; prints a summary. What an interrupted call has made is kept.
+
+    Args:
+        root: the folder `ADEChallengeData2016`.
+        split: "train" or "val".
+        workers: processes; 0 works in this one.
+
+    Returns:
+        Files that could not be used, one message each; the JSON is only written if there are none.
+
+    Raises:
+        UserError: a folder is missing, images and maps do not belong together, or a file cannot be written.
+    """
+    start = time.monotonic()
+    jobs = find_jobs(root, split)
+    outcomes: list[Outcome] = list(map_parallel(prepare_image, jobs, workers, f"ADE20K {split}"))
+    problems = sorted(outcome.problem for outcome in outcomes if outcome.problem)
+    entries = [outcome.entry for outcome in outcomes if outcome.entry]
+    made = sum(outcome.was_made for outcome in outcomes)
+    segments = [segment for entry in entries for segment in entry["segments_info"]]
+    things = sum(segment["category_id"] in ADE20K.thing_classes for segment in segments)
+    hidden = sum(segment["area"] == 0 for segment in segments)
     print(
-        f"{summary.split}: {summary.images} images ({summary.made} made now, {kept} had been made before), "
-        f"{summary.things} things and {summary.stuff} stuff segments, {summary.hidden} of them hidden by others, "
-        f"{summary.seconds:.0f} s"
+        f"{split}: {len(jobs)} images ({made} made now, {len(entries) - made} had been made before), "
+        f"{things} things and {len(segments) - things} stuff segments, {hidden} of them hidden by others, "
+        f"{time.monotonic() - start:.0f} s"
     )
-    for problem in summary.problems[:SHOWN]:
+    for problem in problems[:SHOWN]:
         print(f"error: {problem}", file=sys.stderr)
-    if summary.problems:
+    if problems:
         print(
-            f"error: {len(summary.problems)} images of {summary.split} could not be used, its JSON has not been "
+            f"error: {len(problems)} images of {split} could not be used, its JSON has not been "
             "written: mend the files and run the same command again",
             file=sys.stderr,
         )
+    else:
+        write_file(root / f"{PANOPTIC[split]}.json", split_json(entries))
+    return problems
+
+
+def find_jobs(root: Path, split: str) -> list[Job]:
+    folder = FOLDERS[split]
+    photos = find_files(root / "images" / folder, ".jpg", DOWNLOAD)
+    semantic, problems = pair_files(photos, find_files(root / "annotations" / folder, ".png", DOWNLOAD), DOWNLOAD)
+    instance_files = find_files(root / "annotations_instance" / folder, ".png", INSTANCES)
+    instances, more = pair_files(photos, instance_files, INSTANCES)
+    if problems := problems + more:
+        raise UserError(f"{problems[0]} ({len(problems)} such file(s))")
+    return [
+        Job(photo, semantic[name][1], instances[name][1], root / PANOPTIC[split] / f"{name}.png")
+        for name, photo in sorted(photos.items())
+    ]
+
+
+def prepare_image(job: Job) -> Outcome:
+    """Make the PNG of one image, unless it is there, made of these files by this version."""
+    try:
+        stats = [path.stat() for path in (job.photo, job.semantic, job.instances)]
+        sources = [FORMAT_VERSION, *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
+        if (entry := finished_entry(job.target, sources)) is not None:
+            return Outcome(entry, False, None)
+        return Outcome(make_png(job, sources), True, None)
+    except UserError as error:
+        return Outcome(None, False, str(error))
+
+
+def finished_entry(target: Path, sources: list[Any]) -> dict[str, Any] | None:
+    """The JSON entry that a PNG holds, if it was made from these files."""
+    try:
+        with Image.open(target) as file:
+            entry = json.loads(file.info[KEY])
+    except (OSError, SyntaxError, KeyError, ValueError):
+        return None
+    return entry if entry.pop("sources", None) == sources else None
+
+
+def make_png(job: Job, sources: list[Any]) -> dict[str, Any]:
+    photo, semantic = read_pair(job.photo, job.semantic, DOWNLOAD)
+    instances = read_map(job.instances, INSTANCES)
+    if instances.shape != photo.shape:
+        raise UserError(f"{job.instances} is no RGB map of its image's size: {INSTANCES}")
+    try:
+        ids, segments = merge(semantic, instances)
+    except ValueError as error:
+        raise UserError(f"{job.semantic} and {job.instances} cannot be merged, {error}: {INSTANCES}") from error
+    height, width = ids.shape
+    size = {"height": height, "width": width}
+    entry = {**size, "photo": job.photo.name, "map": job.target.name, "segments_info": segments}
+    text = PngImagePlugin.PngInfo()
+    text.add_text(KEY, json.dumps({"sources": sources, **entry}))
+    Image.fromarray(id_to_rgb(ids)).save(buffer := io.BytesIO(), "PNG", pnginfo=text)
+    write_file(job.target, buffer.getvalue())
+    return entry
+
+
+def merge(
+    semantic: UInt8[np.ndarray, "height width"], instances: UInt8[np.ndarray, "height width 3"]
+) -> tuple[Int32[np.ndarray, "height width"], list[dict[str, Any]]]:
+    """Stuff of the semantic map below, every instance on top; things of the semantic map are not used.
+
+    Args:
+        semantic: 0 void, 1 to 150 the classes.
+        instances: red is the instance category (1 to 100, 0 none), green the instance's number in the image (0 none).
+
+    Returns:
+        The id map, and `segments_info` by rising id. A segment that is covered completely is listed with area 0.
+
+    Raises:
+        ValueError: a value is not defined, or an instance has several categories.
+    """
+    if (largest := int(semantic.max())) > ADE20K.num_classes:
+        raise ValueError(f"the semantic map has the value {largest}, but 0 to {ADE20K.num_classes} are defined")
+    is_stuff = np.array([False, *(not c.is_thing for c in ADE20K.classes)])
+    ids = np.where(is_stuff[semantic], semantic, VOID_ID).astype(np.int32)
+    classes = {value: value - 1 for value in np.unique(ids).tolist() if value != VOID_ID}
+    category, number = (instances[..., channel].astype(np.int32) for channel in (0, 1))
+    for pair in np.unique(number * 256 + category).tolist():
+        instance, kind = divmod(pair, 256)
+        if instance == 0:
+            continue
+        if not 0 < kind < len(CLASS_OF_INSTANCE_CATEGORY):
+            raise ValueError(f"instance {instance} has the category {kind}, but 1 to 100 are defined")
+        if FIRST_INSTANCE + instance in classes:
+            raise ValueError(f"instance {instance} has several categories")
+        classes[FIRST_INSTANCE + instance] = CLASS_OF_INSTANCE_CATEGORY[kind]
+    ids = np.where(number > 0, number + FIRST_INSTANCE, ids)
+    return ids, [describe_segment(ids == value, value, class_id) for value, class_id in sorted(classes.items())]
+
+
+def describe_segment(mask: np.ndarray, value: int, class_id: int) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(mask.any(1)).tolist(), np.flatnonzero(mask.any(0)).tolist()
+    bbox = [0, 0, 0, 0]
+    if rows:
+        bbox = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+    return {"id": value, "category_id": class_id, "area": int(mask.sum()), "bbox": bbox, "iscrowd": 0}
+
+
+def split_json(entries: list[dict[str, Any]]) -> str:
+    images, annotations = [], []
+    for entry in entries:
+        number = Path(entry["photo"]).stem
+        images.append({"id": number, "file_name": entry["photo"], "height": entry["height"], "width": entry["width"]})
+        annotations.append({"image_id": number, "file_name": entry["map"], "segments_info": entry["segments_info"]})
+    return panoptic_json(ADE20K_PANOPTIC, images, annotations)
 
 
 if __name__ == "__main__":

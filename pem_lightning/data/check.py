@@ -4,46 +4,43 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
-from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
 
-from pem_lightning.data.ade20k import ADE20K, DOWNLOAD, VOID_VALUE, ADE20KDataset
+from pem_lightning.data.ade20k import ADE20K, DOWNLOAD, ADE20KDataset
 from pem_lightning.data.cityscapes import CityscapesDataset
-from pem_lightning.data.dataset import SegmentationDataset, read_map
-from pem_lightning.data.semantic_folder import SemanticFolderDataset, read_classes
-from pem_lightning.types import DatasetInfo, Sample, UserError
+from pem_lightning.data.dataset import SegmentationDataset, map_parallel, read_map
+from pem_lightning.data.semantic_folder import SemanticFolderDataset
+from pem_lightning.types import VOID_ID, DatasetInfo, UserError
 
 
 class ItemCheck(NamedTuple):
-    """What one item holds, in plain containers that travel between processes.
+    """What one item holds, by class index; only `problems` and `values` if it cannot be read.
 
     Attributes:
-        problems: what is wrong with its files; if they cannot be read, nothing else is known.
-        total_pixels: void included; 0 if the files cannot be read.
-        pixels: by class index.
-        segments: with pixels, by class index, crowds included.
-        crowds: by class index.
-        values: pixels by value of its annotation file, where a suspicion is judged by them.
+        problems: what is wrong with its files.
+        values: pixels by value of its annotation file, where the whole split is judged by them.
+        total_pixels: void included.
+        pixels: of each class.
+        segments: with pixels, crowds included.
+        crowds: with pixels.
     """
 
     problems: tuple[str, ...]
+    values: Counter[int]
     total_pixels: int
     pixels: Counter[int]
     segments: Counter[int]
     crowds: Counter[int]
-    values: Counter[int]
 
 
 @dataclass
 class SplitCheck:
-    """What a whole split holds.
+    """What a whole split holds, the sum of `ItemCheck`.
 
     Attributes:
         split: "train" or "val".
@@ -51,8 +48,6 @@ class SplitCheck:
         images: how many were found.
         problems: one message with file and cure each.
         notes: what is unusual, but may be meant.
-        pixels: by class index, counted over all readable images like `segments`, `crowds` and `images_with`.
-        total_pixels: void included.
         images_with: images that hold a class, by class index.
         gallery: indices of a few items that together show as many classes as possible.
     """
@@ -62,8 +57,8 @@ class SplitCheck:
     images: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    pixels: Counter[int] = field(default_factory=Counter)
     total_pixels: int = 0
+    pixels: Counter[int] = field(default_factory=Counter)
     segments: Counter[int] = field(default_factory=Counter)
     crowds: Counter[int] = field(default_factory=Counter)
     images_with: Counter[int] = field(default_factory=Counter)
@@ -83,128 +78,90 @@ class SplitCheck:
             for k, name in enumerate(self.info.class_names)
         ]
         void_share = 1 - self.pixels.total() / self.total_pixels if self.total_pixels else None
-        return {
-            "images": self.images,
-            "problems": self.problems,
-            "notes": self.notes,
-            "void_share": void_share,
-            "classes": classes,
-        }
+        facts = {"images": self.images, "problems": self.problems, "notes": self.notes}
+        return {**facts, "void_share": void_share, "classes": classes}
 
 
-def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, shown: int = 12) -> SplitCheck:
+def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, gallery: int = 12) -> SplitCheck:
     """Read every item of a split and judge the whole; shows a progress bar.
 
     Args:
         dataset: made with `on_error="collect"`.
         split: its name.
         workers: reading processes; 0 reads in this one.
-        shown: how many items are chosen for the gallery.
+        gallery: how many items are chosen for the gallery.
     """
-    loader = DataLoader(_Checks(dataset), batch_size=None, num_workers=workers, collate_fn=_unchanged)
-    items = list(track(loader, f"Checking {split}", len(dataset), transient=True))
     result = SplitCheck(split, dataset.info, len(dataset))
+    check = partial(check_item, dataset)
+    items: list[ItemCheck] = list(map_parallel(check, range(len(dataset)), workers, f"Checking {split}"))
+    values: Counter[int] = Counter()
     for item in items:
+        values += item.values
+        result.total_pixels += item.total_pixels
         result.pixels += item.pixels
         result.segments += item.segments
         result.crowds += item.crowds
         result.images_with.update(item.pixels.keys())
-        result.total_pixels += item.total_pixels
     # What concerns all files first: it may explain the rest.
-    values = sum((item.values for item in items), Counter[int]())
     place = f"{split} ({_annotation_folder(dataset)})"
     result.problems += [f"{place}: {suspicion}" for suspicion in suspicions(dataset, values)]
     result.problems += dataset.problems + [problem for item in items for problem in item.problems]
-    if result.total_pixels:
-        _judge_classes(result, place)
+    absent = [name for k, name in enumerate(dataset.info.class_names) if not result.images_with[k]]
+    if result.total_pixels and absent:
+        message = f"{place}: {len(absent)} of {dataset.info.num_classes} classes never occur: {enumerated(absent, 20)}"
+        if split == "train":
+            hint = "check that the labels use the ids of the class list, or shorten it"
+            result.problems.append(f"{message}; no model can learn them: {hint}")
+        else:
+            result.notes.append(f"{message}; they do not count in its metrics")
     if empty := [dataset.names[i] for i, item in enumerate(items) if item.total_pixels and not item.pixels]:
         result.notes.append(f"{place}: {len(empty)} image(s) have no annotated pixel: {enumerated(empty)}")
-    result.gallery = _covering([item.pixels.keys() for item in items], shown)
+    result.gallery = _covering([item.pixels.keys() for item in items], gallery)
     return result
 
 
 def check_item(dataset: SegmentationDataset, index: int) -> ItemCheck:
     """Read one item and compare its segments with its pixels."""
-    values = read_values(dataset, index)
+    values = _annotation_values(dataset, index)
     try:
         sample = dataset.read(index)
     except UserError as error:
-        return ItemCheck((str(error),), 0, Counter(), Counter(), Counter(), values)
-    areas = _areas(sample.panoptic.numpy())
-    visible = [segment for segment in sample.segments if segment.id in areas]
+        return ItemCheck((str(error),), values, 0, Counter(), Counter(), Counter())
+    areas = _counts(sample.panoptic.numpy())
+    visible = [segment for segment in sample.segments if areas[segment.id]]
+    hidden = [
+        f"number {number} ({dataset.info.classes[segment.class_id].name})"
+        for number, segment in enumerate(sample.segments, start=1)
+        if not areas[segment.id]
+    ]
+    problems = []
+    if hidden and dataset.info.name != ADE20K.name:  # there some instances are covered completely by others
+        problems.append(
+            f"{dataset.files(index)[-1]} has no pixels for {len(hidden)} of its {len(sample.segments)} listed "
+            f"segments, {enumerated(hidden)}: write map and list anew from one source, or take them out of the list"
+        )
     pixels: Counter[int] = Counter()
     for segment in visible:
         pixels[segment.class_id] += areas[segment.id]
     return ItemCheck(
-        tuple(_hidden_segments(dataset, index, sample, areas)),
+        tuple(problems),
+        values,
         sample.panoptic.numel(),
         pixels,
         Counter(segment.class_id for segment in visible),
         Counter(segment.class_id for segment in visible if segment.is_crowd),
-        values,
     )
 
 
-class _Checks(Dataset[ItemCheck]):
-    """The items' checks as a data set, so that a loader's processes share them out."""
-
-    def __init__(self, dataset: SegmentationDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> ItemCheck:
-        return check_item(self.dataset, index)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
+def _counts(values: np.ndarray) -> Counter[int]:
+    """Pixels by value."""
+    counts = np.bincount(values.ravel())
+    present = counts.nonzero()[0]
+    return Counter(dict(zip(present.tolist(), counts[present].tolist(), strict=True)))
 
 
 def _annotation_folder(dataset: SegmentationDataset) -> str:
-    """The folder that holds the annotation, or the images where there is none."""
     return os.path.commonpath([dataset.files(index)[-1].parent for index in (0, len(dataset) - 1)]) if dataset else ""
-
-
-def _areas(ids: Int32[np.ndarray, "height width"]) -> dict[int, int]:
-    """Pixels by id. Counting needs no sorting where the ids are small."""
-    if int(ids.min()) >= 0 and int(ids.max()) < ids.size:
-        counts = np.bincount(ids.ravel())
-        present = counts.nonzero()[0]
-        return dict(zip(present.tolist(), counts[present].tolist(), strict=True))
-    present, counts = np.unique(ids, return_counts=True)
-    return dict(zip(present.tolist(), counts.tolist(), strict=True))
-
-
-def _hidden_segments(
-    dataset: SegmentationDataset, index: int, sample: Sample, areas: Mapping[int, int]
-) -> Iterator[str]:
-    """Segments that are listed, but have no pixels: list and map belong to different images or versions."""
-    hidden = [
-        f"number {number} ({dataset.info.classes[segment.class_id].name})"
-        for number, segment in enumerate(sample.segments, start=1)
-        if segment.id not in areas
-    ]
-    # ADE20K's own annotation covers some instances completely with others.
-    if hidden and dataset.info.name != ADE20K.name:
-        yield (
-            f"{dataset.files(index)[-1]} has no pixels for {len(hidden)} of its {len(sample.segments)} listed "
-            f"segments, {enumerated(hidden)}: write map and list anew from one source, or take them out of the list"
-        )
-
-
-def _judge_classes(result: SplitCheck, place: str) -> None:
-    absent = [name for k, name in enumerate(result.info.class_names) if not result.images_with[k]]
-    if not absent:
-        return
-    message = f"{place}: {len(absent)} of {result.info.num_classes} classes never occur: {enumerated(absent, 20)}"
-    if result.split == "train":
-        result.problems.append(
-            f"{message}; no model can learn them: check that the labels use the ids of the class list, or shorten it"
-        )
-    else:
-        result.notes.append(f"{message}; they do not count in its metrics")
 
 
 def _covering(classes: Sequence[Iterable[int]], count: int) -> list[int]:
@@ -229,12 +186,14 @@ def enumerated(values: Sequence[Any], many: int = 5) -> str:
     return ", ".join(str(value) for value in values[:many]) + more
 
 
+# Maps of another kind than the data set's, told by the values of a whole split.
+
 _MANY_TRAIN_IDS = 10
 """Of Cityscapes' 19 train ids. Label ids below 19 are mostly void or rare: true maps never hold so many alone."""
 
 
-def read_values(dataset: SegmentationDataset, index: int) -> Counter[int]:
-    """Pixels by value of an item's annotation file; empty where no suspicion is judged by it or it cannot be read."""
+def _annotation_values(dataset: SegmentationDataset, index: int) -> Counter[int]:
+    """Pixels by value of an item's annotation file; empty where `suspicions` has no rule or it cannot be read."""
     annotation = dataset.files(index)[1:]
     if not annotation or not isinstance(dataset, CityscapesDataset | ADE20KDataset | SemanticFolderDataset):
         return Counter()
@@ -242,32 +201,19 @@ def read_values(dataset: SegmentationDataset, index: int) -> Counter[int]:
         values = read_map(annotation[-1], "")
     except UserError:
         return Counter()  # reading the sample reports it
-    if values.ndim != 2:
-        return Counter()
-    counts = np.bincount(values.ravel())
-    present = counts.nonzero()[0]
-    return Counter(dict(zip(present.tolist(), counts[present].tolist(), strict=True)))
+    return _counts(values) if values.ndim == 2 else Counter()
 
 
 def suspicions(dataset: SegmentationDataset, values: Counter[int]) -> list[str]:
-    """What the values of all annotation files together give away, with the evidence and the cure.
-
-    Args:
-        dataset: a split.
-        values: pixels by value, over all its annotation files.
-    """
+    """What the values of all annotation files together (pixels by value) give away, with the evidence and the cure."""
     if not values:
         return []
     if isinstance(dataset, CityscapesDataset):
         return _train_ids(values) or _label_ids(values)
-    if isinstance(dataset, ADE20KDataset):
-        return shifted_by_one(values, {VOID_VALUE, *dataset.info.category_ids}, DOWNLOAD)
-    info, void = read_classes(_classes_file(dataset.files(0)[-1]))
-    return shifted_by_one(values, {*info.category_ids, *void}, "correct the maps, or the ids in classes.yaml")
-
-
-def _classes_file(label: Path) -> Path:
-    return next(file for folder in label.parents if (file := folder / "classes.yaml").is_file())
+    if isinstance(dataset, SemanticFolderDataset):
+        defined = {*dataset.info.category_ids, *dataset.void}
+        return shifted_by_one(values, defined, "correct the maps, or the ids in classes.yaml")
+    return shifted_by_one(values, {VOID_ID, *dataset.info.category_ids}, DOWNLOAD)
 
 
 def _train_ids(values: Counter[int]) -> list[str]:
@@ -293,7 +239,7 @@ def _label_ids(values: Counter[int]) -> list[str]:
     ]
 
 
-def shifted_by_one(values: Counter[int], defined: Collection[int], cure: str) -> list[str]:
+def shifted_by_one(values: Counter[int], defined: Collection[int], hint: str) -> list[str]:
     """Class values that were moved up or down by one before.
 
     Moving down turns 0 into 255 in a byte and leaves the highest value unused; moving up does the reverse.
@@ -301,15 +247,13 @@ def shifted_by_one(values: Counter[int], defined: Collection[int], cure: str) ->
     Args:
         values: pixels by value, over a whole split.
         defined: all values that the format defines, void included.
-        cure: ends the message.
+        hint: ends the message.
     """
     lowest, highest = min(defined), max(set(defined) - {255})
-    if 255 in values and 255 not in defined and highest not in values:
-        evidence = f"{_shares(values, [255])}which the format does not define, and {highest} never occurs"
-        return [f"the label maps seem shifted down by one (suspicion: {evidence}): {cure}"]
-    if highest + 1 in values and highest + 1 not in defined and lowest not in values:
-        evidence = f"{_shares(values, [highest + 1])}which the format does not define, and {lowest} never occurs"
-        return [f"the label maps seem shifted up by one (suspicion: {evidence}): {cure}"]
+    for way, present, absent in (("down", 255, highest), ("up", highest + 1, lowest)):
+        if present in values and present not in defined and absent not in values:
+            evidence = f"{_shares(values, [present])}which the format does not define, and {absent} never occurs"
+            return [f"the label maps seem shifted {way} by one (suspicion: {evidence}): {hint}"]
     return []
 
 

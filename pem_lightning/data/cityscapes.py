@@ -1,4 +1,4 @@
-"""Cityscapes: its classes, and its two official archives read just as they unzip, with no preparation step."""
+"""Cityscapes: its classes, and its two official archives read as they unzip, with no preparation step."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt
-from numpy.typing import NDArray
 
 from pem_lightning.data.datamodule import SegmentationDataModule
 from pem_lightning.data.dataset import (
     OnError,
     SampleTransform,
     SegmentationDataset,
+    find_files,
     make_sample,
     pair_files,
     read_pair,
     read_rgb,
 )
-from pem_lightning.data.targets import Task
-from pem_lightning.data.transforms import EvalTransform, TrainTransform
 from pem_lightning.types import VOID_ID, ClassInfo, DatasetInfo, Sample, Segment, UserError
 
 # In the order of the official train ids; names, colours and ids as in cityscapesScripts' labels.py.
@@ -56,7 +54,7 @@ _FIRST_COUNTED_LABEL = 24
 """From person on, single things are numbered, also those that are not evaluated (caravan, trailer)."""
 _IMAGE_SUFFIX = "_leftImg8bit.png"
 _ANNOTATIONS = {"train": "gtFine", "val": "gtFine", "train_extra": "gtCoarse", "test": None}
-_CURE = (
+_HINT = (
     "log in at cityscapes-dataset.com, download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
     "(for train_extra: leftImg8bit_trainextra.zip and gtCoarse.zip) and unzip them into dataset.root "
     "(or take dataset=synthetic to start now)"
@@ -66,13 +64,10 @@ _CURE = (
 class CityscapesDataset(SegmentationDataset):
     """The images of some splits with their panoptic annotation, in the order of their names.
 
-    Files that cityscapesScripts has added to the archives' do not disturb.
-
     Args:
         root: the folder that holds `leftImg8bit`, `gtFine`, and `gtCoarse` for `train_extra`.
         split: "train", "val", "train_extra" (coarsely annotated), "test" (images only, all void), or several.
-        transform: applied to every sample.
-        on_error: what an unreadable file does, see `SegmentationDataset`.
+        transform, on_error: see `SegmentationDataset`.
 
     Raises:
         UserError: a split is unknown, a folder missing or empty, or an image or an annotation lacks its counterpart.
@@ -93,24 +88,19 @@ class CityscapesDataset(SegmentationDataset):
             found, missing = _find_split(Path(root), one)
             files |= found
             problems += missing
-        super().__init__(CITYSCAPES, sorted(files), problems, transform=transform, on_error=on_error)
-        self._files = [files[name] for name in self.names]
-
-    def files(self, index: int) -> tuple[Path, ...]:
-        """Photograph and `instanceIds` map; the test split has no maps."""
-        return self._files[index]
+        super().__init__(CITYSCAPES, dict(sorted(files.items())), problems, transform=transform, on_error=on_error)
 
     def read(self, index: int) -> Sample:
         """Decode one item; a segment's id is its value in the file."""
-        image_path, *annotation = self._files[index]
+        image_path, *annotation = self.files(index)
         if not annotation:
-            image = read_rgb(image_path, _CURE)
+            image = read_rgb(image_path, _HINT)
             return make_sample(image, np.full(image.shape[:2], VOID_ID, np.int32), (), self.names[index])
-        image, values = read_pair(image_path, annotation[0], _CURE)
+        image, values = read_pair(image_path, annotation[0], _HINT)
         try:
             panoptic, segments = panoptic_from_instance_ids(values)
         except ValueError as error:
-            raise UserError(f"{annotation[0]} {error}: {_CURE}") from error
+            raise UserError(f"{annotation[0]} {error}: {_HINT}") from error
         return make_sample(image, panoptic, segments, self.names[index])
 
 
@@ -120,16 +110,17 @@ def panoptic_from_instance_ids(
     """Read an official `instanceIds` map, by the rules of cityscapesScripts' createPanopticImgs.py.
 
     A value is a label id, or for single things a label id times 1000 plus a number. A thing without a number is a
-    crowd; labels that are not evaluated become void. A segment's id is its value in the file.
+    crowd; labels that are not evaluated become void.
 
     Returns:
-        The panoptic map and its segments by rising id.
+        The panoptic map and its segments by rising id, which is the value in the file.
 
     Raises:
         ValueError: a value is none that Cityscapes defines.
     """
     present = np.flatnonzero(np.bincount(values.ravel()))  # four times as fast as np.unique
-    if unknown := present[~_is_defined(present)].tolist():
+    is_numbered = (present >= 1000 * _FIRST_COUNTED_LABEL) & (present < 1000 * _NUM_LABELS)
+    if unknown := present[~is_numbered & (present >= _NUM_LABELS)].tolist():
         raise ValueError(f"has ids that Cityscapes does not define ({', '.join(map(str, unknown[:5]))})")
     segments = []
     for value in present.tolist():
@@ -144,66 +135,29 @@ def panoptic_from_instance_ids(
     return table[values], tuple(segments)
 
 
-def _is_defined(values: NDArray[np.int64]) -> NDArray[np.bool_]:
-    numbered = (values >= 1000 * _FIRST_COUNTED_LABEL) & (values < 1000 * _NUM_LABELS)
-    return (values < _NUM_LABELS) | numbered
-
-
 def _find_split(root: Path, split: str) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
     """The files of one split by name, and what is wrong with them."""
     if split not in _ANNOTATIONS:
         raise UserError(f"Cityscapes has no split {split!r}: choose from {', '.join(_ANNOTATIONS)}")
-    images = _find(root / "leftImg8bit" / split, _IMAGE_SUFFIX)
+    images = find_files(root / "leftImg8bit" / split, _IMAGE_SUFFIX, _HINT, "*/")
     kind = _ANNOTATIONS[split]
     if kind is None:
         return {name: (path,) for name, path in images.items()}, []
-    pairs, problems = pair_files(images, _find(root / kind / split, f"_{kind}_instanceIds.png"), _CURE)
-    return dict(pairs), problems
-
-
-def _find(folder: Path, suffix: str) -> dict[str, Path]:
-    """All files `<city>/<name><suffix>` by name."""
-    files = {path.name.removesuffix(suffix): path for path in folder.glob(f"*/*{suffix}")}
-    if not files:
-        problem = "has no files" if folder.is_dir() else "does not exist; expected there are files"
-        raise UserError(f"{folder} {problem} <city>/*{suffix}: {_CURE}")
-    return files
+    return pair_files(images, find_files(root / kind / split, f"_{kind}_instanceIds.png", _HINT, "*/"), _HINT)
 
 
 class CityscapesDataModule(SegmentationDataModule):
-    """Cityscapes with the paper's augmentation; the defaults are the paper's numbers (batch size over all devices: 32).
+    """Cityscapes.
 
     Args:
-        root: the folder that holds `leftImg8bit` and `gtFine`.
-        task: "panoptic", "semantic" or "instance".
-        batch_size: training images per device.
-        train_transform: the paper's augmentation by default.
-        eval_transform: native size by default.
+        arguments, loading: see `SegmentationDataModule`; `root` is the folder that holds `leftImg8bit` and `gtFine`.
         train_splits: what is trained on: "train", "train_extra" (the coarse set) or both.
-        loading: how; see `SegmentationDataModule`.
     """
 
     info = CITYSCAPES
 
-    def __init__(
-        self,
-        root: str | Path = "data/cityscapes",
-        task: Task = "panoptic",
-        batch_size: int = 32,
-        train_transform: SampleTransform | None = None,
-        eval_transform: SampleTransform | None = None,
-        *,
-        train_splits: Sequence[str] = ("train",),
-        **loading: Any,
-    ) -> None:
-        super().__init__(
-            task=task,
-            batch_size=batch_size,
-            train_transform=train_transform or TrainTransform(),
-            eval_transform=eval_transform or EvalTransform(),
-            **loading,
-        )
-        self.root = Path(root)
+    def __init__(self, *arguments: Any, train_splits: Sequence[str] = ("train",), **loading: Any) -> None:
+        super().__init__(*arguments, **loading)
         self.train_splits = tuple(train_splits)
 
     def make_dataset(self, split: str, transform: SampleTransform | None) -> CityscapesDataset:

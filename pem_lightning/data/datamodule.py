@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -15,6 +16,7 @@ from pem_lightning.data.cache import CachedDataset
 from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDataset
 from pem_lightning.data.sampler import EndlessSampler, EvalSampler, SeededDataset, TrainSampler
 from pem_lightning.data.targets import Task, build_target, check_task
+from pem_lightning.data.transforms import EvalTransform, TrainTransform
 from pem_lightning.types import Batch, DatasetInfo, Sample, UserError
 
 
@@ -30,16 +32,17 @@ def collate_eval(samples: Sequence[Sample]) -> Batch:
 
 
 class SegmentationDataModule(LightningDataModule, ABC):
-    """Everything about loading that does not depend on the data set.
+    """Loaders of a data set's training and validation images.
 
-    A subclass sets `info` and implements `make_dataset`, which hands `on_error` on; where files are made or fetched it
-    also implements `prepare_data`. Images stay uint8 in their own sizes: the model normalises and pads them.
+    A subclass sets `info` and implements `make_dataset`. Images stay uint8 in their own sizes: the model normalises
+    and pads them.
 
     Args:
+        root: the folder of the files.
         task: "panoptic", "semantic" or "instance"; decides the training targets.
         batch_size: training images per device.
-        train_transform: augmentation.
-        eval_transform: resizing of validation images.
+        train_transform: augmentation; None for the data set's, see `default_transforms`.
+        eval_transform: resizing of validation images; None likewise.
         num_workers: loading processes per device; 0 loads in the main process.
         eval_batch_size: validation images per device.
         on_error: what missing and unreadable files do, see `SegmentationDataset`.
@@ -54,11 +57,12 @@ class SegmentationDataModule(LightningDataModule, ABC):
 
     def __init__(
         self,
+        root: str | Path,
+        task: Task = "panoptic",
+        batch_size: int = 32,
+        train_transform: SampleTransform | None = None,
+        eval_transform: SampleTransform | None = None,
         *,
-        task: Task,
-        batch_size: int,
-        train_transform: SampleTransform,
-        eval_transform: SampleTransform,
         num_workers: int = 4,
         eval_batch_size: int = 1,
         on_error: OnError = "stop",
@@ -69,20 +73,34 @@ class SegmentationDataModule(LightningDataModule, ABC):
         check_task(task)
         if min(batch_size, eval_batch_size) < 1 or num_workers < 0:
             raise UserError("batch_size and eval_batch_size must be at least 1, num_workers at least 0")
+        self.root = Path(root)
         self.task = task
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
+        self.train_transform = train_transform or self.default_transforms()[0]
+        self.eval_transform = eval_transform or self.default_transforms()[1]
         self.num_workers = num_workers
+        self.eval_batch_size = eval_batch_size
         self.on_error = on_error
         self.cache = cache
         self.keep_empty_targets = keep_empty_targets
-        self.train_transform = train_transform
-        self.eval_transform = eval_transform
-        self._datasets: dict[str, SegmentationDataset] = {}
 
     @abstractmethod
-    def make_dataset(self, split: str, transform: SampleTransform) -> SegmentationDataset:
-        """One split, "train" or "val", as a dataset."""
+    def make_dataset(self, split: str, transform: SampleTransform | None) -> SegmentationDataset:
+        """One split, "train" or "val", with this `on_error`."""
+
+    def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
+        """Augmentation and resizing where none are given: the paper's for Cityscapes."""
+        return TrainTransform(), EvalTransform()
+
+    @cached_property
+    def train_dataset(self) -> SegmentationDataset:
+        """The training images."""
+        return self._open("train", self.train_transform)
+
+    @cached_property
+    def val_dataset(self) -> SegmentationDataset:
+        """The validation images."""
+        return self._open("val", self.eval_transform)
 
     def setup(self, stage: str | None = None) -> None:
         """Find the files of the splits that the stage needs.
@@ -90,32 +108,18 @@ class SegmentationDataModule(LightningDataModule, ABC):
         Raises:
             UserError: files are missing, or there are fewer training images than one batch takes.
         """
-        if stage in (None, "fit") and "train" not in self._datasets:
-            dataset = self._open("train", self.train_transform)
-            if (count := len(dataset)) < self.batch_size:
-                raise UserError(
-                    f"{count} training images make no batch of {self.batch_size}: lower recipe.global_batch_size"
-                )
-            self._datasets["train"] = dataset
-        if "val" not in self._datasets:
-            self._datasets["val"] = self._open("val", self.eval_transform)
-
-    @property
-    def train_dataset(self) -> SegmentationDataset:
-        """The training images; only after `setup` for training."""
-        return self._datasets["train"]
-
-    @property
-    def val_dataset(self) -> SegmentationDataset:
-        """The validation images; only after `setup`."""
-        return self._datasets["val"]
+        if stage in (None, "fit") and (count := len(self.train_dataset)) < self.batch_size:
+            raise UserError(
+                f"{count} training images make no batch of {self.batch_size}: lower recipe.global_batch_size"
+            )
+        len(self.val_dataset)
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches of equal length; yields `Batch` with targets. `lightning.seed_everything` decides on all.
+        """Shuffled batches of equal length, as `Batch` with targets. `lightning.seed_everything` decides on all.
 
         A trainer without `max_epochs` gets an endless loader, which starts where the trainer stands.
         """
-        seed, count, device = torch.initial_seed(), len(self._datasets["train"]), self._device()
+        seed, count, device = torch.initial_seed(), len(self.train_dataset), self._device()
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # devices that were not seeded alike would share wrongly
         if self.trainer is not None and self.trainer.max_epochs == -1:
@@ -124,14 +128,14 @@ class SegmentationDataModule(LightningDataModule, ABC):
         else:
             sampler = TrainSampler(count, seed, *device)
         collate = partial(collate_train, task=self.task, keep_empty=self.keep_empty_targets)
-        return self._loader("train", self.batch_size, sampler, collate, drop_last=True)
+        return self._loader(self.train_dataset, self.batch_size, sampler, collate, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """All validation images in order; yields `Batch` with samples."""
-        count, (rank, world_size) = len(self._datasets["val"]), self._device()
+        """All validation images in order, as `Batch` with samples."""
+        count, (rank, world_size) = len(self.val_dataset), self._device()
         if count < world_size:  # the devices would wait for one another for ever
             raise UserError(f"{count} validation images are too few for {world_size} devices: lower trainer.devices")
-        return self._loader("val", self.eval_batch_size, EvalSampler(count, rank, world_size), collate_eval)
+        return self._loader(self.val_dataset, self.eval_batch_size, EvalSampler(count, rank, world_size), collate_eval)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Leave a training batch in the host's memory: the model takes its micro-batches from there one by one."""
@@ -149,20 +153,20 @@ class SegmentationDataModule(LightningDataModule, ABC):
 
     def _loader(
         self,
-        split: str,
+        dataset: SegmentationDataset,
         batch_size: int,
         sampler: TrainSampler | EvalSampler,
         collate: Callable[[Sequence[Sample]], Batch],
-        drop_last: bool = False,
+        **options: Any,
     ) -> DataLoader[Sample]:
         return DataLoader(
-            SeededDataset(self._datasets[split]),
+            SeededDataset(dataset),
             batch_size=batch_size,
             sampler=sampler,
-            drop_last=drop_last,
             collate_fn=collate,
             num_workers=self.num_workers,
             # Training counts iterations, not epochs: new workers at every end of a small data set would stall it.
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            **options,
         )

@@ -1,4 +1,4 @@
-"""What every data set has in common: named items, the files behind them, and how one is read."""
+"""What every data set has in common: its items, how their files are read, and what a broken file does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from jaxtyping import Int32, UInt8, UInt16
 from PIL import ExifTags, Image, ImageOps
-from torch.utils.data import Dataset
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
 
 from pem_lightning.data.targets import IGNORE_INDEX
 from pem_lightning.types import ClassInfo, DatasetInfo, Sample, Segment, UserError
@@ -30,38 +31,34 @@ OnError = Literal["stop", "skip", "collect"]
 
 
 class SegmentationDataset(Dataset[Sample], ABC):
-    """One split of a data set, in the order of its names.
-
-    A subclass finds its files when it is constructed, without opening them, and implements `files` and `read`.
+    """One split of a data set. A subclass finds its files without opening them, and implements `read`.
 
     Attributes:
-        info: the classes.
-        names: of the items, unique.
-        problems: what is wrong with the files found, one message with its cure each (only with `on_error="collect"`).
-        common_files: those that describe several items, such as one JSON for all.
-        image_ids: the ids that official files give to images, by name, where those are not the names themselves.
-        prediction_suffix: what a benchmark wants the names of prediction files to end in, before ".png".
+        problems: what is wrong with the files that were found, one message each.
+        common_files: files that describe several items, such as one JSON for all.
+        image_ids: official ids of the images by name, where they are not the names.
+        prediction_suffix: what a benchmark server wants prediction files to end in, before ".png".
 
     Args:
         info: the classes.
-        names: of the items, unique.
+        files: the files of each item by its name: the image first, then its annotation.
         problems: what the subclass found wrong, such as images without annotation.
-        transform: applied to every sample that is read.
-        on_error: what `problems` and unreadable files do: "stop" raises the first, "skip" logs them and takes the next
-            item instead, "collect" keeps `problems` for whoever asks and raises on reading.
+        transform: applied to every sample.
+        on_error: for `problems` and unreadable files: "stop" raises the first, "skip" logs them and takes the next
+            item instead, "collect" keeps `problems` and raises on reading.
 
     Raises:
-        UserError: there are problems, and `on_error` says "stop".
+        UserError: there are problems and `on_error` is "stop".
     """
 
     common_files: tuple[Path, ...] = ()
-    image_ids: Mapping[str, str | int] = MappingProxyType({})
+    image_ids: Mapping[str, Any] = MappingProxyType({})
     prediction_suffix = ""
 
     def __init__(
         self,
         info: DatasetInfo,
-        names: Sequence[str],
+        files: Mapping[str, tuple[Path, ...]],
         problems: Sequence[str] = (),
         *,
         transform: SampleTransform | None = None,
@@ -70,28 +67,28 @@ class SegmentationDataset(Dataset[Sample], ABC):
         if on_error not in get_args(OnError):
             raise UserError(f"dataset.on_error={on_error}: choose {' or '.join(get_args(OnError))}")
         if problems and on_error == "stop":
-            more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
-            raise UserError(problems[0] + more)
+            raise UserError(first_problem(problems))
         if on_error == "skip":
             for problem in problems:
                 log.warning("left out: %s", problem)
-        self.problems = list(problems)
         self.info = info
-        self.names = list(names)
+        self.names = list(files)
+        self._files = list(files.values())
+        self.problems = list(problems)
         self.transform = transform
         self.on_error = on_error
 
     @abstractmethod
-    def files(self, index: int) -> tuple[Path, ...]:
-        """The files of one item: its image first, then its annotation."""
-
-    @abstractmethod
     def read(self, index: int) -> Sample:
-        """Decode one item as it is on disk.
+        """Decode one item.
 
         Raises:
-            UserError: a file cannot be read or does not fit the others; the message names it and the cure.
+            UserError: a file cannot be read or does not fit the others; the message names it.
         """
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The files of one item: its image, then its annotation if there is one."""
+        return self._files[index]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,7 +97,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         """Read and transform one item.
 
         Raises:
-            IndexError: there is no such item; plain iteration ends by it.
+            IndexError: there is no such item.
             UserError: it cannot be read, or with `on_error="skip"` no item can.
         """
         if not -len(self) <= index < len(self):
@@ -117,134 +114,167 @@ class SegmentationDataset(Dataset[Sample], ABC):
         raise UserError(f"none of the {len(self)} items can be read: look at the warnings above")
 
 
-def pair_files(
-    images: Mapping[str, Path], annotations: Mapping[str, Path], cure: str
-) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
-    """Bring images and annotations of the same name together.
-
-    Args:
-        images: by name.
-        annotations: by name.
-        cure: what the user can do about a file that lacks its counterpart.
-
-    Returns:
-        The pairs by name, in the order of their names, and one problem for every other file.
-    """
-    problems = [f"{images[name]} has no annotation: {cure}" for name in sorted(images.keys() - annotations.keys())]
-    problems += [f"{annotations[name]} has no image: {cure}" for name in sorted(annotations.keys() - images.keys())]
-    return {name: (images[name], annotations[name]) for name in sorted(images.keys() & annotations.keys())}, problems
-
-
-def read_pair(
-    image: Path, annotation: Path, cure: str, colored: bool = False
-) -> tuple[UInt8[np.ndarray, "height width 3"], np.ndarray]:
-    """Read an image with its annotation.
-
-    Args:
-        image: any photograph.
-        annotation: a map of the same size.
-        cure: what the user can do about a broken file.
-        colored: the map has RGB pixels instead of one number each.
-
-    Returns:
-        RGB, and the map's values as they are stored.
-
-    Raises:
-        UserError: a file cannot be read, or the map has another size or other channels.
-    """
-    pixels, values = read_rgb(image, cure), read_map(annotation, cure)
-    expected = pixels.shape if colored else pixels.shape[:2]
-    if values.shape != expected:
-        raise UserError(
-            f"{annotation} is {_described(values)}, its image {image.name} needs "
-            f"{_described(np.empty(expected, np.uint8))}: {cure}"
-        )
-    return pixels, values
-
-
 def make_sample(
     image: UInt8[np.ndarray, "height width 3"],
     panoptic: Int32[np.ndarray, "height width"],
     segments: Sequence[Segment],
     name: str,
 ) -> Sample:
-    """A sample from arrays as they are decoded."""
-    # The channels are a view on the file's own pixel order, which spares a copy of the full image.
+    """A sample from decoded arrays. Its image is a view with the file's pixel order, which spares a copy."""
     return Sample(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(panoptic), tuple(segments), name)
 
 
-def _described(values: np.ndarray) -> str:
-    height, width, *channels = values.shape
-    return f"a {width}x{height} map of {channels[0] if channels else 1} channel(s)"
+def first_problem(problems: Sequence[str]) -> str:
+    """The first problem, and how many more there are."""
+    return problems[0] + (f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else "")
 
 
-# Reading the image files of data sets: the exact content, or an error that names the file. Never something between.
-#
-# Pillow alone does not promise that: it skips the checksums of a PNG's pixels, widens the values of 2- and 4-bit maps,
-# and cuts 16-bit colours down to 8 bits, all in silence.
+def find_files(folder: Path, suffix: str, hint: str, subfolders: str = "") -> dict[str, Path]:
+    """All files of a kind by name, without the suffix; `subfolders` is a pattern such as "*/".
 
+    Raises:
+        UserError: there are none.
+    """
+    files = {path.name.removesuffix(suffix): path for path in folder.glob(f"{subfolders}*{suffix}")}
+    if not files:
+        problem = "has no files" if folder.is_dir() else "does not exist; expected are files"
+        raise UserError(f"{folder} {problem} {subfolders}*{suffix}: {hint}")
+    return files
+
+
+def pair_files(
+    images: Mapping[str, Path], annotations: Mapping[str, Path], hint: str
+) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
+    """Bring images and annotations of the same name together.
+
+    Returns:
+        The pairs, sorted by name, and one problem for every file without counterpart.
+    """
+    problems = [f"{images[name]} has no annotation: {hint}" for name in sorted(images.keys() - annotations.keys())]
+    problems += [f"{annotations[name]} has no image: {hint}" for name in sorted(annotations.keys() - images.keys())]
+    return {name: (images[name], annotations[name]) for name in sorted(images.keys() & annotations.keys())}, problems
+
+
+class _Mapped(Dataset[Any]):
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function = function
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.items[index])
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def map_parallel(function: Callable[[Any], Any], items: Sequence[Any], workers: int, title: str) -> Iterable[Any]:
+    """The function's results in order, from several processes (0: from this one), with a progress bar."""
+    loader = DataLoader(
+        _Mapped(function, items), batch_size=None, num_workers=min(workers, len(items)), collate_fn=_unchanged
+    )
+    return track(loader, title, total=len(items), transient=True)
+
+
+# Image files: the exact content, or an error that names the file. Pillow alone skips the checksums of a PNG's pixels,
+# widens the values of 2- and 4-bit maps, and cuts 16-bit colours to 8 bits, all in silence.
 
 # Not all that Pillow knows: some of its readers start other programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_GREY = 0
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _JPEG_START_OF_SCAN = 0xDA
 _JPEG_END = b"\xff\xd9"
-_GREY = 0
-"""PNG's colour type of single-channel images without palette."""
 
 
-def read_rgb(path: Path, cure: str, formats: tuple[str, ...] = FORMATS) -> UInt8[np.ndarray, "height width 3"]:
-    """Read a photograph as RGB, upright as its EXIF orientation says.
+def read_pair(
+    image: Path, annotation: Path, hint: str, colored: bool = False
+) -> tuple[UInt8[np.ndarray, "height width 3"], np.ndarray]:
+    """Read an image as RGB and the values of its annotation map, which may have RGB pixels.
 
-    16-bit grey is scaled to 8 bits; transparent parts are laid on white. A JPEG's pixels have no checksums: a flipped
-    bit among them can show as wrong colours, while a cut file is always refused.
+    Raises:
+        UserError: a file cannot be read, or the map has another size or other channels.
+    """
+    pixels, values = read_rgb(image, hint), read_map(annotation, hint)
+    expected = pixels.shape if colored else pixels.shape[:2]
+    if values.shape != expected:
+        found, needed = _describe(values.shape), _describe(expected)
+        raise UserError(f"{annotation} is {found}, its image {image.name} needs {needed}: {hint}")
+    return pixels, values
+
+
+def _describe(shape: tuple[int, ...]) -> str:
+    height, width, *channels = shape
+    return f"a {width}x{height} map of {channels[0] if channels else 1} channel(s)"
+
+
+def read_rgb(path: Path, hint: str, formats: tuple[str, ...] = FORMATS) -> UInt8[np.ndarray, "height width 3"]:
+    """Read a photograph as RGB, see `to_rgb`. A JPEG's pixels have no checksums: only a cut file is surely noticed.
 
     Args:
         path: an image file.
-        cure: what the user can do about a broken file; ends the error.
+        hint: what the user can do about a broken file; ends the error.
         formats: what it may be, by Pillow's names.
 
     Raises:
         UserError: the file is missing, damaged, incomplete or of another format.
     """
-    return _decode(path, _content(path, cure), cure, to_rgb, formats)
+    return _decode(path, _read_complete(path, hint), hint, to_rgb, formats)
 
 
 def read_map(
-    path: Path, cure: str
+    path: Path, hint: str
 ) -> (
     UInt8[np.ndarray, "height width"] | UInt8[np.ndarray, "height width channels"] | UInt16[np.ndarray, "height width"]
 ):
-    """Read the values of an annotation map as they are stored: grey values, palette indices or colours.
-
-    Args:
-        path: a PNG file of any bit depth.
-        cure: what the user can do about a broken file; ends the error.
+    """Read the stored values of a PNG of any bit depth: grey values, palette indices or colours.
 
     Raises:
         UserError: the file is missing, damaged, incomplete, no PNG, or stores 16-bit colours.
     """
-    data = _content(path, cure)
+    data = _read_complete(path, hint)
     if not data.startswith(_PNG_SIGNATURE):
-        raise UserError(f"{path} is no PNG file, and other formats may change the values of a map: {cure}")
-    depth, color_type = data[24], data[25]  # the checks behind us say that there is a complete header
-    if depth == 16 and color_type != _GREY:
-        raise UserError(f"{path} stores 16-bit colours, which no data set uses for a map: {cure}")
-    values = _decode(path, data, cure, np.array).astype(np.uint16 if depth == 16 else np.uint8)
-    if color_type == _GREY and depth in (2, 4):
+        raise UserError(f"{path} is no PNG file, and other formats may change the values of a map: {hint}")
+    depth, color_type = data[24], data[25]
+    if depth == 16 and color_type != _PNG_GREY:
+        raise UserError(f"{path} stores 16-bit colours, which no data set uses for a map: {hint}")
+    values = _decode(path, data, hint, np.array).astype(np.uint16 if depth == 16 else np.uint8)
+    if color_type == _PNG_GREY and depth in (2, 4):
         return values // (255 // (2**depth - 1))  # Pillow has spread them over 0..255
     return values
 
 
-def _content(path: Path, cure: str) -> bytes:
+def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    """Decode an opened picture as RGB: upright by its EXIF, 16-bit grey scaled to 8, transparency laid on white.
+
+    Raises:
+        ValueError: its values are floating-point numbers.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its values are floating-point numbers of no known range")
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
+        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return np.array(image.convert("RGB"))
+
+
+def _read_complete(path: Path, hint: str) -> bytes:
     """A file's bytes, complete as far as its format can tell."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: {cure}") from error
+        raise UserError(f"{path} does not exist: {hint}") from error
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): {cure}") from error
+        raise UserError(f"cannot read {path} ({error.strerror}): {hint}") from error
     fault = None
     if not data:
         fault = "it is empty"
@@ -253,14 +283,14 @@ def _content(path: Path, cure: str) -> bytes:
     elif data.startswith(_JPEG_SIGNATURE):
         fault = _jpeg_fault(data)
     if fault:
-        raise UserError(f"cannot read {path} ({fault}): {cure}")
+        raise UserError(f"cannot read {path} ({fault}): {hint}")
     return data
 
 
 def _decode(
     path: Path,
     data: bytes,
-    cure: str,
+    hint: str,
     convert: Callable[[Image.Image], np.ndarray],
     formats: tuple[str, ...] = FORMATS,
 ) -> np.ndarray:
@@ -271,7 +301,7 @@ def _decode(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"it is none of {', '.join(formats)}"
-        raise UserError(f"cannot read {path} ({reason}): {cure}") from error
+        raise UserError(f"cannot read {path} ({reason}): {hint}") from error
 
 
 def _png_fault(data: bytes) -> str | None:
@@ -294,7 +324,7 @@ def _png_fault(data: bytes) -> str | None:
 
 
 def _jpeg_fault(data: bytes) -> str | None:
-    """Whether a JPEG lacks its end, which decoders forgive. Its pixels have no checksums."""
+    """Whether a JPEG lacks its end, which decoders forgive."""
     place = 2
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker, length = struct.unpack_from(">xBH", data, place)
@@ -307,24 +337,7 @@ def _jpeg_fault(data: bytes) -> str | None:
     return "it is truncated or damaged"
 
 
-def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """Decode an opened picture as RGB: upright by its EXIF, 16-bit grey scaled to 8, transparency laid on white.
-
-    Raises:
-        ValueError: Pillow cannot tell which colours its values are.
-    """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its values are floating-point numbers of no known range")
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
-        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.array(image.convert("RGB"))
-
+# Classes as the user's files describe them.
 
 _GOLDEN_RATIO = 0.618033988749895
 
@@ -337,39 +350,33 @@ def distinct_color(index: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def class_info(index: int, name: Any, color: Any, is_thing: bool, category_id: Any, source: Path) -> ClassInfo:
-    """One class as its file describes it.
+def describe_classes(name: str, entries: Sequence[tuple[Any, Any, bool, Any]], source: Path) -> DatasetInfo:
+    """Check the classes that a file lists.
 
     Args:
-        index: its position.
-        name: must be a text.
-        color: RGB from 0 to 255, or None for `distinct_color`.
-        is_thing: whether it is countable.
-        category_id: must be a whole number from 0 on.
+        name: of the data set.
+        entries: name, colour (None for `distinct_color`), whether it is a thing, and id of every class.
         source: the file; named in errors.
 
     Raises:
-        UserError: an entry is none of what it must be.
+        UserError: an entry is not valid, there are none or too many, or two share an id or a name.
     """
-    if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{source}: class {index} has no name: give every class a name, in quotes if it is a number")
-    if isinstance(category_id, bool) or not isinstance(category_id, int) or category_id < 0:
-        raise UserError(f"{source}: class {name!r} has the id {category_id!r}: give a whole number from 0 on")
-    if color is None:
-        color = distinct_color(index)
-    valid = isinstance(color, Sequence) and len(color) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in color)
-    if not valid:
-        raise UserError(f"{source}: class {name!r} has the color {color!r}: give [red, green, blue], 0 to 255 each")
-    return ClassInfo(name.strip(), tuple(color), is_thing, category_id)
-
-
-def checked_info(name: str, classes: Sequence[ClassInfo], source: Path) -> DatasetInfo:
-    """All classes together.
-
-    Raises:
-        UserError: there are none or too many, or two share an id or a name.
-    """
-    if not classes or len(classes) > IGNORE_INDEX:
+    classes = []
+    for index, (label, color, is_thing, number) in enumerate(entries):
+        if not isinstance(label, str) or not label.strip():
+            raise UserError(
+                f"{source}: class {index} has no name: give every class a name, in quotes if it is a number"
+            )
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise UserError(f"{source}: class {label!r} has the id {number!r}: give a whole number from 0 on")
+        color = distinct_color(index) if color is None else color
+        is_list = isinstance(color, Sequence) and len(color) == 3
+        if not is_list or not all(isinstance(v, int) and 0 <= v <= 255 for v in color):
+            raise UserError(
+                f"{source}: class {label!r} has the color {color!r}: give [red, green, blue], 0 to 255 each"
+            )
+        classes.append(ClassInfo(label.strip(), tuple(color), is_thing, number))
+    if not 1 <= len(classes) <= IGNORE_INDEX:
         raise UserError(f"{source} has {len(classes)} classes: there must be 1 to {IGNORE_INDEX}")
     for what, values in (("id", [str(c.category_id) for c in classes]), ("name", [c.name for c in classes])):
         repeated, times = Counter(values).most_common(1)[0]

@@ -1,13 +1,13 @@
-"""Which items are loaded in which order by which device, and the seed that each is augmented with.
+"""Which device loads which items in which order, and the seed that each is augmented with.
 
-The seed travels with the item's index instead of coming from a worker's own generator. So a run repeats exactly with
-any number of workers, and the batches over all devices together are the same with any number of devices.
+The seed travels with the item's index instead of coming from a worker's generator. So a run repeats exactly with any
+number of workers, and the batches of all devices together are the same with any number of devices. Both samplers are
+PyTorch's `DistributedSampler` by type: Lightning would share out anew what any other kind yields.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -24,9 +24,6 @@ class SampleKey(NamedTuple):
 
     item: int
     seed: int
-
-
-# Both samplers are PyTorch's DistributedSampler by type, because Lightning shares out anew what any other kind yields.
 
 
 class TrainSampler(DistributedSampler[SampleKey]):
@@ -46,12 +43,10 @@ class TrainSampler(DistributedSampler[SampleKey]):
         self.length = length
 
     def __iter__(self) -> Iterator[SampleKey]:
-        """Draw one epoch."""
         self.epoch += 1
         return self._draw(self.epoch - 1)
 
     def __len__(self) -> int:
-        """Number of this device's items."""
         return self.length // self.num_replicas
 
     def _draw(self, epoch: int) -> Iterator[SampleKey]:
@@ -65,14 +60,10 @@ class TrainSampler(DistributedSampler[SampleKey]):
 class EndlessSampler(TrainSampler):
     """One epoch of `TrainSampler` after the other without an end, from any batch on.
 
-    So training is one stream of batches, and where it stands is their number alone: a run goes on exactly where another
-    one stopped, and loads no batch in order to skip it. Every epoch leaves out what makes no full batch of all devices.
+    So training is one stream of batches: a run goes on exactly where another stopped, and loads no batch in order to
+    skip it. Every epoch leaves out what makes no full batch of all devices. Args as for `TrainSampler`, and:
 
     Args:
-        length: number of items.
-        seed: of order and augmentation; the same on all devices.
-        rank: number of this device.
-        world_size: number of devices.
         batch_size: items of one device in one batch.
         start: number of batches that were drawn before.
     """
@@ -86,40 +77,26 @@ class EndlessSampler(TrainSampler):
         self.start = start
 
     def __iter__(self) -> Iterator[SampleKey]:
-        """Draw epoch after epoch; what Lightning says by `set_epoch` is not asked."""
         first, done = divmod(self.start, self.batches_per_epoch)
         for epoch in count(first):
             yield from islice(self._draw(epoch), done * self.batch_size, self.batches_per_epoch * self.batch_size)
             done = 0
 
     def __len__(self) -> int:
-        """Refuse, so that a loader knows that it has no length either.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("an endless sampler has no length")
+        raise TypeError("an endless sampler has no length")  # so that a loader has none either
 
 
 class EvalSampler(DistributedSampler[SampleKey]):
-    """Every item exactly once over all devices, in order; no device repeats one to get as many as the others.
-
-    Args:
-        length: number of items.
-        rank: number of this device.
-        world_size: number of devices.
-    """
+    """Every item exactly once over all devices, in order; no device repeats one to get as many as the others."""
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(range(length), world_size, rank, shuffle=False)  # type: ignore[arg-type]
         self.indices = range(rank, length, world_size)
 
     def __iter__(self) -> Iterator[SampleKey]:
-        """Go through this device's items; each one's seed is its index."""
         return (SampleKey(index, index) for index in self.indices)
 
     def __len__(self) -> int:
-        """Number of this device's items."""
         return len(self.indices)
 
 
@@ -133,17 +110,9 @@ class SeededDataset(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """Read and transform one item."""
-        with _seeded(key.seed):
+        state = torch.get_rng_state()  # without workers it is the generator that training draws from
+        torch.default_generator.manual_seed(key.seed)
+        try:
             return self.dataset[key.item]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch's CPU generator, and restore it: without workers it is the one that training draws from."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+        finally:
+            torch.set_rng_state(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,29 +14,23 @@ from pem_lightning.data.dataset import (
     OnError,
     SampleTransform,
     SegmentationDataset,
-    checked_info,
-    class_info,
+    describe_classes,
     make_sample,
     pair_files,
     read_pair,
 )
 from pem_lightning.data.targets import IGNORE_INDEX, Task
-from pem_lightning.data.transforms import resized_to_crops, square_crops
+from pem_lightning.data.transforms import square_transforms
 from pem_lightning.types import VOID_ID, DatasetInfo, Sample, Segment, UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _MAX_VALUE = 2**16 - 1
 _ENTRY_KEYS = frozenset({"name", "color", "id"})
-_CURE = "expected are root/classes.yaml and root/{images,labels}/{train,val}/, see docs/data.md"
+_HINT = "expected are root/classes.yaml and root/{images,labels}/{train,val}/, see docs/data.md"
 
 
 class ClassList(NamedTuple):
-    """What `classes.yaml` says.
-
-    Attributes:
-        info: the classes; official ids are the values in the maps.
-        void: values of unlabelled pixels.
-    """
+    """The classes of `classes.yaml` (category ids are the values in the maps), and the values of unlabelled pixels."""
 
     info: DatasetInfo
     void: frozenset[int]
@@ -54,20 +48,25 @@ def read_classes(path: Path) -> ClassList:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: {_CURE}") from error
+        raise UserError(f"{path} does not exist: {_HINT}") from error
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise UserError(
             f"cannot read {path} ({' '.join(str(error).split())}): write it as docs/data.md shows"
         ) from error
     if isinstance(content, list):
         content = {"classes": content}
-    if (
-        not isinstance(content, Mapping)
-        or set(content) - {"classes", "void"}
-        or not isinstance(content.get("classes"), list)
-    ):
+    is_known = isinstance(content, Mapping) and not set(content) - {"classes", "void"}
+    if not is_known or not isinstance(content.get("classes"), list):
         raise UserError(f"{path} is no list of classes: write it as docs/data.md shows")
-    info = _classes(content["classes"], path)
+    entries = []
+    for index, entry in enumerate(content["classes"]):
+        given = entry if isinstance(entry, Mapping) else {"name": entry}
+        if unknown := sorted(set(map(str, given)) - _ENTRY_KEYS):
+            raise UserError(
+                f"{path}: class {index} has the key {unknown[0]!r}: known are {', '.join(sorted(_ENTRY_KEYS))}"
+            )
+        entries.append((given.get("name"), given.get("color"), False, given.get("id", index)))
+    info = describe_classes("semantic_folder", entries, path)
     void = content.get("void", [IGNORE_INDEX] if IGNORE_INDEX not in info.category_ids else [])
     if not isinstance(void, list) or not all(isinstance(value, int) and 0 <= value <= _MAX_VALUE for value in void):
         raise UserError(f"{path}: void must be a list of numbers from 0 to {_MAX_VALUE} such as [255]")
@@ -78,65 +77,43 @@ def read_classes(path: Path) -> ClassList:
     return ClassList(info, frozenset(void))
 
 
-def _classes(entries: Iterable[Any], path: Path) -> DatasetInfo:
-    classes = []
-    for index, entry in enumerate(entries):
-        given = entry if isinstance(entry, Mapping) else {"name": entry}
-        if unknown := sorted(set(map(str, given)) - _ENTRY_KEYS):
-            raise UserError(
-                f"{path}: class {index} has the key {unknown[0]!r}: known are {', '.join(sorted(_ENTRY_KEYS))}"
-            )
-        classes.append(class_info(index, given.get("name"), given.get("color"), False, given.get("id", index), path))
-    return checked_info("semantic_folder", classes, path)
-
-
 class SemanticFolderDataset(SegmentationDataset):
-    """The images of one split with their class maps, in the order of their names.
-
-    Each class makes one segment, whose id is the class index plus one.
+    """Images with class maps of the same names, in folders as deep as the user likes.
 
     Args:
-        root: the folder that holds `classes.yaml`, `images` and `labels`.
-        split: "train", "val", or whatever else the two are divided into.
-        transform: applied to every sample.
-        on_error: what an unreadable file does, see `SegmentationDataset`.
+        root: holds `classes.yaml`, `images/<split>` and `labels/<split>`; maps are PNGs of one channel.
+        split: "train" or "val".
+        transform, on_error: see `SegmentationDataset`.
 
     Raises:
-        UserError: `classes.yaml` or a folder is missing or wrong, or an image and a map lack their counterpart.
+        UserError: `classes.yaml` is missing or wrong, or files are missing or ambiguous.
     """
 
     def __init__(
         self, root: str | Path, split: str, transform: SampleTransform | None = None, on_error: OnError = "stop"
     ) -> None:
-        self._classes_file = Path(root) / "classes.yaml"
-        info, void = read_classes(self._classes_file)
-        folders = [Path(root) / kind / split for kind in ("images", "labels")]
-        images, same = _find(folders[0], IMAGE_SUFFIXES)
-        labels, _ = _find(folders[1], frozenset({".png"}))
-        cure = f"files below {folders[0]} and {folders[1]} need the same names but for the suffix"
-        pairs, problems = pair_files(images, labels, cure)
-        super().__init__(info, list(pairs), [*same, *problems], transform=transform, on_error=on_error)
-        self._files = list(pairs.values())
-        size = 1 + max((*info.category_ids, *void))
+        self.classes_file = Path(root) / "classes.yaml"
+        info, self.void = read_classes(self.classes_file)
+        image_folder, label_folder = (Path(root) / kind / split for kind in ("images", "labels"))
+        images, same = _find(image_folder, IMAGE_SUFFIXES)
+        labels, _ = _find(label_folder, frozenset({".png"}))
+        hint = f"files below {image_folder} and {label_folder} need the same names but for the suffix"
+        pairs, problems = pair_files(images, labels, hint)
+        super().__init__(info, pairs, [*same, *problems], transform=transform, on_error=on_error)
         # From a value in the file to a segment's id; -1 where there is none.
-        self._table = np.full(size, -1, np.int32)
-        self._table[list(void)] = VOID_ID
+        self._table = np.full(1 + max((*info.category_ids, *self.void)), -1, np.int32)
+        self._table[list(self.void)] = VOID_ID
         self._table[list(info.category_ids)] = np.arange(1, info.num_classes + 1)
-
-    def files(self, index: int) -> tuple[Path, ...]:
-        """Image and map."""
-        return self._files[index]
 
     def read(self, index: int) -> Sample:
         """Decode one item."""
-        image_path, map_path = self._files[index]
-        cure = f"correct the file or {self._classes_file}"
-        image, values = read_pair(image_path, map_path, cure)
-        present = np.flatnonzero(np.bincount(values.ravel()))
-        inside = present[present < len(self._table)]
-        if len(inside) < len(present) or (self._table[inside] < 0).any():
-            unknown = [v for v in present.tolist() if v >= len(self._table) or self._table[v] < 0]
-            raise UserError(f"{map_path} has the value {unknown[0]}, which is neither a class nor void: {cure}")
+        image_path, map_path = self.files(index)
+        hint = f"correct the file or {self.classes_file}"
+        image, values = read_pair(image_path, map_path, hint)
+        present = np.flatnonzero(np.bincount(values.ravel())).tolist()
+        unknown = [value for value in present if value >= len(self._table) or self._table[value] < 0]
+        if unknown:
+            raise UserError(f"{map_path} has the value {unknown[0]}, which is neither a class nor void: {hint}")
         ids = sorted(set(self._table[present].tolist()) - {VOID_ID})
         return make_sample(image, self._table[values], [Segment(i, i - 1, False) for i in ids], self.names[index])
 
@@ -144,7 +121,7 @@ class SemanticFolderDataset(SegmentationDataset):
 def _find(folder: Path, suffixes: frozenset[str]) -> tuple[dict[str, Path], list[str]]:
     """Files below a folder by name (folders joined by underscores), and a problem for every name that occurs twice."""
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist: {_CURE}")
+        raise UserError(f"{folder} does not exist: {_HINT}")
     files: dict[str, Path] = {}
     problems = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file()):
@@ -153,45 +130,26 @@ def _find(folder: Path, suffixes: frozenset[str]) -> tuple[dict[str, Path], list
             problems.append(f"{path} has the same name as {files[name]}: rename one of them")
         files.setdefault(name, path)
     if not files:
-        raise UserError(f"{folder} has no files that end in {', '.join(sorted(suffixes))}: {_CURE}")
+        raise UserError(f"{folder} has no files that end in {', '.join(sorted(suffixes))}: {_HINT}")
     return files, problems
 
 
 class SemanticFolderDataModule(SegmentationDataModule):
-    """The user's own semantic data set; the classes are those of its `classes.yaml`.
-
-    Args:
-        root: the folder that holds `classes.yaml`, `images` and `labels`.
-        task: "semantic"; things are not known, so that no other task makes sense.
-        batch_size: training images per device.
-        train_transform: by default crops of 640x640, see `square_crops`.
-        eval_transform: by default the shortest edge becomes 640.
-        loading: how; see `SegmentationDataModule`.
+    """The user's own semantic data set; the classes are those of its `classes.yaml`. It has no things.
 
     Raises:
-        UserError: the task is another, or `classes.yaml` is missing or wrong.
+        UserError: the task is not "semantic", or `classes.yaml` is missing or wrong.
     """
 
-    def __init__(
-        self,
-        root: str | Path = "data/semantic_folder",
-        task: Task = "semantic",
-        batch_size: int = 16,
-        train_transform: SampleTransform | None = None,
-        eval_transform: SampleTransform | None = None,
-        **loading: Any,
-    ) -> None:
+    def __init__(self, root: str | Path, task: Task = "semantic", *arguments: Any, **loading: Any) -> None:
         if task != "semantic":
             raise UserError(f"dataset=semantic_folder has no task={task}: take task=semantic")
-        super().__init__(
-            task=task,
-            batch_size=batch_size,
-            train_transform=train_transform or square_crops(640),
-            eval_transform=eval_transform or resized_to_crops(640),
-            **loading,
-        )
-        self.root = Path(root)
+        super().__init__(root, task, *arguments, **loading)
         self.info = read_classes(self.root / "classes.yaml").info
+
+    def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
+        """Those of ADE20K panoptic."""
+        return square_transforms(640)
 
     def make_dataset(self, split: str, transform: SampleTransform | None) -> SemanticFolderDataset:
         """One split as a dataset."""

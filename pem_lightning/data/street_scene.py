@@ -1,4 +1,4 @@
-"""Composes one street: its surroundings from far to near, then everything that stands in it, then light and grain."""
+"""Draws one street: its surroundings from far to near, then everything that stands in it, then light and grain."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ _OVERSAMPLING = 4
 _CAMERA_HEIGHT = 1.6
 
 
-class Canvas:
+class _Canvas:
     """Draws every shape twice: its colour and, where it has one, its segment id.
 
-    Colours are averaged down from four times the size, which smooths edges; ids are picked at pixel centres.
+    Colours are averaged down from four times the size, which smooths edges; ids are picked at pixel centres. Places are
+    in image heights, or in metres where they are projected by a pinhole camera that looks down the street.
     """
 
-    def __init__(self, height: int, width: int) -> None:
+    def __init__(self, height: int, width: int, vanishing_point: Point) -> None:
         self.height = height
         self.aspect = width / height
+        self.vanishing_point = vanishing_point
         self._scale = height * _OVERSAMPLING  # drawn pixels per image height
         self._colors = np.zeros((height * _OVERSAMPLING, width * _OVERSAMPLING, 3), np.uint8)
         self._ids = np.zeros(self._colors.shape[:2], np.uint16)
@@ -43,6 +45,10 @@ class Canvas:
         self._counts[label] = count + 1
         return label * 1000 + count
 
+    def project(self, x: Number, y: Number, z: Number) -> tuple[float, float]:
+        """From metres (right, up, ahead) to image heights."""
+        return self.vanishing_point[0] + x / z, self.vanishing_point[1] + (_CAMERA_HEIGHT - y) / z
+
     def polygon(self, points: Points, color: Color, segment_id: int | None) -> None:
         """Fill a polygon; without an id it only paints, like a shadow or a road marking."""
         corners = np.round(np.array(points) * self._scale).astype(np.int32)
@@ -51,7 +57,6 @@ class Canvas:
             cv2.fillPoly(self._ids, [corners], segment_id)
 
     def ellipse(self, center: Point, radii: Point, color: Color, segment_id: int) -> None:
-        """Fill an ellipse."""
         middle, axes = ((round(x * self._scale), round(y * self._scale)) for x, y in (center, radii))
         cv2.ellipse(self._colors, middle, axes, 0, 0, 360, color, cv2.FILLED)
         cv2.ellipse(self._ids, middle, axes, 0, 0, 360, segment_id, cv2.FILLED)
@@ -75,54 +80,33 @@ class Canvas:
 
 
 @dataclass(frozen=True)
-class Camera:
-    """A pinhole camera looking down the street.
-
-    Attributes:
-        x: column of the vanishing point, in image heights.
-        horizon: its row.
-    """
-
-    x: float
-    horizon: float
-
-    def project(self, x: Number, y: Number, z: Number) -> tuple[float, float]:
-        """From metres to image heights."""
-        return self.x + x / z, self.horizon + (_CAMERA_HEIGHT - y) / z
-
-
-@dataclass(frozen=True)
-class Sprite:
-    """A flat drawing that stands upright in the street, facing the camera.
+class _Sprite:
+    """A flat drawing that stands upright in the street at (x, z) metres, facing the camera.
 
     Shapes are given in metres from the point where it stands: to the right (to the left if mirrored) and up.
     """
 
-    canvas: Canvas
-    camera: Camera
+    canvas: _Canvas
     x: Number
     z: Number
     segment_id: int
     mirrored: bool = False
 
     def polygon(self, points: Points, color: Color) -> None:
-        """Fill a polygon."""
         sign = -1 if self.mirrored else 1
-        placed = [self.camera.project(self.x + sign * x, y, self.z) for x, y in points]
+        placed = [self.canvas.project(self.x + sign * x, y, self.z) for x, y in points]
         self.canvas.polygon(placed, color, self.segment_id)
 
     def box(self, left: Number, bottom: Number, right: Number, top: Number, color: Color, slant: Number = 0) -> None:
         """Fill a box whose top edge is shorter by `slant` at either end."""
         self.polygon([(left, bottom), (right, bottom), (right - slant, top), (left + slant, top)], color)
 
-    def ellipse(self, x: Number, y: Number, radius_x: Number, radius_y: Number, color: Color) -> None:
-        """Fill an ellipse around a point."""
-        center = self.camera.project(self.x + (-x if self.mirrored else x), y, self.z)
-        self.canvas.ellipse(center, (radius_x / self.z, radius_y / self.z), color, self.segment_id)
-
     def disc(self, x: Number, y: Number, radius: Number, color: Color) -> None:
-        """Fill a circle around a point."""
         self.ellipse(x, y, radius, radius, color)
+
+    def ellipse(self, x: Number, y: Number, radius_x: Number, radius_y: Number, color: Color) -> None:
+        center = self.canvas.project(self.x + (-x if self.mirrored else x), y, self.z)
+        self.canvas.ellipse(center, (radius_x / self.z, radius_y / self.z), color, self.segment_id)
 
     def line(self, points: Points, width: Number, color: Color) -> None:
         """Draw a line of a certain width through points."""
@@ -133,7 +117,7 @@ class Sprite:
 
     def shadow(self, width: Number) -> None:
         """Darken the ground where it stands."""
-        self.canvas.shade(self.camera.project(self.x, 0, self.z), (0.6 * width / self.z, 0.22 / self.z), 0.55)
+        self.canvas.shade(self.canvas.project(self.x, 0, self.z), (0.6 * width / self.z, 0.22 / self.z), 0.55)
 
 
 _DARK = (38, 38, 44)
@@ -142,7 +126,7 @@ _GLASS = (150, 190, 208)
 _SKIN = ((236, 188, 152), (198, 140, 100), (120, 78, 52))
 
 
-def person(s: Sprite, rng: np.random.Generator) -> None:
+def _person(s: _Sprite, rng: np.random.Generator) -> None:
     """A pedestrian in bright clothes, 1.6 to 1.9 m tall."""
     t = float(rng.uniform(0.94, 1.1))
     stride = float(rng.uniform(0.05, 0.25))
@@ -159,7 +143,7 @@ def person(s: Sprite, rng: np.random.Generator) -> None:
     s.polygon([(-0.16, 1.62 * t), (0.16, 1.62 * t), (0.11, 1.76 * t), (-0.11, 1.76 * t)], (60, 42, 30))
 
 
-def bicycle(s: Sprite, rng: np.random.Generator) -> None:
+def _bicycle(s: _Sprite, rng: np.random.Generator) -> None:
     """A bicycle from the side; the wheels count as full discs, as in Cityscapes."""
     frame = _hue(rng, 0.48, 0.56, 0.9, 0.75)
     s.shadow(1.6)
@@ -172,8 +156,7 @@ def bicycle(s: Sprite, rng: np.random.Generator) -> None:
     s.box(-0.28, 0.92, 0.02, 1.02, _TYRE)
 
 
-def motorcycle(s: Sprite, rng: np.random.Generator) -> None:
-    """A motorcycle from the side."""
+def _motorcycle(s: _Sprite, rng: np.random.Generator) -> None:
     paint = _hue(rng, 0.93, 1.0, 0.85, 0.72)
     s.shadow(2.0)
     for x in (-0.7, 0.72):
@@ -187,7 +170,7 @@ def motorcycle(s: Sprite, rng: np.random.Generator) -> None:
     s.disc(0.6, 0.95, 0.14, (255, 244, 190))
 
 
-def rider(s: Sprite, rng: np.random.Generator) -> None:
+def _rider(s: _Sprite, rng: np.random.Generator) -> None:
     """Someone on a bicycle, in a safety vest; the bicycle is its own segment."""
     vest = _hue(rng, 0.04, 0.1, 0.95, 1.0)
     s.line([(-0.1, 0.95), (0.22, 0.72), (0.02, 0.3)], 0.19, (52, 56, 88))
@@ -198,8 +181,7 @@ def rider(s: Sprite, rng: np.random.Generator) -> None:
     s.polygon([(0.08, 1.68), (0.46, 1.68), (0.38, 1.84), (0.14, 1.84)], (244, 244, 244))
 
 
-def car_front(s: Sprite, rng: np.random.Generator) -> None:
-    """A car from the front or from behind."""
+def _car_front(s: _Sprite, rng: np.random.Generator) -> None:
     paint, towards = _car_paint(rng), bool(rng.integers(2))
     s.shadow(2.1)
     for x in (-0.82, 0.56):
@@ -213,8 +195,7 @@ def car_front(s: Sprite, rng: np.random.Generator) -> None:
     s.box(-0.9, 0.22, 0.9, 0.34, _DARK)
 
 
-def car_side(s: Sprite, rng: np.random.Generator) -> None:
-    """A car from the side."""
+def _car_side(s: _Sprite, rng: np.random.Generator) -> None:
     paint = _car_paint(rng)
     s.shadow(4.4)
     s.polygon([(-2.1, 0.28), (2.1, 0.28), (2.12, 0.72), (1.3, 0.9), (-2.0, 0.92), (-2.12, 0.6)], paint)
@@ -226,7 +207,7 @@ def car_side(s: Sprite, rng: np.random.Generator) -> None:
     _wheels(s, (-1.3, 1.3), 0.36)
 
 
-def truck(s: Sprite, rng: np.random.Generator) -> None:
+def _truck(s: _Sprite, rng: np.random.Generator) -> None:
     """A lorry from the side or from the front: a coloured cab and a white cargo box."""
     cab = _hue(rng, 0.58, 0.64, 0.85, 0.7)
     s.shadow(3.0)
@@ -248,8 +229,7 @@ def truck(s: Sprite, rng: np.random.Generator) -> None:
         _wheels(s, (-2.7, -1.6, 2.7), 0.5)
 
 
-def bus(s: Sprite, rng: np.random.Generator) -> None:
-    """A yellow city bus from the side or from the front."""
+def _bus(s: _Sprite, rng: np.random.Generator) -> None:
     paint = _hue(rng, 0.12, 0.15, 0.85, 0.98)
     s.shadow(3.0)
     if rng.integers(2):
@@ -272,7 +252,7 @@ def bus(s: Sprite, rng: np.random.Generator) -> None:
         _wheels(s, (-3.2, 3.2), 0.5)
 
 
-def train(s: Sprite, rng: np.random.Generator) -> None:
+def _train(s: _Sprite, rng: np.random.Generator) -> None:
     """A tram from the side, green below and cream above."""
     paint = _hue(rng, 0.36, 0.4, 0.8, 0.5)
     s.shadow(6.0)
@@ -287,13 +267,12 @@ def train(s: Sprite, rng: np.random.Generator) -> None:
     s.box(-3.0, 3.5, 3.0, 3.75, (110, 114, 116))
 
 
-def pole(s: Sprite, rng: np.random.Generator, height: float) -> None:
-    """A grey mast."""
+def _pole(s: _Sprite, rng: np.random.Generator, height: float) -> None:
     s.box(-0.16, 0, 0.16, height, (122, 126, 130))
     s.box(-0.16, 0, -0.02, height, (96, 100, 104))
 
 
-def traffic_light(s: Sprite, rng: np.random.Generator, height: float) -> None:
+def _traffic_light(s: _Sprite, rng: np.random.Generator, height: float) -> None:
     """A signal box that hangs at a height; one lamp is lit."""
     s.box(-0.34, height - 1.5, 0.34, height, (24, 26, 26))
     lit = rng.integers(3)
@@ -301,7 +280,7 @@ def traffic_light(s: Sprite, rng: np.random.Generator, height: float) -> None:
         s.disc(0, height - 0.27 - 0.48 * i, 0.2, lamp if i == lit else (70, 60, 50))
 
 
-def traffic_sign(s: Sprite, rng: np.random.Generator, height: float) -> None:
+def _traffic_sign(s: _Sprite, rng: np.random.Generator, height: float) -> None:
     """A triangle, disc, octagon or plate, 0.9 m wide, at a height."""
     y = height - 0.5
     white, red, blue = (248, 248, 248), (214, 28, 36), (24, 84, 196)
@@ -320,7 +299,7 @@ def traffic_sign(s: Sprite, rng: np.random.Generator, height: float) -> None:
         s.box(-0.2, y - 0.34, 0.2, y + 0.34, white)
 
 
-def tree(s: Sprite, rng: np.random.Generator) -> None:
+def _tree(s: _Sprite, rng: np.random.Generator) -> None:
     """A leafy tree; Cityscapes counts its trunk as vegetation too."""
     size, leaves = float(rng.uniform(0.8, 1.3)), _hue(rng, 0.26, 0.34, 0.62, 0.5)
     s.box(-0.16, 0, 0.16, 2.4 * size, (92, 70, 50))
@@ -330,19 +309,19 @@ def tree(s: Sprite, rng: np.random.Generator) -> None:
         s.ellipse(x * size, y * size, 0.8 * size, 0.7 * size, (red, green, blue))
 
 
-def litter_bin(s: Sprite, rng: np.random.Generator) -> None:
+def _litter_bin(s: _Sprite, rng: np.random.Generator) -> None:
     """A litter bin, which is of none of the classes."""
     s.box(-0.3, 0, 0.3, 1.0, (76, 84, 90), slant=-0.06)
     s.box(-0.4, 0.95, 0.4, 1.1, (54, 58, 62))
 
 
-def rails(s: Sprite, rng: np.random.Generator) -> None:
+def _rails(s: _Sprite, rng: np.random.Generator) -> None:
     """The track that a tram stands on, across the whole street."""
     s.box(-40, -0.25, 40, 0.05, (120, 108, 100))
     s.box(-40, -0.15, 40, -0.08, (182, 184, 190))
 
 
-def _wheels(s: Sprite, places: tuple[float, ...], radius: float) -> None:
+def _wheels(s: _Sprite, places: tuple[float, ...], radius: float) -> None:
     for x in places:
         s.disc(x, radius, radius, _TYRE)
         s.disc(x, radius, radius / 2, (176, 178, 182))
@@ -369,27 +348,27 @@ LABELS = {info.name: info.category_id for info in CITYSCAPES.classes} | {
 }
 """Official label ids by name: all classes, and some labels that belong to no class."""
 
-Draw = Callable[[Sprite, np.random.Generator], None]
+Draw = Callable[[_Sprite, np.random.Generator], None]
 Placed = tuple[Number, Callable[[], None]]  # depth in metres, and the drawing to make there
 Span = tuple[Number, Number]
 
 _FAR = 70.0
 # Label, drawing, relative frequency, depth and lateral range in metres.
 _THINGS: tuple[tuple[str, Draw, Number, Span, Span], ...] = (
-    ("car", car_front, 16, (4, 8.5), (-3.4, 3.4)),
-    ("car", car_side, 8, (5, 8.5), (-5, 5)),
-    ("person", person, 20, (3.4, 6), (-5, 5)),
-    ("rider", rider, 14, (3.6, 5.5), (-4.5, 4.5)),
-    ("bicycle", bicycle, 8, (3.4, 5), (-5, 5)),
-    ("motorcycle", motorcycle, 12, (3.4, 5.5), (-4.5, 4.5)),
-    ("truck", truck, 8, (6.5, 10), (-5, 5)),
-    ("bus", bus, 8, (7, 10.5), (-5, 5)),
-    ("train", train, 6, (11, 15), (-6, 6)),
+    ("car", _car_front, 16, (4, 8.5), (-3.4, 3.4)),
+    ("car", _car_side, 8, (5, 8.5), (-5, 5)),
+    ("person", _person, 20, (3.4, 6), (-5, 5)),
+    ("rider", _rider, 14, (3.6, 5.5), (-4.5, 4.5)),
+    ("bicycle", _bicycle, 8, (3.4, 5), (-5, 5)),
+    ("motorcycle", _motorcycle, 12, (3.4, 5.5), (-4.5, 4.5)),
+    ("truck", _truck, 8, (6.5, 10), (-5, 5)),
+    ("bus", _bus, 8, (7, 10.5), (-5, 5)),
+    ("train", _train, 6, (11, 15), (-6, 6)),
 )
 # Label, drawing, chance per picture and distance of neighbours in metres.
 _CROWDS: tuple[tuple[str, Draw, float, float], ...] = (
-    ("person", person, 0.2, 0.42),
-    ("bicycle", bicycle, 0.12, 0.5),
+    ("person", _person, 0.2, 0.42),
+    ("bicycle", _bicycle, 0.12, 0.5),
 )
 
 
@@ -401,7 +380,7 @@ def draw_street(
     Returns:
         RGB image, and the annotation as an official `instanceIds` map.
     """
-    street = _Street(rng, Canvas(height, width))
+    street = _Street(rng, height, width)
     street.draw_sky()
     street.draw_ground()
     for side in (-1, 1):
@@ -418,22 +397,19 @@ def draw_street(
 class _Street:
     """One street with everything that is drawn at random about it."""
 
-    def __init__(self, rng: np.random.Generator, canvas: Canvas) -> None:
+    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
         self.rng = rng
-        self.canvas = canvas
-        self.camera = Camera(canvas.aspect / 2 + self.draw(-0.25, 0.25), self.draw(0.4, 0.48))
+        self.canvas = _Canvas(height, width, (width / height / 2 + self.draw(-0.25, 0.25), self.draw(0.4, 0.48)))
         self.kerb = self.draw(3.2, 4.2)
         self.walk = self.kerb + self.draw(2.0, 3.0)  # outer edge of the pavements
 
     def draw(self, low: Number, high: Number) -> float:
-        """A uniform random number."""
         return float(self.rng.uniform(low, high))
 
-    def sprite(self, x: Number, z: Number, segment_id: int, mirrored: bool = False) -> Sprite:
-        """An upright drawing at a place."""
-        return Sprite(self.canvas, self.camera, x, z, segment_id, mirrored)
+    def sprite(self, x: Number, z: Number, segment_id: int, mirrored: bool = False) -> _Sprite:
+        return _Sprite(self.canvas, x, z, segment_id, mirrored)
 
-    def placed(self, z: Number, draw: Callable[..., None], sprite: Sprite, *args: float) -> Placed:
+    def placed(self, z: Number, draw: Callable[..., None], sprite: _Sprite, *args: float) -> Placed:
         """A drawing to be made when its depth is due."""
         return z, lambda: draw(sprite, self.rng, *args)
 
@@ -443,7 +419,7 @@ class _Street:
         bottoms: tuple[Color, ...] = ((206, 226, 244), (250, 226, 204), (222, 226, 230))
         kind, aspect, steps = self.rng.integers(3), self.canvas.aspect, 24
         for step in range(steps):
-            y = step / steps * (self.camera.horizon + 0.02)
+            y = step / steps * (self.canvas.vanishing_point[1] + 0.02)
             color = _mix(tops[kind], bottoms[kind], step / steps)
             self.canvas.polygon([(0, y), (aspect, y), (aspect, 0.6), (0, 0.6)], color, LABELS["sky"])
         for _ in range(self.rng.integers(2, 6)):
@@ -488,7 +464,7 @@ class _Street:
             else:
                 by_the_street = False
                 for z in np.linspace(far, near + 0.5, 3).tolist():
-                    tree(self.sprite(side * (edge + self.draw(1.4, 3)), z, LABELS["vegetation"]), self.rng)
+                    _tree(self.sprite(side * (edge + self.draw(1.4, 3)), z, LABELS["vegetation"]), self.rng)
             if not by_the_street:
                 self._border(side * edge, (near, far))
 
@@ -496,7 +472,7 @@ class _Street:
         plaster: Color = ((186, 116, 86), (206, 164, 116), (170, 98, 84), (176, 142, 124))[self.rng.integers(4)]
         (near, far), height, gable = depths, self.draw(5, 12), x + float(np.sign(x)) * 9
         wall = [(x, 0.0), (gable, 0.0), (gable, height), (x, height)]
-        corners = [self.camera.project(wall_x, y, near) for wall_x, y in wall]
+        corners = [self.canvas.project(wall_x, y, near) for wall_x, y in wall]
         self.canvas.polygon(corners, _mix(plaster, (0, 0, 0), 0.28), LABELS["building"])
         self._upright(x, depths, (0, height), plaster, "building")
         self._upright(x, depths, (height - 0.5, height), _mix(plaster, (60, 40, 40), 0.5), "building")
@@ -529,16 +505,16 @@ class _Street:
             for z in np.arange(self.draw(4, 7), 15, self.draw(4, 6)).tolist():
                 kind = self.rng.random()
                 height = self.draw(3.2, 4.2) if kind < 0.75 else 6.0
-                yield self.placed(z, pole, self.sprite(x, z, LABELS["pole"]), height)
+                yield self.placed(z, _pole, self.sprite(x, z, LABELS["pole"]), height)
                 if kind < 0.4:
                     light = self.sprite(x, z, LABELS["traffic light"])
-                    yield self.placed(z - 0.01, traffic_light, light, height)
+                    yield self.placed(z - 0.01, _traffic_light, light, height)
                 elif kind < 0.75:
                     sign = self.sprite(x, z, LABELS["traffic sign"])
-                    yield self.placed(z - 0.01, traffic_sign, sign, height)
+                    yield self.placed(z - 0.01, _traffic_sign, sign, height)
             if self.rng.random() < 0.4:
                 z = self.draw(5, 12)
-                yield self.placed(z, litter_bin, self.sprite(side * (self.walk - 0.5), z, LABELS["static"]))
+                yield self.placed(z, _litter_bin, self.sprite(side * (self.walk - 0.5), z, LABELS["static"]))
 
     def crowds(self) -> Iterator[Placed]:
         """Groups that are not told apart, people waiting or bicycles leaning together: their id is the bare label."""
@@ -557,7 +533,7 @@ class _Street:
             label, draw, _, depths, xs = _THINGS[self.rng.choice(len(_THINGS), p=frequency / frequency.sum())]
             for _ in range(12):
                 x, z = self.draw(*xs), self.draw(*depths)
-                column = self.camera.project(x, 0, z)[0]
+                column = self.canvas.project(x, 0, z)[0]
                 inside = 0.12 < column < self.canvas.aspect - 0.12
                 if inside and all(abs(column - other) > 0.3 for other in columns):
                     break
@@ -567,9 +543,9 @@ class _Street:
             mirrored = bool(self.rng.integers(2))
             if label == "rider":
                 ridden = self.sprite(x, z, self.canvas.new_id(LABELS["bicycle"]), mirrored)
-                yield self.placed(z + 0.01, bicycle, ridden)
+                yield self.placed(z + 0.01, _bicycle, ridden)
             if label == "train":
-                yield self.placed(z + 0.02, rails, self.sprite(x, z, LABELS["rail track"]))
+                yield self.placed(z + 0.02, _rails, self.sprite(x, z, LABELS["rail track"]))
             yield self.placed(z, draw, self.sprite(x, z, self.canvas.new_id(LABELS[label]), mirrored))
 
     def draw_bonnet(self) -> None:
@@ -584,13 +560,13 @@ class _Street:
     def _flat(self, xs: Span, depths: Span, color: Color, segment_id: int | None) -> None:
         """A rectangle on the ground."""
         (left, right), (near, far) = xs, depths
-        corners = [self.camera.project(x, 0, z) for x, z in ((left, far), (right, far), (right, near), (left, near))]
+        corners = [self.canvas.project(x, 0, z) for x, z in ((left, far), (right, far), (right, near), (left, near))]
         self.canvas.polygon(corners, color, segment_id)
 
     def _upright(self, x: float, depths: Span, heights: Span, color: Color, label: str) -> None:
         """A rectangle that stands along the street."""
         (near, far), (low, high) = depths, heights
-        corners = [self.camera.project(x, y, z) for y, z in ((low, near), (low, far), (high, far), (high, near))]
+        corners = [self.canvas.project(x, y, z) for y, z in ((low, near), (low, far), (high, far), (high, near))]
         self.canvas.polygon(corners, color, LABELS[label])
 
 

@@ -1,13 +1,12 @@
-"""The embedded data set: drawn street scenes, written and read in Cityscapes' own layout.
+"""The embedded data set: drawn street scenes, written and read in Cityscapes' layout.
 
-It makes `dataset=synthetic` run anywhere within seconds, through the very code that real Cityscapes needs.
+`dataset=synthetic` runs anywhere within seconds, through the code that real Cityscapes needs.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from rich.progress import track
 from pem_lightning.data.cityscapes import CityscapesDataModule
 from pem_lightning.data.dataset import SampleTransform
 from pem_lightning.data.street_scene import draw_street
-from pem_lightning.data.targets import Task
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
 from pem_lightning.types import UserError
 
@@ -39,10 +37,8 @@ def generate_synthetic(
 
     Args:
         root: its folder, laid out as the official archives unzip.
-        train: number of training images.
-        val: number of validation images.
-        height: in pixels.
-        width: in pixels.
+        train, val: numbers of images.
+        height, width: of the images, in pixels.
         seed: the same seed gives the same bytes.
 
     Returns:
@@ -54,12 +50,13 @@ def generate_synthetic(
     root = Path(root)
     if min(train, val) < 1 or min(height, width) < 32 or seed < 0:
         raise UserError("dataset=synthetic needs at least one image per split, 32 pixels per edge and a seed from 0 on")
-    manifest = {
+    manifest: dict[str, Any] = {
         "generator_version": GENERATOR_VERSION,
         "images": {"train": train, "val": val},
         "height": height,
         "width": width,
         "seed": seed,
+        "done": True,
     }
     if _is_complete(root, manifest):
         return root
@@ -67,12 +64,19 @@ def generate_synthetic(
         raise UserError(f"{root} holds files that dataset=synthetic did not write: choose another dataset.root")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        jobs = [(split, index) for split, count in (("train", train), ("val", val)) for index in range(count)]
+        new = Path(scratch) / "new"
+        jobs = [(split, index) for split, count in manifest["images"].items() for index in range(count)]
         for split, index in track(jobs, f"Drawing {len(jobs)} street scenes", transient=True):
             _write_sample(new, split, index, height, width, seed)
-        (new / _MANIFEST).write_text(json.dumps({**manifest, "done": True}, indent=2))
-        _put_in_place(new, root, old, manifest)
+        (new / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+        try:
+            if not _is_complete(root, manifest):  # another process may have been faster
+                if root.exists():
+                    root.rename(Path(scratch) / "old")
+                new.rename(root)
+        except OSError:
+            if not _is_complete(root, manifest):
+                raise
     return root
 
 
@@ -92,7 +96,7 @@ def _is_complete(root: Path, manifest: dict[str, Any]) -> bool:
         written = json.loads((root / _MANIFEST).read_text())
     except (OSError, ValueError):
         return False
-    return written == {**manifest, "done": True} and all(
+    return written == manifest and all(
         len(list((root / folder / split / _CITY).glob("*.png"))) == count
         for split, count in manifest["images"].items()
         for folder in ("leftImg8bit", "gtFine")
@@ -106,65 +110,35 @@ def _is_replaceable(root: Path) -> bool:
     return all(path.is_dir() or path.name.startswith(f"{_CITY}_") for path in root.rglob("*"))
 
 
-def _put_in_place(new: Path, root: Path, old: Path, manifest: dict[str, Any]) -> None:
-    """Swap the finished folder in, unless another process has been faster."""
-    if _is_complete(root, manifest):
-        return
-    try:
-        if root.exists():
-            root.rename(old)
-        new.rename(root)
-    except OSError:
-        if not _is_complete(root, manifest):
-            raise
-
-
 class SyntheticDataModule(CityscapesDataModule):
     """Drawn street scenes with Cityscapes' classes; written on first use.
 
     Args:
-        root: where the files are written.
-        num_train: number of training images.
-        num_val: number of validation images.
-        height: of the images, in pixels.
-        width: of the images, in pixels.
+        arguments, loading: see `SegmentationDataModule`.
+        num_train, num_val: numbers of images.
+        height, width: of the images, in pixels.
         seed: of the drawing, not of the training.
-        task: "panoptic", "semantic" or "instance".
-        batch_size: training images per device.
-        train_transform: by default the paper's augmentation, scaled to the images' size and with milder resizing.
-        eval_transform: native size by default.
-        loading: how; see `SegmentationDataModule`.
     """
 
     def __init__(
         self,
-        root: str | Path = "data/synthetic",
+        *arguments: Any,
         num_train: int = 256,
         num_val: int = 64,
         height: int = 128,
         width: int = 256,
         seed: int = 0,
-        task: Task = "panoptic",
-        batch_size: int = 4,
-        train_transform: SampleTransform | None = None,
-        eval_transform: SampleTransform | None = None,
         **loading: Any,
     ) -> None:
-        super().__init__(
-            root,
-            task,
-            batch_size,
-            train_transform or TrainTransform((height, width), _mild_edges(min(height, width)), None),
-            eval_transform or EvalTransform(),
-            **loading,
-        )
         self.drawing = {"train": num_train, "val": num_val, "height": height, "width": width, "seed": seed}
+        super().__init__(*arguments, **loading)
+
+    def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
+        """The paper's, scaled to the images' size and with milder resizing."""
+        height, width = self.drawing["height"], self.drawing["width"]
+        edges = [round(min(height, width) * eighths / 8) for eighths in range(6, 11)]
+        return TrainTransform((height, width), edges, None), EvalTransform()
 
     def prepare_data(self) -> None:
         """Draw the images unless they are there."""
         generate_synthetic(self.root, **self.drawing)
-
-
-def _mild_edges(edge: int) -> Sequence[int]:
-    """0.75 to 1.25 times a length in steps of 0.125."""
-    return [round(edge * eighths / 8) for eighths in range(6, 11)]

@@ -1,7 +1,4 @@
-"""From a sample to what the losses and metrics compare with, per task.
-
-Masks are cut out of the id map last, after augmentation: N segments, H W the image's size.
-"""
+"""From a sample to what the losses and metrics compare with, per task. N segments, H W the map's size."""
 
 from __future__ import annotations
 
@@ -32,25 +29,17 @@ def build_target(sample: Sample, task: Task, keep_empty: bool = True) -> Target:
 
     Args:
         sample: after augmentation.
-        task: decides what makes a mask.
-        keep_empty: see `panoptic_target`; a semantic target never has empty masks.
-
-    Raises:
-        UserError: the task is unknown.
+        task: "panoptic": one mask per segment. "instance": things only. "semantic": one mask per class in the image.
+        keep_empty: keep segments that augmentation removed from the map, as empty masks (as the authors train). A
+            semantic target never has empty masks.
     """
-    check_task(task)
     if task == "semantic":
         return semantic_target(sample)
     return panoptic_target(sample, keep_empty) if task == "panoptic" else instance_target(sample, keep_empty)
 
 
 def panoptic_target(sample: Sample, keep_empty: bool = True) -> Target:
-    """One mask per segment; crowds are left out.
-
-    Args:
-        sample: after augmentation.
-        keep_empty: keep segments that augmentation removed from the map, as empty masks (as the authors train).
-    """
+    """One mask per segment; crowds are left out."""
     return _masks_of((s for s in sample.segments if not s.is_crowd), sample, keep_empty)
 
 
@@ -60,7 +49,7 @@ def instance_target(sample: Sample, keep_empty: bool = True) -> Target:
 
 
 def semantic_target(sample: Sample) -> Target:
-    """One mask per class in the image, crowds included; void belongs to no mask."""
+    """One mask per class in the image, crowds included; unlabelled pixels belong to no mask."""
     classes = class_map(sample)
     counts = torch.bincount(classes.flatten(), minlength=IGNORE_INDEX + 1)
     labels = counts[:IGNORE_INDEX].nonzero().flatten()

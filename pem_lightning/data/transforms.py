@@ -1,10 +1,11 @@
-"""The paper's augmentation, and the resizing of evaluation, as callables from Sample to Sample.
+"""The paper's augmentation (albumentations), and the resizing of evaluation, as callables from Sample to Sample.
 
-The annotation travels as one integer id map beside the image; masks are cut out of it afterwards.
+The annotation travels as one id map beside the image; masks are cut out of it afterwards. Each sample draws one seed
+from PyTorch's generator, which is seeded anew for every sample. albumentations' own generators ignore that, and
+`set_random_seed` gives every transform the same stream, which correlates scale and flip; here all draw from one
+generator in turn.
 
-Each sample draws one seed from PyTorch's generator, which the data module sets anew for every sample. albumentations'
-own generators ignore that, and `set_random_seed` hands every transform the same stream, which correlates, say, scale
-and flip. Here all draw from one generator in turn.
+Legend: H W height and width of the source, h w those of the result.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the internet for a newer version
+
 import albumentations as A
 import cv2
 import numpy as np
@@ -24,14 +27,11 @@ from PIL import Image
 
 from pem_lightning.types import VOID_ID, Sample, UserError
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the internet for a newer version
-
 PAPER_SHORTEST_EDGES = tuple(int(0.1 * step * 1024) for step in range(5, 21))
 """0.5 to 2.0 times 1024 in steps of 0.1."""
 
-PAD_VALUE = 128
-"""Grey of padded image pixels."""
-
+Window = tuple[slice, slice]
+"""Rows and columns, each with start and stop."""
 
 _NEUTRAL = np.arange(256, dtype=np.uint8)
 
@@ -39,9 +39,9 @@ _NEUTRAL = np.arange(256, dtype=np.uint8)
 class RandomResizedCrop(A.DualTransform):
     """Resize to a random one of some shortest edges and crop at a uniformly random place.
 
-    Size and place are drawn first, and only the crop is computed: enlarging all of a large image to keep a small part
-    would take most of the time. Image antialiased bilinear, map nearest, both as Pillow does it; albumentations resizes
-    by OpenCV, whose bilinear mode aliases when it shrinks. An edge shorter than the crop stays whole.
+    Size and place are drawn first, and only the crop is computed: most of an enlarged image would be thrown away.
+    Image antialiased bilinear, map nearest, both as Pillow does it; albumentations resizes by OpenCV, which aliases.
+    An edge shorter than the crop stays whole.
     """
 
     def __init__(self, height: int, width: int, shortest_edges: Sequence[int], max_size: int | None) -> None:
@@ -63,18 +63,18 @@ class RandomResizedCrop(A.DualTransform):
         return {"size": size, "window": tuple(window)}
 
     def apply(self, img: np.ndarray, size: tuple[int, int], window: Window, **params: Any) -> np.ndarray:
-        """Compute the crop of the resized image."""
+        """The crop of the resized image."""
         return resize_window(img, size, window)
 
     def apply_to_mask(self, mask: np.ndarray, size: tuple[int, int], window: Window, **params: Any) -> np.ndarray:
-        """Pick the crop of the resized id map."""
+        """The crop of the resized id map."""
         return pick_window(mask, size, window)
 
 
 class SSDColorJitter(A.ImageOnlyTransform):
-    """SSD's photometric distortion; the defaults are SSD's. (Liu et al., SSD, ECCV 2016)
+    """SSD's photometric distortion, with its numbers by default. (Liu et al., SSD, ECCV 2016)
 
-    Its order: brightness, then saturation and hue with the contrast either before or after them. Each is a table of 256
+    Brightness first, then saturation and hue, with the contrast either before or after them. Each is a table of 256
     values, one lookup per pixel.
 
     Args:
@@ -142,8 +142,17 @@ class SSDColorJitter(A.ImageOnlyTransform):
         return _look_up(img, after)
 
 
+def _look_up(image: UInt8[np.ndarray, "height width 3"], table: UInt8[np.ndarray, "256"]) -> np.ndarray:
+    return image if np.array_equal(table, _NEUTRAL) else cv2.LUT(image, table)
+
+
+def _table(factor: float, offset: float) -> UInt8[np.ndarray, "256"]:
+    """`factor * value + offset` for each value, cut off at 0 and 255 and rounded down."""
+    return np.clip(np.arange(256, dtype=np.float32) * factor + offset, 0, 255).astype(np.uint8)
+
+
 class TrainTransform:
-    """The paper's augmentation: resize, crop, colour jitter, flip, pad. Defaults: Cityscapes.
+    """The paper's augmentation: resize, crop, colour jitter, flip, pad; by default with its numbers for Cityscapes.
 
     Segments that the crop removed from the map stay listed in the sample.
 
@@ -168,7 +177,7 @@ class TrainTransform:
         color_jitter: SSDColorJitter | bool | None = True,
         flip: int | float = 0.5,
         pad: bool = False,
-        pad_value: int = PAD_VALUE,
+        pad_value: int = 128,
     ) -> None:
         if len(crop_size) != 2 or not shortest_edges or not _positive(*crop_size, *shortest_edges, max_size):
             raise UserError("crop_size must be two positive lengths, shortest_edges and max_size positive lengths")
@@ -219,32 +228,21 @@ class EvalTransform:
             return sample._replace(image=sample.image.contiguous())
         image = sample.image.permute(1, 2, 0).numpy()
         size = resized_size(image.shape[0], image.shape[1], self.shortest_edge, self.max_size)
-        resized = torch.from_numpy(resize(image, size))
-        return sample._replace(image=resized.permute(2, 0, 1).contiguous())
+        return sample._replace(image=torch.from_numpy(resize(image, size)).permute(2, 0, 1).contiguous())
+
+
+def square_transforms(edge: int) -> tuple[TrainTransform, EvalTransform]:
+    """The paper's transforms for ADE20K: padded square crops of images whose shortest edge is 0.5 to 2.0 times theirs.
+
+    Args:
+        edge: of the crop and of evaluation images, in pixels; the paper's are 640 (panoptic) and 512 (semantic).
+    """
+    edges = [int(0.1 * step * edge) for step in range(5, 21)]
+    return TrainTransform((edge, edge), edges, max_size=4 * edge, pad=True), EvalTransform(edge, max_size=4 * edge)
 
 
 def _positive(*lengths: int | None) -> bool:
     return all(length is None or length > 0 for length in lengths)
-
-
-def _look_up(image: UInt8[np.ndarray, "height width 3"], table: UInt8[np.ndarray, "256"]) -> np.ndarray:
-    return image if np.array_equal(table, _NEUTRAL) else cv2.LUT(image, table)
-
-
-def _table(factor: float, offset: float) -> UInt8[np.ndarray, "256"]:
-    """`factor * value + offset` for each value, cut off at 0 and 255 and rounded down."""
-    return np.clip(np.arange(256, dtype=np.float32) * factor + offset, 0, 255).astype(np.uint8)
-
-
-# Resizing as Pillow does it, computed only where it is needed. Enlarging all of an image to keep a part is waste.
-#
-# H W height and width of the source, h w those of the window.
-
-
-Window = tuple[slice, slice]
-"""Rows and columns, each with start and stop."""
-
-_NEAR = 16
 
 
 def resized_size(height: int, width: int, shortest_edge: int, max_size: int | None = None) -> tuple[int, int]:
@@ -261,24 +259,22 @@ def resize(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
+_NEAR = 16
+
+
 def resize_window(
     image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int], window: Window
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A window of `resize(image, size)`, computed from no more of the source than it depends on.
+    """A window of `resize(image, size)`, computed from the part of the source that it depends on.
 
-    Within one grey level of it. Pillow resizes rows, rounds, and then columns, and keeps the ends of a box in single
-    precision, which can turn a value that lies between two. Both ways by boxes would now and then be off by two; so
-    rows are resized between places where source and result have a common pixel border, which is exact. Columns are,
-    too, where such borders are near.
-
-    Args:
-        image: the source; may be memory-mapped.
-        size: height and width of the whole image after resizing.
-        window: what to compute of the resized image.
+    Within one grey level. Pillow resizes columns, rounds, and then rows, and keeps the ends of a box in single
+    precision, which can turn a value that lies between two; one call with a box would be off by two now and then. So
+    each axis is resized between places where source and result share a pixel border, which is exact: always
+    horizontally, vertically where such borders are near.
     """
     (height, width), (new_height, new_width), (rows, columns) = image.shape[:2], size, window
-    top, bottom = _widened(rows, new_height // math.gcd(height, new_height), new_height, at_most=_NEAR)
-    left, right = _widened(columns, new_width // math.gcd(width, new_width), new_width)
+    top, bottom = _widened(rows, new_height // math.gcd(height, new_height), at_most=_NEAR)
+    left, right = _widened(columns, new_width // math.gcd(width, new_width))
     ys, y0, y1 = _source(top, bottom, height, new_height)
     xs, x0, x1 = _source(left, right, width, new_width)
     part = Image.fromarray(np.ascontiguousarray(image[ys, xs]))
@@ -291,15 +287,15 @@ def resize_window(
 def pick_window(
     values: Integer[np.ndarray, "H W"], size: tuple[int, int], window: Window
 ) -> Integer[np.ndarray, "h w"]:
-    """A window of a map that is resized to the nearest value, exactly as Pillow does; see `resize_window`."""
+    """A window of a map that is resized to the nearest value, exactly as Pillow does."""
     rows, columns = (_nearest(*axis)[cut] for *axis, cut in zip(values.shape, size, window, strict=True))
     top, left = int(rows[0]), int(columns[0])
     source = values[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1]
     return source.take(rows - top, axis=0).take(columns - left, axis=1)
 
 
-def _widened(cut: slice, step: int, length: int, at_most: int | None = None) -> tuple[int, int]:
-    """Start and stop of a cut, widened to multiples of a step that divides the length, unless it is too long."""
+def _widened(cut: slice, step: int, at_most: int | None = None) -> tuple[int, int]:
+    """Start and stop of a cut, widened to multiples of a step, unless the step is too long."""
     if at_most is not None and step > at_most:
         return cut.start, cut.stop
     return cut.start // step * step, -(-cut.stop // step) * step
@@ -317,18 +313,3 @@ def _nearest(length: int, new_length: int) -> Int32[np.ndarray, " new_length"]:
     """The source index of every pixel of a resized axis, by Pillow itself: a formula would round ties otherwise."""
     indices = Image.fromarray(np.arange(length, dtype=np.int32)[None])
     return np.array(indices.resize((new_length, 1), Image.Resampling.NEAREST))[0]
-
-
-def square_crops(edge: int) -> TrainTransform:
-    """Square crops, padded where the image is smaller, from images whose shortest edge is 0.5 to 2.0 times as long.
-
-    Args:
-        edge: of the crop, in pixels; the paper's are 640 (ADE20K panoptic) and 512 (ADE20K semantic).
-    """
-    edges = [int(0.1 * step * edge) for step in range(5, 21)]
-    return TrainTransform((edge, edge), edges, max_size=4 * edge, pad=True)
-
-
-def resized_to_crops(edge: int) -> EvalTransform:
-    """Evaluation images at the size that `square_crops` trains on."""
-    return EvalTransform(edge, max_size=4 * edge)

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-WriteSample = Callable[..., None]
-
 
 @pytest.fixture
-def write_sample(tmp_path: Path) -> WriteSample:
+def write_sample(tmp_path: Path) -> Callable[..., None]:
     """Writes one image and its instanceIds map below `tmp_path`."""
 
     def write(name: str, ids: np.ndarray, split: str = "train", image: np.ndarray | None = None) -> None:

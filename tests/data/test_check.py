@@ -15,12 +15,12 @@ from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataset
 from pem_lightning.data.coco import CocoPanopticDataset
 from pem_lightning.data.semantic_folder import SemanticFolderDataset
 from pem_lightning.files import id_to_rgb
+from tests.panoptic_files import segment
 
 
 def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
-    return path
 
 
 def photo(height, width):
@@ -31,6 +31,7 @@ class Tree:
     """Two images of a data set with all its classes, and what is needed to plant a fault."""
 
     names = ("a", "b")
+    image_path, label_path = "images/train/{}.png", "labels/train/{}.png"
 
     def __init__(self, root):
         self.root = root
@@ -38,8 +39,18 @@ class Tree:
             save(self.image(name), photo(*self.values.shape[:2]))
             save(self.label(name), self.values)
 
-    def check(self):
-        return check_split(self.dataset(), "train")
+    def image(self, name):
+        return self.root / self.image_path.format(name)
+
+    def label(self, name):
+        return self.root / self.label_path.format(name)
+
+    def relabel(self, values, names=names):
+        for name in names:
+            save(self.label(name), values)
+
+    def check(self, split="train"):
+        return check_split(self.dataset(), split)
 
     def problem(self):
         """The one problem that there is."""
@@ -50,12 +61,8 @@ class Tree:
 
 class Cityscapes(Tree):
     values = np.array([[k if k < 24 else 1000 * k for k in CITYSCAPES.category_ids] + [0, 24]], np.uint16).repeat(4, 0)
-
-    def image(self, name):
-        return self.root / "leftImg8bit" / "train" / "ulm" / f"ulm_{name}_leftImg8bit.png"
-
-    def label(self, name):
-        return self.root / "gtFine" / "train" / "ulm" / f"ulm_{name}_gtFine_instanceIds.png"
+    image_path = "leftImg8bit/train/ulm/ulm_{}_leftImg8bit.png"
+    label_path = "gtFine/train/ulm/ulm_{}_gtFine_instanceIds.png"
 
     def dataset(self):
         return CityscapesDataset(self.root, "train", on_error="collect")
@@ -63,12 +70,7 @@ class Cityscapes(Tree):
 
 class ADE20K(Tree):
     values = np.arange(151, dtype=np.uint8)[None].repeat(3, 0)
-
-    def image(self, name):
-        return self.root / "images" / "training" / f"{name}.jpg"
-
-    def label(self, name):
-        return self.root / "annotations" / "training" / f"{name}.png"
+    image_path, label_path = "images/training/{}.jpg", "annotations/training/{}.png"
 
     def dataset(self):
         return ADE20KDataset(self.root, "train", on_error="collect")
@@ -81,48 +83,25 @@ class Folder(Tree):
         super().__init__(root)
         (root / "classes.yaml").write_text(classes)
 
-    def image(self, name):
-        return self.root / "images" / "train" / f"{name}.jpg"
-
-    def label(self, name):
-        return self.root / "labels" / "train" / f"{name}.png"
-
     def dataset(self):
         return SemanticFolderDataset(self.root, "train", on_error="collect")
 
 
 class Coco(Tree):
     values = id_to_rgb(np.array([[0, 5, 5, 70000]], np.int32).repeat(3, 0))
+    image_path, label_path = "images/{}.png", "maps/{}.png"
 
     def __init__(self, root):
         super().__init__(root)
-        self.content = {
-            "images": [{"id": k, "file_name": f"{name}.jpg"} for k, name in enumerate(self.names)],
-            "annotations": [
-                {
-                    "image_id": k,
-                    "file_name": f"{name}.png",
-                    "segments_info": [
-                        {"id": 5, "category_id": 1, "iscrowd": 0},
-                        {"id": 70000, "category_id": 9, "iscrowd": 0},
-                    ],
-                }
-                for k, name in enumerate(self.names)
-            ],
-            "categories": [
-                {"id": 1, "name": "cat", "isthing": 1, "color": [9, 9, 9]},
-                {"id": 9, "name": "sky", "isthing": 0, "color": [0, 0, 255]},
-            ],
-        }
-
-    def image(self, name):
-        return self.root / "images" / f"{name}.jpg"
-
-    def label(self, name):
-        return self.root / "maps" / f"{name}.png"
+        self.listed = {name: [segment(5, 1), segment(70000, 9)] for name in self.names}
 
     def dataset(self):
-        (self.root / "maps.json").write_text(json.dumps(self.content))
+        content = {
+            "images": [{"id": name, "file_name": f"{name}.png"} for name in self.names],
+            "annotations": [{"image_id": name, "segments_info": self.listed[name]} for name in self.names],
+            "categories": [{"id": 1, "name": "cat", "isthing": 1}, {"id": 9, "name": "sky", "isthing": 0}],
+        }
+        (self.root / "maps.json").write_text(json.dumps(content))
         return CocoPanopticDataset(self.root / "maps.json", self.root / "images", on_error="collect")
 
 
@@ -140,44 +119,38 @@ def test_counts_per_class(tmp_path):
     assert (result.pixels, result.segments, result.total_pixels) == ({0: 12, 1: 6}, {0: 2, 1: 2}, 24)
     report = result.to_dict()
     assert report["void_share"] == 0.25
-    assert report["classes"][0] == {
-        "name": "cat",
-        "pixels": 12,
-        "share": 0.5,
-        "segments": 2,
-        "crowds": 0,
-        "images": 2,
-    }
+    cat = {"name": "cat", "pixels": 12, "share": 0.5, "segments": 2, "crowds": 0, "images": 2}
+    assert report["classes"][0] == cat
 
 
 # The planted faults.
 
 
-def test_fault_missing_annotation(tmp_path):
-    tree = Cityscapes(tmp_path)
+def test_missing_counterparts(tmp_path):
+    tree = Cityscapes(tmp_path / "cityscapes")
     tree.label("b").unlink()
     problem = tree.problem()
     assert problem.startswith(f"{tree.image('b')} has no annotation: ")
     assert "gtFine_trainvaltest.zip" in problem
-
-
-def test_fault_missing_image(tmp_path):
-    tree = ADE20K(tmp_path)
+    tree = ADE20K(tmp_path / "ade20k")
     tree.image("a").unlink()
     problem = tree.problem()
     assert problem.startswith(f"{tree.label('a')} has no image: ")
     assert "ADEChallengeData2016.zip" in problem
+    tree.label("b").rename(tree.label("other"))
+    result = tree.check()
+    assert (len(result.problems), result.images, result.gallery) == (3, 0, [])
 
 
 @pytest.mark.parametrize("kind", [Cityscapes, ADE20K])
-def test_fault_truncated_image(kind, tmp_path):
+def test_truncated_image(kind, tmp_path):
     tree = kind(tmp_path)
     path = tree.image("b")
     path.write_bytes(path.read_bytes()[:-20])
     assert tree.problem().startswith(f"cannot read {path} (it is truncated): ")
 
 
-def test_fault_damaged_map(tmp_path):
+def test_damaged_map(tmp_path):
     tree = Cityscapes(tmp_path)
     path = tree.label("a")
     data = bytearray(path.read_bytes())
@@ -186,51 +159,37 @@ def test_fault_damaged_map(tmp_path):
     assert tree.problem().startswith(f"cannot read {path} (its content is damaged: a checksum is wrong): ")
 
 
-def test_fault_wrong_size(tmp_path):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [(Folder.values.T.copy(), "is a 3x4 map of 1 channel(s), its image b.png needs a 4x3"), (photo(3, 4), "3 channel")],
+)
+def test_wrong_size_or_mode(tmp_path, values, message):
     tree = Folder(tmp_path)
-    save(tree.label("a"), tree.values.T.copy())
-    problem = tree.problem()
-    assert problem.startswith(str(tree.label("a")))
-    assert "3x4" in problem
-    assert "4x3" in problem
-
-
-def test_fault_wrong_mode(tmp_path):
-    """Colours where ids are expected."""
-    tree = Folder(tmp_path)
-    save(tree.label("b"), photo(3, 4))
+    tree.relabel(values, "b")
     problem = tree.problem()
     assert problem.startswith(str(tree.label("b")))
-    assert "channel" in problem
+    assert message in problem
 
 
-def test_fault_lossy_map(tmp_path):
+def test_lossy_map(tmp_path):
     tree = Folder(tmp_path)
     Image.fromarray(tree.values).save(tree.label("b"), "JPEG")
     assert tree.problem().startswith(f"{tree.label('b')} is no PNG file")
 
 
-def test_fault_unknown_id(tmp_path):
-    tree = Cityscapes(tmp_path)
-    save(tree.label("b"), np.where(tree.values == 7, 77, tree.values).astype(np.uint16))
-    problem = tree.problem()
-    assert problem.startswith(str(tree.label("b")))
-    assert "77" in problem
+def test_unknown_ids(tmp_path):
+    tree = Cityscapes(tmp_path / "cityscapes")
+    tree.relabel(np.where(tree.values == 7, 77, tree.values).astype(np.uint16), "b")
+    assert tree.problem().startswith(f"{tree.label('b')} has ids that Cityscapes does not define (77)")
+    tree = Coco(tmp_path / "coco")
+    del tree.listed["b"][0]
+    assert tree.problem().startswith(f"{tree.label('b')} has the segment id 5")
 
 
-def test_fault_id_without_entry(tmp_path):
-    tree = Coco(tmp_path)
-    del tree.content["annotations"][1]["segments_info"][0]
-    problem = tree.problem()
-    assert problem.startswith(str(tree.label("b")))
-    assert "id 5" in problem
-
-
-def test_fault_ade20k_shifted_down_by_one(tmp_path):
+def test_ade20k_shifted_down_by_one(tmp_path):
     """What subtracting one from bytes beforehand makes of void: 255."""
     tree = ADE20K(tmp_path)
-    for name in tree.names:
-        save(tree.label(name), tree.values - np.uint8(1))
+    tree.relabel(tree.values - np.uint8(1))
     suspicion, *rest = tree.check().problems
     assert "shifted down by one" in suspicion
     assert "255 covers 0.7% of all pixels" in suspicion
@@ -238,87 +197,66 @@ def test_fault_ade20k_shifted_down_by_one(tmp_path):
     assert [problem.split(" ")[0] for problem in rest] == [str(tree.label("a")), str(tree.label("b"))]
 
 
-def test_fault_folder_shifted_up_by_one(tmp_path):
+def test_folder_shifted_up_by_one(tmp_path):
     tree = Folder(tmp_path)
-    for name in tree.names:
-        save(tree.label(name), np.array([[1, 2, 3, 255]], np.uint8).repeat(3, 0))
+    tree.relabel(np.array([[1, 2, 3, 255]], np.uint8).repeat(3, 0))
     suspicion = tree.check().problems[0]
-    assert "shifted up by one" in suspicion
-    assert "3 covers 25.0% of all pixels" in suspicion
-    assert "0 never occurs" in suspicion
-    assert "classes.yaml" in suspicion
-
-
-@pytest.mark.parametrize("with_void", [True, False])
-def test_fault_cityscapes_train_ids(with_void, tmp_path):
-    tree = Cityscapes(tmp_path)
-    for name in tree.names:
-        save(tree.label(name), np.array([[*range(19), 255 if with_void else 0, 0]], np.uint8).repeat(4, 0))
-    suspicion = tree.check().problems[0]
-    assert "train ids instead of instanceIds" in suspicion
-    assert "gtFine_instanceIds.png" in suspicion
-
-
-def test_fault_cityscapes_label_ids(tmp_path):
-    tree = Cityscapes(tmp_path)
-    for name in tree.names:
-        save(tree.label(name), np.array([[*CITYSCAPES.category_ids, 0, 0]], np.uint8).repeat(4, 0))
-    assert "labelIds instead of instanceIds" in tree.problem()
-
-
-def test_fault_class_that_never_occurs(tmp_path):
-    tree = Folder(tmp_path)
-    for name in tree.names:
-        save(tree.label(name), np.zeros((3, 4), np.uint8))
-    problem = tree.problem()
-    assert problem.startswith(f"train ({tmp_path}/labels/train): 2 of 3 classes never occur: field, wood; ")
-    (note,) = check_split(tree.dataset(), "val").notes  # validation may lack some
-    assert note.startswith(f"val ({tmp_path}/labels/train): 2 of 3 classes never occur")
-
-
-def test_fault_overlapping_ids(tmp_path):
-    tree = Coco(tmp_path)
-    tree.content["annotations"][0]["segments_info"].append({"id": 5, "category_id": 9, "iscrowd": 0})
-    problem = tree.problem()
-    assert "maps.json" in problem
-    assert "a.jpg has the segment id 5 twice" in problem
-
-
-def test_fault_segment_without_pixels(tmp_path):
-    tree = Coco(tmp_path)
-    tree.content["annotations"][1]["segments_info"].append({"id": 6, "category_id": 9, "iscrowd": 0})
-    assert tree.problem().startswith(
-        f"{tree.label('b')} has no pixels for 1 of its 3 listed segments, number 3 (sky): "
-    )
-
-
-def test_images_without_annotation_are_noted(tmp_path):
-    tree = Folder(tmp_path)
-    save(tree.label("b"), np.full((3, 4), 255, np.uint8))
-    result = tree.check()
-    assert result.problems == []
-    assert result.notes == [f"train ({tmp_path}/labels/train): 1 image(s) have no annotated pixel: b"]
+    for evidence in ("shifted up by one", "3 covers 25.0% of all pixels", "0 never occurs", "classes.yaml"):
+        assert evidence in suspicion
 
 
 @pytest.mark.parametrize("void", ["[255]", "[3, 255]", "[]"])
 def test_declared_void_is_no_shift(void, tmp_path):
     """Values that the format defines give no suspicion, whatever is missing beside them."""
     tree = Folder(tmp_path, f"{{classes: [road, field, wood], void: {void}}}")
-    for name in tree.names:
-        save(tree.label(name), np.array([[1, 1, 2, 3 if "3" in void else 1]], np.uint8).repeat(3, 0))
+    tree.relabel(np.array([[1, 1, 2, 3 if "3" in void else 1]], np.uint8).repeat(3, 0))
     assert not any("shifted" in problem for problem in tree.check().problems)
 
 
 def test_a_value_of_its_own_gives_no_suspicion():
-    assert shifted_by_one(Counter({0: 5, 1: 5, 7: 1}), range(3), "cure") == []
-    assert shifted_by_one(Counter({0: 5, 2: 5, 3: 1}), range(3), "cure") == []  # 3 is unknown, but 0 is used
-    assert shifted_by_one(Counter({2: 5, 255: 5}), range(3), "cure") == []  # 255 is unknown, but the highest is used
+    assert shifted_by_one(Counter({0: 5, 1: 5, 7: 1}), range(3), "hint") == []
+    assert shifted_by_one(Counter({0: 5, 2: 5, 3: 1}), range(3), "hint") == []  # 3 is unknown, but 0 is used
+    assert shifted_by_one(Counter({2: 5, 255: 5}), range(3), "hint") == []  # 255 is unknown, but the highest is used
 
 
-def test_nothing_but_orphans(tmp_path):
-    tree = ADE20K(tmp_path)
-    for name in tree.names:
-        tree.label(name).rename(tree.label(f"other_{name}"))
+@pytest.mark.parametrize("void", [255, 0])
+def test_cityscapes_train_ids(void, tmp_path):
+    tree = Cityscapes(tmp_path)
+    tree.relabel(np.array([[*range(19), void, 0]], np.uint8).repeat(4, 0))
+    suspicion = tree.check().problems[0]
+    assert "train ids instead of instanceIds" in suspicion
+    assert "gtFine_instanceIds.png" in suspicion
+
+
+def test_cityscapes_label_ids(tmp_path):
+    tree = Cityscapes(tmp_path)
+    tree.relabel(np.array([[*CITYSCAPES.category_ids, 0, 0]], np.uint8).repeat(4, 0))
+    assert "labelIds instead of instanceIds" in tree.problem()
+
+
+def test_class_that_never_occurs(tmp_path):
+    tree = Folder(tmp_path)
+    tree.relabel(np.zeros((3, 4), np.uint8))
+    assert tree.problem().startswith(f"train ({tmp_path}/labels/train): 2 of 3 classes never occur: field, wood; ")
+    (note,) = tree.check("val").notes  # validation may lack some
+    assert note.startswith(f"val ({tmp_path}/labels/train): 2 of 3 classes never occur")
+
+
+def test_segments_that_do_not_fit_the_map(tmp_path):
+    tree = Coco(tmp_path)
+    tree.listed["a"].append(segment(5, 9))
+    problem = tree.problem()
+    assert "maps.json" in problem
+    assert "a.png has the segment id 5 twice" in problem
+    tree.listed["a"][-1]["id"] = 6
+    assert tree.problem().startswith(
+        f"{tree.label('a')} has no pixels for 1 of its 3 listed segments, number 3 (sky): "
+    )
+
+
+def test_images_without_annotation_are_noted(tmp_path):
+    tree = Folder(tmp_path)
+    tree.relabel(np.full((3, 4), 255, np.uint8), "b")
     result = tree.check()
-    assert len(result.problems) == 4
-    assert (result.images, result.gallery) == (0, [])
+    assert result.problems == []
+    assert result.notes == [f"train ({tmp_path}/labels/train): 1 image(s) have no annotated pixel: b"]

@@ -26,46 +26,47 @@ def root(tmp_path, write_sample):
 
 
 def make_data(root, **arguments) -> CityscapesDataModule:
-    defaults = {
-        "batch_size": 2,
-        "num_workers": 0,
-        "train_transform": TrainTransform((16, 24), [20, 24, 28], None),
-    }
+    defaults = {"batch_size": 2, "num_workers": 0, "train_transform": TrainTransform((16, 24), [20, 24, 28], None)}
     data = CityscapesDataModule(root, **(defaults | arguments))
     data.prepare_data()
     data.setup("fit")
     return data
 
 
-def samples_of(*sizes: tuple[int, int]) -> list[Sample]:
-    segment = Segment(7, 0, False)
-    return [
-        Sample(
-            torch.full((3, h, w), i, dtype=torch.uint8), torch.full((h, w), 7, dtype=torch.int32), (segment,), f"{i}"
-        )
-        for i, (h, w) in enumerate(sizes)
+def train_batches(root, seed=7, epochs=1, **arguments) -> list[Batch]:
+    seed_everything(seed, workers=True, verbose=False)
+    loader = make_data(root, **arguments).train_dataloader()
+    assert loader.persistent_workers == (arguments.get("num_workers", 0) > 0)
+    return [batch for _ in range(epochs) for batch in loader]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return (
+        all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+        and all(torch.equal(x.labels, y.labels) for x, y in zip(a.targets, b.targets, strict=True))
+        and all(torch.equal(x.masks, y.masks) for x, y in zip(a.targets, b.targets, strict=True))
+    )
+
+
+def all_same(first: list[Batch], second: list[Batch]) -> bool:
+    return all(same(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_collation():
+    samples = [
+        Sample(torch.full((3, h, w), i).byte(), torch.full((h, w), 7).int(), (Segment(7, 0, False),), f"{i}")
+        for i, (h, w) in enumerate([(4, 5), (6, 3)])
     ]
+    train, evaluate = collate_train(samples, "panoptic"), collate_eval(samples)
+    assert [tuple(image.shape) for image in train.images] == [(3, 4, 5), (3, 6, 3)]
+    assert [tuple(target.masks.shape) for target in train.targets] == [(1, 4, 5), (1, 6, 3)]
+    assert (train.samples, train.names) == ([], ("0", "1"))
+    assert (evaluate.targets, evaluate.samples) == ([], samples)
+    assert all(image is sample.image for image, sample in zip(evaluate.images, samples, strict=True))
 
 
-def test_collate_train():
-    batch = collate_train(samples_of((4, 5), (6, 3)), "panoptic")
-    assert isinstance(batch, Batch)
-    assert [tuple(image.shape) for image in batch.images] == [(3, 4, 5), (3, 6, 3)]
-    assert [tuple(target.masks.shape) for target in batch.targets] == [(1, 4, 5), (1, 6, 3)]
-    assert batch.samples == []
-    assert batch.names == ("0", "1")
-
-
-def test_collate_eval():
-    samples = samples_of((4, 5), (6, 3))
-    batch = collate_eval(samples)
-    assert batch.targets == []
-    assert batch.samples == samples
-    assert all(image is sample.image for image, sample in zip(batch.images, samples, strict=True))
-
-
-def test_train_loader(root):
-    data = make_data(root)
+def test_loaders(root):
+    data = make_data(root, eval_batch_size=2)
     batches = list(data.train_dataloader())
     assert len(batches) == 2  # five images, the last is dropped
     for batch in batches:
@@ -73,17 +74,11 @@ def test_train_loader(root):
         for image, target in zip(batch.images, batch.targets, strict=True):
             assert image.dtype == torch.uint8
             assert image.shape[1:] == target.masks.shape[1:] == (16, 24)
-
-
-def test_val_loader_keeps_order_and_size(root):
-    batches = list(make_data(root, eval_batch_size=2).val_dataloader())
+    batches = list(data.val_dataloader())
     samples = [sample for batch in batches for sample in batch.samples]
     assert [sample.name for sample in samples] == [f"ulm_{i:06d}_000000" for i in range(3)]
     assert [tuple(sample.panoptic.shape) for sample in samples] == [(24, 40), (26, 40), (28, 40)]
     assert [len(batch.images) for batch in batches] == [2, 1]
-
-
-def test_eval_transform_is_used(root):
     data = make_data(root, eval_transform=EvalTransform(12))
     assert next(iter(data.val_dataloader())).images[0].shape == (3, 12, 20)
 
@@ -97,46 +92,36 @@ def test_task_decides_the_targets(root, task, classes):
 
 
 def test_training_is_shuffled_and_reproducible(root):
-    def epoch(seed):
-        seed_everything(seed, workers=True, verbose=False)
-        data = make_data(root)
-        return [torch.cat([image.flatten() for image in batch.images]) for batch in data.train_dataloader()]
-
-    first, again, other = epoch(1), epoch(1), epoch(2)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    first, again, other = train_batches(root, 1), train_batches(root, 1), train_batches(root, 2)
+    assert all_same(first, again)
+    assert not all_same(first, other)
 
 
-def test_workers_are_reproducible_and_differ(root):
-    # One image only, so that batches differ by augmentation alone.
-    for path in [*root.rglob("train/ulm/ulm_00000[1-4]*")]:
-        path.unlink()
-
-    def epochs():
-        seed_everything(7, workers=True, verbose=False)
-        data = make_data(root, batch_size=1, num_workers=2)
-        loader = data.train_dataloader()
-        assert loader.persistent_workers
-        images = [batch.images[0] for _ in range(3) for batch in loader]
-        return images
-
-    first, again = epochs(), epochs()
-    assert len(first) == 3
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[1], first[2])
+def test_batches_do_not_depend_on_the_number_of_workers(root):
+    alone = train_batches(root, epochs=2)
+    assert len(alone) == 4
+    assert not same(alone[0], alone[2])
+    for num_workers in (1, 2):
+        assert all_same(alone, train_batches(root, epochs=2, num_workers=num_workers))
 
 
-def test_two_workers_draw_differently(root):
-    seed_everything(7, workers=True, verbose=False)
+def test_workers_and_epochs_draw_differently(root):
     source = {path: path.read_bytes() for path in root.rglob("train/ulm/ulm_000000*")}
-    for path in root.rglob("train/ulm/*"):  # every image alike
+    for path in root.rglob("train/ulm/*"):  # every image alike, so that batches differ by augmentation alone
         kind = path.name.split("_", 3)[3]
         path.write_bytes(next(data for other, data in source.items() if other.name.endswith(kind)))
-    loader = make_data(root, batch_size=1, num_workers=2).train_dataloader()
-    images = [batch.images[0] for batch in loader]
-    assert len(images) == 5
+    images = [batch.images[0] for batch in train_batches(root, epochs=2, batch_size=1, num_workers=2)]
+    assert len(images) == 10
     assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
+
+
+def test_what_training_draws_does_not_change_the_data(root):
+    seed_everything(7, workers=True, verbose=False)
+    batches = []
+    for batch in make_data(root).train_dataloader():
+        batches.append(batch)
+        torch.rand(3)
+    assert all_same(train_batches(root), batches)
 
 
 def test_validation_needs_no_training_images(root):
@@ -149,48 +134,18 @@ def test_validation_needs_no_training_images(root):
         data.setup("fit")
 
 
-def test_too_few_images_for_one_batch(root):
-    with pytest.raises(UserError, match=r"5 training images make no batch of 8: lower recipe\.global_batch_size"):
-        make_data(root, batch_size=8)
-
-
-@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"eval_batch_size": 0}, {"num_workers": -1}])
-def test_numbers_out_of_range(root, arguments):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
+        ({"eval_batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
+        ({"num_workers": -1}, "num_workers at least 0"),
+        ({"batch_size": 8}, r"5 training images make no batch of 8: lower recipe\.global_batch_size"),
+    ],
+)
+def test_refused_arguments(root, arguments, message):
+    with pytest.raises(UserError, match=message):
         make_data(root, **arguments)
-
-
-def same(a: Batch, b: Batch) -> bool:
-    return (
-        all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
-        and all(torch.equal(x.labels, y.labels) for x, y in zip(a.targets, b.targets, strict=True))
-        and all(torch.equal(x.masks, y.masks) for x, y in zip(a.targets, b.targets, strict=True))
-    )
-
-
-def test_batches_do_not_depend_on_the_number_of_workers(root):
-    def epochs(num_workers):
-        seed_everything(7, workers=True, verbose=False)
-        loader = make_data(root, num_workers=num_workers).train_dataloader()
-        return [batch for _ in range(2) for batch in loader]
-
-    alone = epochs(0)
-    assert len(alone) == 4
-    assert not same(alone[0], alone[2])
-    for num_workers in (1, 2):
-        assert all(same(a, b) for a, b in zip(alone, epochs(num_workers), strict=True))
-
-
-def test_what_training_draws_does_not_change_the_data(root):
-    def epoch(disturbed):
-        seed_everything(7, workers=True, verbose=False)
-        batches = []
-        for batch in make_data(root).train_dataloader():
-            batches.append(batch)
-            torch.rand(3 if disturbed else 0)
-        return batches
-
-    assert all(same(a, b) for a, b in zip(epoch(False), epoch(True), strict=True))
 
 
 def on_device(data: CityscapesDataModule, rank: int, world_size: int) -> CityscapesDataModule:
@@ -201,8 +156,7 @@ def on_device(data: CityscapesDataModule, rank: int, world_size: int) -> Citysca
 
 
 def test_devices_train_on_disjoint_parts_of_the_same_batches(root):
-    seed_everything(7, workers=True, verbose=False)
-    whole = list(make_data(root, batch_size=4).train_dataloader())
+    whole = train_batches(root, batch_size=4)
     parts = []
     for rank in range(2):
         seed_everything(100 + rank, workers=True, verbose=False)  # devices that were not seeded alike
@@ -217,9 +171,6 @@ def test_devices_share_validation_without_repetition(root, world_size):
     loaders = [on_device(make_data(root), rank, world_size).val_dataloader() for rank in range(world_size)]
     names = [sample.name for loader in loaders for batch in loader for sample in batch.samples]
     assert sorted(names) == [f"ulm_{i:06d}_000000" for i in range(3)]
-
-
-def test_too_few_images_for_all_devices(root):
     with pytest.raises(UserError, match=r"3 validation images are too few for 4 devices: lower trainer\.devices"):
         on_device(make_data(root), 0, 4).val_dataloader()
 
@@ -233,17 +184,13 @@ def test_segments_that_were_cropped_away(root, keep):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_cache_changes_nothing_but_the_speed(root, tmp_path, num_workers):
-    def epoch(cache):
-        seed_everything(7, workers=True, verbose=False)
-        data = make_data(root, cache=cache, num_workers=num_workers)
-        return list(data.train_dataloader()), list(data.val_dataloader())
-
-    (train, val), (cached_train, cached_val) = epoch(None), epoch(tmp_path / "cache")
-    assert all(same(a, b) for a, b in zip(train, cached_train, strict=True))
+    cached = {"cache": tmp_path / "cache", "num_workers": num_workers}
+    assert all_same(train_batches(root), train_batches(root, **cached))
+    val, cached_val = (list(make_data(root, **options).val_dataloader()) for options in ({}, cached))
     for a, b in zip(val, cached_val, strict=True):
         assert same(a, b)
         assert torch.equal(a.samples[0].panoptic, b.samples[0].panoptic)
-    assert len(list((tmp_path / "cache").glob("*/*.sample"))) == 8
+    assert len(list((tmp_path / "cache").glob("*/*.json"))) == 8
 
 
 class Resident:
@@ -254,8 +201,7 @@ class Resident:
 
     def __call__(self, sample):
         pages = dict(line.split()[:2] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-        private = int(pages["Private_Dirty:"]) / 1024
-        return self.transform(sample)._replace(name=str(private))
+        return self.transform(sample)._replace(name=str(int(pages["Private_Dirty:"]) / 1024))
 
 
 @pytest.mark.slow
@@ -263,19 +209,16 @@ class Resident:
 @pytest.mark.parametrize("cached", [False, True])
 def test_memory_of_a_worker_stays_flat(root, tmp_path, cached):
     transform = Resident(TrainTransform((256, 256), [256, 300, 400], None))
-    data = make_data(
-        root, batch_size=1, num_workers=1, eval_transform=transform, cache=tmp_path / "c" if cached else None
-    )
-    data.setup("fit")
-    loader = data.val_dataloader()
-    epochs = [max(float(sample.name) for batch in loader for sample in batch.samples) for _ in range(60)]
-    assert max(epochs[30:]) < max(epochs[5:30]) + 4
+    cache = tmp_path / "cache" if cached else None
+    loader = make_data(root, num_workers=1, eval_transform=transform, cache=cache).val_dataloader()
+    epochs = [max(float(sample.name) for batch in loader for sample in batch.samples) for _ in range(24)]
+    assert max(epochs[12:]) < max(epochs[4:12]) + 4
 
 
 def test_training_batches_wait_in_the_hosts_memory(root):
     """Their micro-batches go to the device one by one; others go there whole."""
     data = make_data(root)
-    (batch,) = list(data.val_dataloader())[:1]
+    batch = next(iter(data.val_dataloader()))
     for training in (True, False):
         data.trainer = SimpleNamespace(training=training)
         moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)

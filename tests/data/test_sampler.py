@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pem_lightning.data.sampler import EndlessSampler, EvalSampler, SampleKey, SeededDataset, TrainSampler
@@ -43,6 +43,7 @@ def test_every_epoch_is_new_and_repeatable():
     assert list(TrainSampler(50, 8)) != first
 
 
+@settings(max_examples=30)
 @given(length=st.integers(12, 60), world_size=st.integers(1, 3), batch_size=st.integers(1, 4), start=st.integers(0, 40))
 def test_an_endless_stream_goes_on_from_any_batch(length, world_size, batch_size, start):
     def stream(rank, start, size=batch_size):

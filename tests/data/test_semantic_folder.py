@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -11,6 +13,8 @@ from pem_lightning.data.dataset import distinct_color
 from pem_lightning.data.semantic_folder import SemanticFolderDataModule, SemanticFolderDataset, read_classes
 from pem_lightning.data.targets import build_target, class_map
 from pem_lightning.types import Segment, UserError
+from tests.data.damage import damages, outcome
+from tests.data.test_coco import JUNK
 
 
 def write(root, name, values, split="train", suffix="jpg", classes="[road, car, tree]"):
@@ -52,6 +56,7 @@ def test_ids_colors_and_void_of_the_file(tmp_path):
     assert class_map(dataset[0]).tolist() == [[0, 1, 255], [255, 255, 0]]
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 2) | st.just(255), min_size=1, max_size=20))
 def test_any_map_comes_back(tmp_path_factory, values):
     root = tmp_path_factory.mktemp("root")
@@ -161,6 +166,19 @@ def test_wrong_class_lists_are_named(tmp_path, text, message):
         classes_of(tmp_path, text)
     assert "classes.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=60, deadline=5000)
+@given(damages | JUNK.map(lambda junk: lambda data: json.dumps(junk).encode(errors="surrogatepass")))
+def test_damaged_class_list(tmp_path_factory, damage):
+    path = tmp_path_factory.getbasetemp() / "classes.yaml"
+    path.write_bytes(damage(b"classes:\n- road\n- {name: field, color: [0, 255, 0], id: 3}\nvoid: [255]\n"))
+    classes, message = outcome(read_classes, path)
+    if message:
+        assert str(path) in message
+    else:
+        assert 1 <= classes.info.num_classes <= 255
+        assert not classes.void & set(classes.info.category_ids)
 
 
 def test_data_module(tmp_path):

@@ -10,9 +10,6 @@ from pem_lightning.data.targets import (
     build_target,
     check_task,
     class_map,
-    instance_target,
-    panoptic_target,
-    semantic_target,
 )
 from pem_lightning.types import Sample, Segment, UserError
 
@@ -31,7 +28,7 @@ def sample_of(panoptic=MAP, segments=SEGMENTS) -> Sample:
 
 
 def test_panoptic_drops_crowds_and_keeps_empty_segments():
-    target = panoptic_target(sample_of())
+    target = build_target(sample_of(), "panoptic")
     assert target.labels.tolist() == [0, 11, 11, 13]
     assert target.masks.dtype == torch.bool
     assert target.masks.sum((1, 2)).tolist() == [2, 1, 1, 0]
@@ -40,18 +37,18 @@ def test_panoptic_drops_crowds_and_keeps_empty_segments():
 
 
 def test_panoptic_without_empty_segments():
-    target = panoptic_target(sample_of(), keep_empty=False)
+    target = build_target(sample_of(), "panoptic", keep_empty=False)
     assert target.labels.tolist() == [0, 11, 11]
     assert target.masks.flatten(1).any(1).all()
 
 
 def test_instance_has_only_single_things():
-    target = instance_target(sample_of())
+    target = build_target(sample_of(), "instance")
     assert target.labels.tolist() == [11, 11, 13]
 
 
 def test_semantic_merges_per_class_and_counts_crowds():
-    target = semantic_target(sample_of())
+    target = build_target(sample_of(), "semantic")
     assert target.labels.tolist() == [0, 11]
     assert target.masks[0].tolist() == [[True, True, False, False], [False] * 4]
     assert target.masks[1].tolist() == [[False, False, True, False], [True, True, True, False]]
@@ -71,12 +68,6 @@ def test_image_without_targets(task, segments):
     assert target.masks.dtype == torch.bool
 
 
-def test_build_target_selects_the_task():
-    assert build_target(sample_of(), "panoptic").labels.tolist() == [0, 11, 11, 13]
-    assert build_target(sample_of(), "instance").labels.tolist() == [11, 11, 13]
-    assert build_target(sample_of(), "semantic").labels.tolist() == [0, 11]
-
-
 def test_unknown_task_names_the_known_ones():
     with pytest.raises(UserError, match=r"'depth'.*panoptic, semantic, instance"):
         check_task("depth")
@@ -85,7 +76,7 @@ def test_unknown_task_names_the_known_ones():
 @given(st.lists(st.sampled_from([0, 7, 24, 24000, 24001]), min_size=6, max_size=6))
 def test_semantic_masks_partition_the_labelled_pixels(values):
     sample = sample_of(torch.tensor(values, dtype=torch.int32).view(2, 3))
-    masks = semantic_target(sample).masks
+    masks = build_target(sample, "semantic").masks
     assert torch.equal(masks.sum(0), (sample.panoptic != 0).long())
     classes = {s.id: s.class_id for s in SEGMENTS} | {0: IGNORE_INDEX}
     assert class_map(sample).flatten().tolist() == [classes[value] for value in values]
