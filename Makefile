@@ -15,10 +15,8 @@ help: ## List the targets
 demo: $(VENV)/.core ## Train PEM on drawn street scenes: minutes on two CPU cores, no download (ARGS="key=value ..." to change it)
 	$(BIN)/python train.py $(ARGS)
 
-PORT ?= 6006
-RUNS ?= outputs multirun
 dashboard: $(VENV)/.core ## Show all runs, those under way too, on a local page: curves, settings, pictures (PORT=6006 RUNS="outputs multirun")
-	@$(BIN)/python scripts/dashboard.py $(RUNS) --port $(PORT)
+	@$(BIN)/python scripts/dashboard.py $(RUNS) $(if $(PORT),--port $(PORT))
 
 # conf/scale/synthetic_small.yaml states the scale. Finished jobs are not run again, so an interrupted call goes on; a job
 # that fails does not keep the others from the report. Six layers are the unchanged network's, which the first sweep has. A job

@@ -1,7 +1,7 @@
-"""What is shown and kept of training and evaluation: progress, curves, pictures, results, predictions."""
+"""Callbacks for what Lightning lacks: pictures, results, guards and progress."""
 
 from pem_lightning.callbacks.guards import NonFiniteLoss
-from pem_lightning.callbacks.progress import LearningRates, Throughput, progress_bar
+from pem_lightning.callbacks.progress import Throughput, progress_bar
 from pem_lightning.callbacks.results import Results, SavePredictions
 from pem_lightning.callbacks.visualization import ConfusionMatrix, Curves, PredictionPanels, WorstImages
 from pem_lightning.callbacks.weight_averaging import AverageWeights
@@ -13,7 +13,6 @@ __all__ = [
     "Curves",
     "ExactResume",
     "LastCheckpoint",
-    "LearningRates",
     "NonFiniteLoss",
     "PredictionPanels",
     "Results",

@@ -1,4 +1,4 @@
-"""A loss that is no number: what led to it is kept, and the weights are not touched."""
+"""A loss that is not finite: it changes nothing, and what led to it is saved."""
 
 from __future__ import annotations
 
@@ -22,18 +22,15 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(Callback):
-    """Keeps a step whose loss is infinite or NaN on any device from changing anything, and stops.
+    """Skips a step whose loss is infinite or NaN on any device, and stops the training after too many of them.
 
-    Batch, losses and generators of the step go into `non_finite_step_<step>.pt`, one per device, in which `torch.load`
-    finds plain data. With mixed precision in float16, infinite gradients of a finite loss are no such step: the loss
-    scale deals with them.
-
-    A step that is skipped counts as a step: schedule, data and checkpoints stay in line.
+    Batch, losses and random states of the step go into `non_finite_step_<step>.pt`, one file per device, which
+    `torch.load` reads with `weights_only`. A skipped step counts as a step, so that schedule, data and checkpoints stay
+    in line. Infinite float16 gradients of a finite loss are left to the loss scale.
 
     Args:
         directory: where the files go.
-        max_bad_steps: how many such steps of the run are skipped before one stops it. They are logged as
-            `train/bad_steps`.
+        max_bad_steps: how many such steps a run may skip. They are logged as `train/bad_steps`.
     """
 
     def __init__(self, directory: str | Path, max_bad_steps: int = 0) -> None:
@@ -43,36 +40,37 @@ class NonFiniteLoss(Callback):
         self._flag = SharedFlag()
         self._bad = False
         self._generators: dict[str, Any] = {}
-        self._statistics: list[Tensor] = []
+        self._buffers: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the step's generators, and statistics that a forward pass changes."""
+        """Remember the random states, and the buffers, which a forward pass changes."""
         self._bad = False
         self._generators = {"torch": torch.get_rng_state()}
         if pl_module.device.type == "cuda":
-            self._generators["cuda"] = torch.cuda.get_rng_state(pl_module.device)  # kept on the host: no waiting
+            self._generators["cuda"] = torch.cuda.get_rng_state(pl_module.device)  # lives on the host: no waiting
         if self.max_bad_steps > self.bad_steps:
             buffers = list(pl_module.buffers())
-            if len(self._statistics) != len(buffers):
-                self._statistics = [torch.empty_like(buffer) for buffer in buffers]
-            for kept, buffer in zip(self._statistics, buffers, strict=True):
+            if len(self._buffers) != len(buffers):
+                self._buffers = [torch.empty_like(buffer) for buffer in buffers]
+            for kept, buffer in zip(self._buffers, buffers, strict=True):
                 kept.copy_(buffer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Ask, but do not wait for the answer: the backward pass can be queued meanwhile."""
+        """Ask whether the loss is finite; the answer is read later, so that the host need not wait here."""
         self._flag.tell(~loss.detach().isfinite())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Throw the gradients away if the answer is no; then the optimiser has nothing to do."""
+        """Drop the gradients of a bad step, so that the optimiser changes nothing."""
         self._bad = self._flag.read()
-        # With a loss scale it is that which skips the step, and it wants to see why.
-        if self._bad and not _scales_loss(trainer):
+        plugin = trainer.precision_plugin
+        scales_loss = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+        if self._bad and not scales_loss:  # a loss scale skips the step itself, and must see the gradients
             optimizer.zero_grad(set_to_none=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Keep what led to it; stop, or skip the step.
+        """Save what led to a bad step; restore the buffers or stop.
 
         Raises:
             UserError: there are more such steps than `max_bad_steps`.
@@ -89,23 +87,22 @@ class NonFiniteLoss(Callback):
                 f"{message}: see torch.load('{path}'), and resume with a lower learning rate, another precision, "
                 "or recipe.max_bad_steps to skip such steps"
             )
-        for kept, buffer in zip(self._statistics, pl_module.buffers(), strict=True):
+        for kept, buffer in zip(self._buffers, pl_module.buffers(), strict=True):
             buffer.copy_(kept)
         pl_module.log("train/bad_steps", float(self.bad_steps), batch_size=1, rank_zero_only=True)
         log.warning("%s: SKIPPED, %d of at most %d; see %s", message, self.bad_steps, self.max_bad_steps, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many there were."""
+        """The count."""
         return {"bad_steps": self.bad_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue the count."""
         self.bad_steps = state_dict["bad_steps"]
 
     def _dump(self, trainer: Trainer, batch: Batch, step: int) -> Path:
         rank = f"_device_{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = self.directory / f"non_finite_step_{step:06d}{rank}.pt"
-        losses = {k: v.detach().cpu() for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
         content = {
             "step": step,
             "names": list(batch.names),
@@ -113,7 +110,7 @@ class NonFiniteLoss(Callback):
             "images": [image.cpu() for image in batch.images],
             "labels": [target.labels.cpu() for target in batch.targets],
             "masks": [target.masks.cpu() for target in batch.targets],
-            "losses": losses,
+            "losses": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
             "generators": self._generators,
         }
         buffer = io.BytesIO()
@@ -123,14 +120,9 @@ class NonFiniteLoss(Callback):
 
 
 def _files(trainer: Trainer, batch: Batch) -> list[str]:
-    """The images' files where the data set tells, else their names."""
+    """The images' files if the data set knows them, otherwise their names."""
     datamodule = getattr(trainer, "datamodule", None)
     if not isinstance(datamodule, SegmentationDataModule):
         return list(batch.names)
     dataset = datamodule.train_dataset
     return [str(dataset.files(dataset.names.index(name))[0]) for name in batch.names]
-
-
-def _scales_loss(trainer: Trainer) -> bool:
-    plugin = trainer.precision_plugin
-    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None

@@ -16,7 +16,6 @@ from hydra.types import RunMode
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, open_dict
 
-from pem_lightning.callbacks.loggers import RunStart, record_start
 from pem_lightning.checkpoints import (
     Checkpoint,
     check_fits,
@@ -71,8 +70,6 @@ def train(cfg: DictConfig) -> float:
             show_report(report)
     elif cfg.backbone.get("pretrained"):  # only here: whoever has a checkpoint has the weights
         cast(Backbone, module.network.backbone).load_pretrained(cfg.backbone.pretrained)
-    start = RunStart(module.record["config"], command_line(), cfg.task.monitor, checkpoint.step if checkpoint else 0)
-    record_start(trainer.loggers, start)
     size = count_parameters(module.network) / 1e6
     log.info(
         "PEM, %s, %.2f M parameters, on %s in %s",

@@ -151,7 +151,7 @@ class PEMModule(LightningModule):
         optimizer = self.optimizer(self.parameter_groups(self.network))
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"},
+            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step", "name": "lr"},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

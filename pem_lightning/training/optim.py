@@ -47,7 +47,8 @@ def parameter_groups(
     seen: set[nn.Parameter] = set()
     exempt = _exempt_by_themselves(model)
     for module_name, module in model.named_modules():
-        group_lr = lr * backbone_lr_multiplier if "backbone" in module_name.split(".") else lr
+        part = "backbone" if "backbone" in module_name.split(".") else "decoders"
+        group_lr = lr * backbone_lr_multiplier if part == "backbone" else lr
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
@@ -55,6 +56,9 @@ def parameter_groups(
             decay = 0.0 if parameter in exempt or _is_norm_or_embedding(module, name) else weight_decay
             group = groups.setdefault((group_lr, decay), {"params": [], "lr": group_lr, "weight_decay": decay})
             group["params"].append(parameter)
+            suffix = "_no_decay" if decay < weight_decay else ""
+            name = f"{part}{suffix}"  # of its curve, see LearningRateMonitor
+            group["name"] = name if group.get("name", name) == name else f"network{suffix}"
     return list(groups.values())
 
 
