@@ -25,13 +25,9 @@ _ELEMENTS_AT_ONCE = {"cpu": 2**18, "cuda": 2**27}
 
 
 class Cells:
-    """All cells of an image.
+    """All cells of an image: its size comes without the padding, which is at the right and the bottom.
 
     Cell (i, j) holds the pixels of rows 4i - 2 to 4i + 1 and columns 4j - 2 to 4j + 1; cells at the border hold fewer.
-
-    Args:
-        mask_logits: at a quarter of the padded size.
-        image_size: height and width without the padding, which is at the right and the bottom.
     """
 
     def __init__(self, mask_logits: Float[Tensor, "Q h w"], image_size: tuple[int, int]) -> None:
@@ -107,8 +103,8 @@ def fast_class_map(
 
     Args:
         weights: class probabilities.
-        mask_logits: see `Cells`.
-        image_size: see `Cells`.
+        mask_logits: at a quarter of the padded size.
+        image_size: without padding.
     """
     heavy, slack = _heavy_queries(weights)
     everything = Cells(mask_logits, image_size)
@@ -154,14 +150,9 @@ def _heavy_queries(weights: Float[Tensor, "Q K"]) -> tuple[Bool[Tensor, " Q"], F
 def fast_winner_map(
     mask_logits: Float[Tensor, "Q h w"], scores: Float[Tensor, " Q"], image_size: tuple[int, int]
 ) -> tuple[Int32[Tensor, "H W"], Int64[Tensor, "Q 3"]]:
-    """The query with the highest score times mask probability.
+    """The query with the highest score (class probability) times mask probability.
 
     A cell is decided at once if its winner is certain and no mask's contour crosses it.
-
-    Args:
-        mask_logits: see `Cells`.
-        scores: class probabilities of the queries.
-        image_size: see `Cells`.
 
     Returns:
         The winner's index, Q where the pixel is outside the winner's own mask (probability below 0.5); and per query

@@ -38,7 +38,7 @@ class OptimizedNetwork(nn.Module):
     """A network with fused batch normalisations, in channels-last memory format and in the wanted precision.
 
     Args:
-        network: left untouched; a copy of its weights is kept.
+        network: is copied.
         precision: of weights and features. Logits come out in float32 (float64 if the network is).
         compile: a mode of `torch.compile`, or None. "reduce-overhead" records CUDA graphs on a GPU. The first image of
             every new size then takes minutes.
@@ -74,11 +74,8 @@ class OptimizedNetwork(nn.Module):
 def fuse_batch_norms(network: nn.Module) -> nn.Module:
     """Copy a network for inference: in evaluation mode, frozen, batch normalisations fused into their convolutions.
 
-    The pairs are those that a module names in `foldable`, and PyTorch's own layers that follow one another
-    in an `nn.Sequential`; subclasses (timm has some) do more than convolve or normalise.
-
-    Returns:
-        A network with the same outputs up to rounding; it cannot be trained, and its state dict has other keys.
+    Fused are the pairs that a module names in `foldable`, and PyTorch's own layers that follow one another in an
+    `nn.Sequential`; subclasses (timm has some) do more than convolve or normalise. The state dict has other keys.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for parent in list(network.modules()):

@@ -11,6 +11,7 @@ Legend: Q queries, K classes, M masks, H W the output, h w a quarter of the padd
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -28,33 +29,20 @@ ELEMENTS_AT_ONCE = 2**21
 
 
 class Instance(NamedTuple):
-    """One detected object.
+    """One detected object."""
 
-    Attributes:
-        mask: at the output size.
-        class_id: contiguous class index.
-        score: class probability times the mean mask probability inside the mask, in [0, 1].
-    """
-
-    mask: Bool[Tensor, "height width"]
+    mask: Bool[Tensor, "height width"]  # at the output size
     class_id: int
-    score: float
+    score: float  # class probability times the mean mask probability inside the mask
 
 
 class Result(NamedTuple):
-    """The result of one image; what the task does not fill is empty.
+    """The result of one image; what the task does not fill is empty."""
 
-    Attributes:
-        semantic: class index of every pixel.
-        panoptic: segment id of every pixel, `VOID_ID` where no segment is.
-        segments: what the ids mean.
-        instances: may overlap.
-    """
-
-    semantic: Int32[Tensor, "height width"] | None = None
-    panoptic: Int32[Tensor, "height width"] | None = None
-    segments: tuple[Segment, ...] = ()
-    instances: tuple[Instance, ...] = ()
+    semantic: Int32[Tensor, "height width"] | None = None  # class indices
+    panoptic: Int32[Tensor, "height width"] | None = None  # segment ids, `VOID_ID` where no segment is
+    segments: tuple[Segment, ...] = ()  # what the ids mean
+    instances: tuple[Instance, ...] = ()  # may overlap
 
     def cpu(self) -> Result:
         """The same on the CPU."""
@@ -66,11 +54,11 @@ class Result(NamedTuple):
 
 
 class Sizes(TypedDict):
-    """Size arguments of the functions below: what the network saw, its part without padding, and the result's size."""
+    """The size arguments of the functions below."""
 
-    padded_size: Size
-    image_size: Size
-    output_size: Size
+    padded_size: Size  # what the network saw, padding included
+    image_size: Size  # its part that is image, at the top left
+    output_size: Size  # of the result
 
 
 def semantic(
@@ -87,14 +75,9 @@ def semantic(
     Args:
         class_logits: scores of the K classes and, last, of "no object".
         mask_logits: positive means foreground.
-        padded_size: what the network saw, padding included.
-        image_size: its part that is image, at the top left.
-        output_size: of the result.
+        padded_size, image_size, output_size: see `Sizes`.
         resize_first: resize masks to the output size and then score (the authors' panoptic models), or score at
             the image's size and then resize (their semantic models).
-
-    Returns:
-        Scores in float32, 0 or more. Their argmax over K is the class map.
     """
     strips = _score_strips(class_logits, mask_logits, padded_size, image_size, output_size, resize_first)
     return torch.cat(list(strips), dim=1)
@@ -132,11 +115,8 @@ def panoptic(
     """Every pixel goes to the query with the highest class times mask probability, or to none.
 
     Args:
-        class_logits: see `semantic`, also for the sizes.
-        mask_logits: positive means foreground.
-        padded_size: with padding.
-        image_size: without padding.
-        output_size: of the result.
+        class_logits, mask_logits: see `semantic`.
+        padded_size, image_size, output_size: see `Sizes`.
         thing_classes: their queries are separate segments; queries of any other class are merged.
         object_mask_threshold: queries are left out unless their class probability is above it.
         overlap_threshold: a query is dropped unless it wins this fraction of its own mask.
@@ -211,34 +191,17 @@ def instances(
     return found
 
 
+@dataclass
 class TaskInference:
-    """Post-processing with a task's settings.
+    """Post-processing with the settings of a task: "panoptic", "semantic" or "instance"."""
 
-    Args:
-        task: "panoptic", "semantic" or "instance".
-        thing_classes: the classes whose objects are separate segments.
-        resize_first: see `semantic`.
-        object_mask_threshold: see `panoptic`.
-        overlap_threshold: see `panoptic`.
-        top_k: see `instances`.
-    """
-
-    def __init__(
-        self,
-        task: str,
-        thing_classes: Collection[int],
-        *,
-        resize_first: bool = True,
-        object_mask_threshold: float = 0.8,
-        overlap_threshold: float = 0.8,
-        top_k: int = 100,
-    ) -> None:
-        self.task = task
-        self.thing_classes = frozenset(thing_classes)
-        self.resize_first = resize_first
-        self.object_mask_threshold = object_mask_threshold
-        self.overlap_threshold = overlap_threshold
-        self.top_k = top_k
+    task: str
+    thing_classes: Collection[int]
+    _: KW_ONLY
+    resize_first: bool = True  # see `semantic`
+    object_mask_threshold: float = 0.8  # see `panoptic`
+    overlap_threshold: float = 0.8
+    top_k: int = 100  # see `instances`
 
     def __call__(
         self, predictions: Predictions, image_size: Size, output_size: Size, *, with_semantic: bool = False
@@ -248,7 +211,7 @@ class TaskInference:
         Args:
             predictions: a batch of one.
             image_size: height and width of what the network was given.
-            output_size: height and width of the result.
+            output_size: of the result.
             with_semantic: fill `Result.semantic` whatever the task.
         """
         class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]

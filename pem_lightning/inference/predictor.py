@@ -44,13 +44,10 @@ class Predictor:
         device: "auto" for a GPU if there is one and else the CPU; or a name of PyTorch's such as "cuda:1".
         classes: names of the classes to keep; None keeps all.
         batch_size: how many images of one size run through the network at once.
-        object_mask_threshold: see `postprocess.panoptic`; by default the checkpoint's.
-        overlap_threshold: see `postprocess.panoptic`; by default the checkpoint's.
+        object_mask_threshold, overlap_threshold: see `postprocess.panoptic`; by default the checkpoint's.
         score_threshold: instances with a lower score are left out.
-        scales: see `TestTimeAugmentation`.
-        flip: see `TestTimeAugmentation`.
-        precision: see `OptimizedNetwork`.
-        compile: see `OptimizedNetwork`.
+        scales, flip: see `TestTimeAugmentation`.
+        precision, compile: see `OptimizedNetwork`.
 
     Raises:
         UserError: the checkpoint cannot be read, or an option is impossible.
@@ -75,13 +72,13 @@ class Predictor:
         from hydra.utils import instantiate  # here, because `from_parts` needs no Hydra
 
         trained = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
+        task = trained.config["task"]["name"] if task is None else task
+        check_task(task)
         network = instantiate(trained.config["network"], num_classes=trained.info.num_classes)
         load_network(network, trained)
         thresholds = {"object_mask_threshold": object_mask_threshold, "overlap_threshold": overlap_threshold}
         chosen = {key: value for key, value in thresholds.items() if value is not None}
         settings = {**trained.config["task"]["inference"], **chosen}
-        task = trained.config["task"]["name"] if task is None else task
-        check_task(task)
         self._set_up(
             OptimizedNetwork(network, precision, compile),
             trained.info,
@@ -168,10 +165,7 @@ class Predictor:
         return [results[i] for i in range(len(photos))]
 
     def stream(self, photos: Iterable[Photo]) -> Iterator[SegmentedImage]:
-        """Segment images one after the other; successive ones of the same size run in batches.
-
-        Args:
-            photos: the next ones are taken only after the results before.
+        """Segment images as they come; successive ones of the same size run in batches.
 
         Raises:
             UserError: an image is too large for the device's memory.

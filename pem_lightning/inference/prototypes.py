@@ -48,17 +48,11 @@ TEXT_SIZES = (10, 16)
 
 
 class Selection(NamedTuple):
-    """One layer's choice, made by `select_prototypes`.
-
-    Attributes:
-        positions: of the prototypes.
-        similarity: of every prototype and its query, the highest of all positions.
-        background: where a query could not choose; None without masking.
-    """
+    """One layer's choice, made by `select_prototypes`."""
 
     positions: Int64[Tensor, "B M Q"]
-    similarity: Float[Tensor, "B M Q"]
-    background: Bool[Tensor, "B Q P"] | None
+    similarity: Float[Tensor, "B M Q"]  # of prototype and query, the highest of all positions
+    background: Bool[Tensor, "B Q P"] | None  # where a query could not choose; None without masking
 
 
 @contextmanager
@@ -82,23 +76,14 @@ def record_selections(network: nn.Module) -> Iterator[list[Selection]]:
 
 @dataclass(frozen=True)
 class LayerPrototypes:
-    """The prototypes of one image's queries in one layer (equations 2 and 3), on the CPU.
+    """The prototypes of one image's queries in one layer (equations 2 and 3), on the CPU."""
 
-    Attributes:
-        layer: its number, from 1.
-        stride: of the level that it looked at: 32, 16 or 8 pixels of the network's input.
-        cells: row and column of every prototype in the level's grid.
-        cell_size: width and height of a cell of the grid in pixels of the image.
-        similarity: of every prototype and its query: the scalar product of one head's part of unit vectors.
-        masks: the cells from which a query could choose: its mask so far, or all where masking is off.
-    """
-
-    layer: int
-    stride: int
-    cells: Int64[Tensor, "M Q 2"]
-    cell_size: tuple[float, float]
-    similarity: Float[Tensor, "M Q"]
-    masks: Bool[Tensor, "Q h w"]
+    layer: int  # its number, from 1
+    stride: int  # of the level that it looked at: 32, 16 or 8 pixels of the network's input
+    cells: Int64[Tensor, "M Q 2"]  # row and column of every prototype in the level's grid
+    cell_size: tuple[float, float]  # width and height of a cell of the grid in pixels of the image
+    similarity: Float[Tensor, "M Q"]  # scalar product of one head's part of unit vectors
+    masks: Bool[Tensor, "Q h w"]  # where a query could choose: in its mask so far, or anywhere if masking is off
 
     @property
     def positions(self) -> Float[Tensor, "M Q 2"]:
@@ -119,19 +104,12 @@ class LayerPrototypes:
 
 @dataclass(frozen=True)
 class DecoderTrace:
-    """One image's queries on their way through the decoder, on the CPU.
-
-    Attributes:
-        image: RGB.
-        input_size: height and width of the network's input, without padding.
-        layers: prototypes of every layer.
-        predictions: of the learned queries and after every layer, each a batch of one.
-    """
+    """One image's queries on their way through the decoder, on the CPU."""
 
     image: UInt8[np.ndarray, "height width 3"]
-    input_size: Size
+    input_size: Size  # of the network's input, without padding
     layers: tuple[LayerPrototypes, ...]
-    predictions: tuple[Predictions, ...]
+    predictions: tuple[Predictions, ...]  # of the learned queries and after every layer, each a batch of one
 
     def masks_of(self, query: int) -> Float[Tensor, "steps height width"]:
         """A query's mask probabilities at the image's size, in each of the predictions."""
@@ -247,10 +225,8 @@ def draw_trace(
 
     Args:
         trace: of the image.
-        queries: see `draw_prototypes`.
+        queries, scale, colors: see `draw_prototypes`.
         layers: their numbers, from 1, at least one; None draws all.
-        scale: see `draw_prototypes`.
-        colors: see `draw_prototypes`.
         per_row: number of pictures in a row.
     """
     chosen = [layer for layer in trace.layers if layers is None or layer.layer in layers]
@@ -278,9 +254,9 @@ def draw_prototypes(
     each names the heads, from 1, that chose it. Queries that did not choose are left out.
 
     Args:
-        image: that was traced.
+        image: the trace's.
         layer: of the trace.
-        queries: which to draw.
+        queries: their indices.
         scale: enlarges the picture; cells should have 30 pixels or more for the plates.
         colors: of the queries, in turn.
     """

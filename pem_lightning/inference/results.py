@@ -36,35 +36,25 @@ SHOWN_SCORE = 0.5
 
 
 class SegmentInfo(NamedTuple):
-    """One segment of a panoptic result.
+    """One segment of a panoptic result."""
 
-    Attributes:
-        id: the value of its pixels in the id map.
-        class_id: contiguous class index.
-        name: of the class.
-        is_thing: whether the class is countable.
-        score: confidence in [0, 1].
-        area: pixels.
-        box: left, top, right and bottom in pixels; right and bottom are the first ones outside.
-    """
-
-    id: int
+    id: int  # the value of its pixels in the id map
     class_id: int
-    name: str
+    name: str  # of the class
     is_thing: bool
-    score: float | None
-    area: int
+    score: float | None  # confidence in [0, 1]
+    area: int  # pixels
     box: Box
 
 
 class InstanceInfo(NamedTuple):
-    """One object of an instance result; `mask` is boolean, the other attributes are those of `SegmentInfo`."""
+    """One object of an instance result."""
 
     mask: Bool[Tensor, "height width"]
     class_id: int
-    name: str
-    score: float
-    area: int
+    name: str  # of the class
+    score: float  # confidence in [0, 1]
+    area: int  # pixels
     box: Box
 
 
@@ -139,11 +129,8 @@ class SegmentedImage:
         Args:
             directory: is made if need be.
             name: instead of the result's own.
-            masks: write the result.
-            overlay: write the overlay.
-
-        Returns:
-            The files.
+            masks: False for the overlay alone.
+            overlay: False for the result alone.
 
         Raises:
             UserError: a file cannot be written.
@@ -165,16 +152,13 @@ class SegmentedImage:
 def write_coco_panoptic(
     results: Iterable[SegmentedImage], directory: str | Path, info: DatasetInfo, *, overlays: bool = False
 ) -> Path:
-    """Write panoptic results in COCO's format: `panoptic.json` and `panoptic/<name>.png`.
+    """Write panoptic results in COCO's format: `panoptic/<name>.png`, and `panoptic.json` at the end.
 
     Args:
-        results: of the panoptic task, with unique names; consumed one by one.
+        results: with unique names; consumed one by one.
         directory: is made if need be.
         info: the classes.
         overlays: also write `<name>_overlay.png`.
-
-    Returns:
-        The JSON file, which is written last.
 
     Raises:
         UserError: two images have the same name, or a file cannot be written.

@@ -153,10 +153,10 @@ def _segment_video(
 ) -> None:
     name = _video_name(video)
     target, masks = output / f"{name}.mp4", output / f"{name}_masks"
+    reader = VideoReader(video)
     count = 0
     with (
         stop_on_interrupt() as stopped,
-        VideoReader(video) as reader,
         VideoWriter(target, reader.fps / every) as writer,
     ):
         expected = None if reader.num_frames is None else -(-reader.num_frames // every)

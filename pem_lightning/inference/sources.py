@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
-import queue
 import re
-import threading
 import warnings
+from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import cv2
 import numpy as np
@@ -138,10 +138,6 @@ class VideoReader:
 
     Raises:
         UserError: it cannot be opened.
-
-    Attributes:
-        fps: frames per second.
-        num_frames: how many the file says it has; None for cameras and streams without end.
     """
 
     def __init__(self, source: str | Path | int) -> None:
@@ -157,6 +153,7 @@ class VideoReader:
         fps = self._capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 0.1 <= fps <= 1000 else DEFAULT_FPS
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        # By the file's own account; None for cameras and streams without end.
         self.num_frames = round(count) if not camera and 0 < count < 1e9 else None
 
     def _why_not(self, camera: bool) -> str:
@@ -178,14 +175,6 @@ class VideoReader:
                     return
                 yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             index += 1
-
-    def __enter__(self) -> VideoReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._capture.release()
 
 
 class VideoWriter:
@@ -276,43 +265,22 @@ def _silent_opencv() -> Iterator[None]:
 
 
 @contextmanager
-def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
+def prefetch(items: Iterable[T], depth: int = 3) -> Iterator[Iterator[T]]:
     """Let a thread take items from an iterable before they are used, at most `depth` of them.
 
-    Yields:
-        The items in order. An error in the thread is raised where they are used. Outside of the `with` the thread has
-        ended, so that what `items` reads from may be closed.
+    An error in the thread is raised where the items are used. When the context ends, so has the thread, and what
+    `items` reads from may be closed.
     """
-    waiting: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
-    abandoned = threading.Event()
-
-    def put(entry: tuple[T] | BaseException | None) -> None:
-        while not abandoned.is_set():
-            try:
-                return waiting.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put((item,))
-                if abandoned.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # belongs to the other thread, whatever it is
-            put(error)
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(1)
+    waiting = deque(pool.submit(next, iterator, end) for _ in range(depth))
 
     def taken() -> Generator[T]:
-        while (entry := waiting.get()) is not None:
-            if isinstance(entry, BaseException):
-                raise entry
-            yield entry[0]
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, iterator, end))
+            yield cast(T, item)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
         yield taken()
     finally:
-        abandoned.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

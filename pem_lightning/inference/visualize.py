@@ -45,7 +45,7 @@ class Region(NamedTuple):
 
 
 def index_map(ids: Integer[np.ndarray, "height width"], known: Sequence[int]) -> IndexMap:
-    """Replace ids of any size and sign by their positions in `known`, whose ids are unique and 1 or more."""
+    """Replace ids by their positions in `known`, whose ids are unique and 1 or more."""
     # The table has one more entry, 0, at either end, to which all ids beyond are clipped.
     table = np.zeros(max(known, default=0) + 2, np.uint8 if len(known) < 256 else np.int32)
     table[list(known)] = np.arange(1, len(known) + 1)
@@ -90,9 +90,6 @@ def overlay_panoptic(
         alpha: opacity of the colours, 0 to 1.
         draw_names: write class names on segments that are large enough.
         shade_things: give each thing its own shade of its class's colour; False for videos, where it would flicker.
-
-    Returns:
-        A new RGB image of the same size.
 
     Raises:
         ValueError: image and map differ in size.

@@ -4,10 +4,21 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pem_lightning.files import rgb_to_id
-from pem_lightning.inference.visualize import draw_caption, overlay_panoptic, overlay_semantic, side_by_side
+from pem_lightning.inference.visualize import (
+    Region,
+    draw_caption,
+    find_regions,
+    index_map,
+    overlay_panoptic,
+    overlay_semantic,
+    region_of,
+    side_by_side,
+)
 from pem_lightning.types import ClassInfo, DatasetInfo, Segment
 
 INFO = DatasetInfo(
@@ -49,12 +60,13 @@ def test_things_of_one_class_get_colours_apart():
     assert (np.abs(np.diff(colors, axis=0)).max(1) > 40).all()
 
 
-def test_colours_can_stay_with_the_class():
+def test_colours_of_stuff_stay_with_the_class_and_those_of_things_can():
     id_map = torch.tensor([1, 2], dtype=torch.int32).repeat_interleave(32).repeat(64, 1)
-    segments = [Segment(1, 1, True), Segment(2, 1, True)]
-    drawn = overlay_panoptic(grey(64, 64), id_map, segments, INFO, alpha=1.0, draw_names=False, shade_things=False)
-    assert drawn[32, 10].tolist() == drawn[32, 50].tolist() == [0, 0, 142]
-    assert drawn[32, 32].min() > 142  # the line between them
+    for is_thing, shade_things in ((True, False), (False, True)):
+        segments = [Segment(1, 1, is_thing), Segment(2, 1, is_thing)]
+        drawn = overlay_panoptic(grey(64, 64), id_map, segments, INFO, 1.0, False, shade_things)
+        assert drawn[32, 10].tolist() == drawn[32, 50].tolist() == [0, 0, 142]
+        assert drawn[32, 32].min() > 142  # the line between them
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.55, 1.0])
@@ -86,13 +98,6 @@ def test_a_caption_is_written_into_the_corner():
     assert (picture[40:] == 100).all()
     tiny = grey(1, 1)
     draw_caption(tiny, "12.3 fps")
-
-
-def test_stuff_of_one_class_gets_one_colour():
-    id_map = torch.tensor([1, 2], dtype=torch.int32).repeat_interleave(32).repeat(64, 1)
-    segments = [Segment(1, 2, False), Segment(2, 2, False)]
-    drawn = overlay_panoptic(grey(64, 64), id_map, segments, INFO, draw_names=False)
-    assert (drawn[32, 10] == drawn[32, 50]).all()
 
 
 def test_large_ids_and_any_order_of_segments():
@@ -166,3 +171,32 @@ def test_side_by_side_brings_images_to_one_height():
     assert sheet.shape[0] > 64
     assert sheet.shape[1] == 64 + 32 + 2
     assert (sheet[-1, :64] == 100).all()
+
+
+class TestRegions:
+    @pytest.mark.parametrize(("count", "dtype"), [(255, np.uint8), (256, np.int32)])
+    def test_few_fit_into_bytes(self, count, dtype):
+        index = index_map(np.arange(count + 2, dtype=np.int32)[None], range(1, count + 1))
+        assert index.dtype == dtype
+        assert index.tolist() == [[*range(count + 1), 0]]
+
+    def test_ids_of_any_size_and_sign_in_any_order(self):
+        ids = np.array([[-5, 0, 7, 2**24 - 1, 2**31 - 1, -(2**31), 8, 6]], np.int32)
+        assert index_map(ids, [2**24 - 1, 7]).tolist() == [[0, 0, 2, 1, 0, 0, 0, 0]]
+        assert index_map(ids, []).tolist() == [[0] * 8]
+
+    @settings(max_examples=15, deadline=None)
+    @given(st.integers(0, 2**31), st.integers(1, 300), st.integers(1, 20), st.integers(1, 20))
+    def test_areas_and_boxes_are_those_of_the_masks(self, seed, count, height, width):
+        ids = np.random.default_rng(seed).integers(0, count + 2, (height, width)).astype(np.int32)
+        regions = find_regions(index_map(ids, range(1, count + 1)), count)
+        for i, region in enumerate(regions, start=1):
+            if region is None:
+                assert i not in ids
+                continue
+            mask = ids == i
+            rows, columns = np.nonzero(mask)
+            assert region == Region(len(rows), (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+            assert region_of(mask) == region
+            assert mask[region.window].sum() == region.area
+        assert region_of(np.zeros((3, 4), bool)) is None
