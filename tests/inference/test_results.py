@@ -55,7 +55,9 @@ class TestSave:
 
     @pytest.mark.parametrize(("ids", "nothing"), [((26, 23), 0), ((0, 23), 255), ((0, 300), 255)])
     def test_where_nothing_is_found_there_is_an_id_that_no_class_has(self, tmp_path, photo, ids, nothing):
-        info = DatasetInfo("toy", tuple(ClassInfo(name, (1, 2, 3), False, i) for name, i in zip("ab", ids, strict=True)))
+        info = DatasetInfo(
+            "toy", tuple(ClassInfo(name, (1, 2, 3), False, i) for name, i in zip("ab", ids, strict=True))
+        )
         path = predictor("semantic", info=info, classes=["b"])(photo).save(tmp_path, overlay=False)[0]
         assert np.asarray(Image.open(path))[0, [0, -1]].tolist() == [nothing, ids[1]]
 
