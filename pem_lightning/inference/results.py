@@ -91,12 +91,7 @@ class SegmentedImage:
     @cached_property
     def segments(self) -> tuple[SegmentInfo, ...]:
         """What the ids of `panoptic` mean. Ids that no pixel has are left out."""
-        if self.panoptic is None:
-            return ()
-        return tuple(
-            SegmentInfo(s.id, s.class_id, self.info.classes[s.class_id].name, s.is_thing, s.score, *region)
-            for s, region in _located(self.panoptic, self._segments)
-        )
+        return () if self.panoptic is None else tuple(_describe(self.panoptic, self._segments, self.info))
 
     @cached_property
     def instances(self) -> tuple[InstanceInfo, ...] | None:
@@ -190,17 +185,17 @@ def write_coco_panoptic(
 def segments_info(
     panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment], info: DatasetInfo
 ) -> list[dict[str, Any]]:
-    """COCO's description of every segment of a map; `bbox` is left, top, width and height in pixels."""
+    """COCO's description of every predicted segment of a map; `bbox` is left, top, width and height in pixels."""
     return [
         {
             "id": segment.id,
             "category_id": info.classes[segment.class_id].category_id,
-            "area": region.area,
-            "bbox": _coco_box(region.box),
-            "iscrowd": int(segment.is_crowd),
+            "area": segment.area,
+            "bbox": _coco_box(segment.box),
+            "iscrowd": 0,
             "score": segment.score,
         }
-        for segment, region in _located(panoptic, segments)
+        for segment in _describe(panoptic, segments, info)
     ]
 
 
@@ -280,13 +275,15 @@ def only_classes(result: Result, classes: Collection[int]) -> Result:
     return Result(semantic, panoptic, segments, tuple(i for i in result.instances if i.class_id in classes))
 
 
-def _located(panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment]) -> Iterator[tuple[Segment, Region]]:
-    """Segments with their regions; those without a pixel are left out."""
+def _describe(
+    panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment], info: DatasetInfo
+) -> Iterator[SegmentInfo]:
+    """Segments with names, areas and boxes; those without a pixel are left out."""
     listed = list(segments)
     index = index_map(panoptic.numpy(), [s.id for s in listed])
-    for segment, region in zip(listed, find_regions(index, len(listed)), strict=True):
+    for s, region in zip(listed, find_regions(index, len(listed)), strict=True):
         if region is not None:
-            yield segment, region
+            yield SegmentInfo(s.id, s.class_id, info.classes[s.class_id].name, s.is_thing, s.score, *region)
 
 
 def _coco_box(box: Box) -> list[int]:

@@ -43,7 +43,7 @@ def segment_files(
     max_frames: int | None = None,
     show_fps: bool = False,
 ) -> None:
-    """Segment images, videos or a stream, and write the results.
+    """Segment images, videos or a stream.
 
     An image gives `<name>_overlay.png`, and masks as `write_coco_panoptic` or `SegmentedImage.save` write them. A video
     gives `<name>.mp4` of overlays at its size and speed, and masks of every frame in the folder `<name>_masks`.

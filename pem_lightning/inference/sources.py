@@ -43,14 +43,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def find_images(source: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """Images by name: one file, those of a folder (not of its subfolders), or those that match a pattern.
-
-    Args:
-        source: a path, or a pattern with `*`, `?`, `[...]` or `**`. A single file is taken whatever its name.
-        suffixes: the endings of files that are taken in folders and patterns.
-
-    Returns:
-        Sorted paths, at least one.
+    """One file of any name, or the sorted images in a folder or of a pattern with `*`, `?`, `[...]` or `**`.
 
     Raises:
         UserError: there is no such file or folder, or no image in it.
@@ -178,15 +171,7 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Writes a video. Under its name there is only ever a whole one, even if the work on its frames fails.
-
-    Args:
-        path: an .mp4 file; its folder is made if need be. Without a frame nothing is written.
-        fps: frames per second.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Writes an .mp4 file. Under its name there is only ever a whole one; without a frame nothing is written."""
 
     def __init__(self, path: Path, fps: int | float) -> None:
         self.path = path
@@ -196,9 +181,7 @@ class VideoWriter:
         self._size = (0, 0)
 
     def write(self, frame: Frame) -> None:
-        """Add a frame. Later ones of another size are resized to the first.
-
-        The codec needs even sides: an odd one gets its last row or column twice.
+        """Add a frame, resized to the first one's size. The codec needs even sides: the last row or column is repeated.
 
         Raises:
             UserError: the file cannot be written, or the frame is too large for the codec.
@@ -209,8 +192,8 @@ class VideoWriter:
             self._writer = self._open(width + width % 2, height + height % 2)
         if (width, height) != self._size:
             frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_AREA)
+            width, height = self._size
         bgr = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
-        width, height = self._size
         if width % 2 or height % 2:
             bgr = cv2.copyMakeBorder(bgr, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         self._writer.write(bgr)
