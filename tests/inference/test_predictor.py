@@ -21,34 +21,18 @@ def photo():
     return np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
 
 
-@pytest.fixture
-def saved(tmp_path, photo):
-    path = tmp_path / "street.png"
-    Image.fromarray(photo).save(path)
-    return path
-
-
-def test_panoptic(saved):
-    result = predictor("panoptic")(saved)
-    assert result.name == "street"
-    assert result.panoptic[:, :60].eq(1).all()
-    assert result.panoptic[:, 68:].eq(2).all()
-    assert [(s.id, s.class_id, s.is_thing) for s in result.segments] == [(1, 0, True), (2, 1, False)]
-    assert result.semantic is None
-
-
-def test_semantic(photo):
-    result = predictor("semantic")(photo)
-    assert result.name == "image"
-    assert result.semantic[:, :60].eq(0).all()
-    assert result.semantic[:, 68:].eq(1).all()
-    assert result.panoptic is None
-
-
-def test_instances(photo):
-    result = predictor("instance")(photo)
-    assert {i.class_id for i in result.instances} == {0}
-    best = result.instances[0]
+def test_every_task(photo, recwarn):
+    photo.setflags(write=False)
+    panoptic, semantic, instance = (predictor(task)(photo) for task in ("panoptic", "semantic", "instance"))
+    assert panoptic.panoptic[:, :60].eq(1).all()
+    assert panoptic.panoptic[:, 68:].eq(2).all()
+    assert [(s.id, s.class_id, s.is_thing) for s in panoptic.segments] == [(1, 0, True), (2, 1, False)]
+    assert not recwarn.list  # of arrays that cannot be written
+    assert panoptic.semantic is panoptic.instances is semantic.panoptic is None
+    assert semantic.semantic[:, :60].eq(0).all()
+    assert semantic.semantic[:, 68:].eq(1).all()
+    assert {i.class_id for i in instance.instances} == {0}
+    best = instance.instances[0]
     assert best.mask[:, :60].all()
     assert [i.score for i in predictor("instance", score_threshold=0.5)(photo).instances] == [best.score]
 
@@ -75,14 +59,10 @@ def test_any_size(task, size):
     assert predictor(task)(np.zeros((*size, 3), np.uint8)).overlay().shape == (*size, 3)
 
 
-def test_a_read_only_array_gives_no_warning(photo, recwarn):
-    photo.setflags(write=False)
-    predictor("panoptic")(photo)
-    assert not recwarn.list
-
-
 class TestInputs:
-    def test_all_kinds_give_the_same(self, saved, photo):
+    def test_all_kinds_give_the_same(self, tmp_path, photo):
+        saved = tmp_path / "street.png"
+        Image.fromarray(photo).save(saved)
         opaque = np.dstack([photo, np.full(photo.shape[:2], 255, np.uint8)])
         tensor = torch.from_numpy(photo).permute(2, 0, 1)
         with Image.open(saved) as opened:
@@ -100,10 +80,8 @@ class TestInputs:
         assert [tuple(r.panoptic.shape) for r in results] == [image.shape[:2] for image in images]
         assert sorted(tuple(x.shape[::2]) for x in model.inputs) == [(1, 64), (2, 32), (2, 64)]
 
-    def test_an_empty_list(self):
+    def test_lists_of_no_images_or_too_few_names(self, photo):
         assert predictor("panoptic")([]) == []
-
-    def test_as_many_names_as_images(self, photo):
         with pytest.raises(ValueError, match="shorter"):
             predictor("panoptic")([photo, photo], ["a"])
 
