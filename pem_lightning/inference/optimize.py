@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from pem_lightning.types import Predictions, UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
 def check_compile(key: str, mode: str | None) -> None:
@@ -82,16 +83,17 @@ def fuse_batch_norms(network: nn.Module) -> nn.Module:
         pairs = list(getattr(parent, "foldable", ()))
         if isinstance(parent, nn.Sequential):
             for (name, child), (next_name, follower) in pairwise(parent.named_children()):
-                if type(child) is nn.Conv2d and type(follower) in (nn.BatchNorm2d, FrozenBatchNorm2d):
+                if type(child) is nn.Conv2d and type(follower) in NORMS:
                     pairs.append((name, next_name))
         for conv_name, norm_name in pairs:
-            conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
-            if isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
+            conv: Any = parent.get_submodule(conv_name)
+            norm: Any = parent.get_submodule(norm_name)
+            if type(norm) in NORMS:
                 conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight,  # type: ignore[arg-type]
-                    conv.bias,  # type: ignore[arg-type]
-                    norm.running_mean,  # type: ignore[arg-type]
-                    norm.running_var,  # type: ignore[arg-type]
+                    conv.weight,
+                    conv.bias,
+                    norm.running_mean,
+                    norm.running_var,
                     norm.eps,
                     norm.weight,
                     norm.bias,

@@ -48,7 +48,7 @@ TEXT_SIZES = (10, 16)
 
 
 class Selection(NamedTuple):
-    """One layer's choice, made by `select_prototypes`."""
+    """One layer's choice, made by `PrototypeSelection`."""
 
     positions: Int64[Tensor, "B M Q"]
     similarity: Float[Tensor, "B M Q"]  # of prototype and query, the highest of all positions

@@ -19,7 +19,7 @@ from pem_lightning.inference.prototypes import (
     trace_decoder,
 )
 from pem_lightning.models.pem import build_pem
-from pem_lightning.models.prototype_attention import PrototypeCrossAttention, select_prototypes
+from pem_lightning.models.prototype_attention import PrototypeCrossAttention, PrototypeSelection
 from pem_lightning.types import ClassInfo, DatasetInfo, Predictions, UserError
 
 INFO = DatasetInfo("toy", tuple(ClassInfo(f"class{i}", (i, i, i), i % 2 == 0, i) for i in range(4)))
@@ -69,7 +69,7 @@ class TestRecording:
         return [torch.randn(s, generator=draw) for s in ((2, 9, 32), (9, 32), (2, 32, 6, 7), (2, 9, 6, 7))]
 
     def test_is_what_was_selected(self, layer, inputs):
-        """Against `select_prototypes`, on keys and queries that are projected here."""
+        """Against a selection on keys and queries that are projected here."""
         queries, query_positions, features, mask_logits = inputs
         with torch.no_grad(), record_selections(nn.Sequential(nn.Identity(), layer)) as selections:
             layer(*inputs)
@@ -77,7 +77,7 @@ class TestRecording:
             keys = nn.functional.normalize(layer.feature_linear(keys), dim=-1)
             projected = nn.functional.normalize(layer.query_linear(layer.query_norm(queries + query_positions)), dim=-1)
         background = mask_logits.flatten(2) < 0
-        _, positions = select_prototypes(keys, projected, background, 4)
+        _, positions = PrototypeSelection(4)(keys, projected, background)
         (selection,) = selections
         assert torch.equal(selection.positions, positions)
         assert torch.equal(selection.background, background)
