@@ -21,7 +21,8 @@ def network():
     return randomize(build_pem("stdc1", num_classes=3, num_queries=6, num_layers=2)).eval()
 
 
-@pytest.mark.parametrize(("backbone", "norm"), [("stdc1", "frozen"), ("resnet18", "batch"), ("resnet50", "frozen")])
+# ResNet-50 is fused in the tests against the reference algorithm.
+@pytest.mark.parametrize(("backbone", "norm"), [("stdc1", "batch"), ("resnet18", "frozen")])
 def test_fused_is_the_same_function_without_normalisation(backbone, norm):
     torch.manual_seed(0)
     network = randomize(build_pem(backbone, backbone_norm=norm, num_classes=3, num_queries=6, num_layers=1)).double()
