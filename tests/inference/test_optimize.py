@@ -128,7 +128,7 @@ torch.testing.assert_close(actual.mask_logits, expected.mask_logits, rtol=0, ato
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled():
     """In a process of its own: the compiler cannot look through the tests' checks of shapes."""
-    subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parents[2], timeout=300)
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parents[2], timeout=900)
 
 
 @pytest.mark.parametrize(
