@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,14 +18,11 @@ from pem_lightning.types import Predictions, UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
 def check_compile(key: str, mode: str | None) -> None:
-    """Check a setting of `torch.compile`.
-
-    Args:
-        key: of the setting.
-        mode: its value; None for no compilation.
+    """Check a mode of `torch.compile`, or None for no compilation; `key` names the setting in errors.
 
     Raises:
         UserError: the mode is unknown, or there is no compiler.
@@ -40,13 +36,13 @@ def check_compile(key: str, mode: str | None) -> None:
 
 
 class OptimizedNetwork(nn.Module):
-    """A network with its batch normalisations folded, in channels-last memory format and in the wanted precision.
+    """A network with fused batch normalisations, in channels-last memory format and in the wanted precision.
 
     Args:
-        network: left untouched; a copy of its weights is kept.
+        network: is copied.
         precision: of weights and features. Logits come out in float32 (float64 if the network is).
         compile: a mode of `torch.compile`, or None. "reduce-overhead" records CUDA graphs on a GPU. The first image of
-            every new size takes minutes then.
+            every new size then takes minutes.
 
     Raises:
         UserError: the precision or the mode is unknown, or there is no compiler.
@@ -58,7 +54,7 @@ class OptimizedNetwork(nn.Module):
             raise UserError(f"inference.precision={precision}: choose {', '.join(get_args(Precision))}")
         check_compile("inference.compile", compile)
         self.compile_mode = compile
-        self.network = fold_batch_norms(network)
+        self.network = fuse_batch_norms(network)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = next(network.parameters()).dtype
         if precision != "float32":
@@ -69,55 +65,39 @@ class OptimizedNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-        """Predict. Arguments and result are those of `PEM.forward`."""
+        """Predict, with the arguments and the result of `PEM.forward`."""
         out = self.network(images.to(self.dtype, memory_format=torch.channels_last))
         if self.dtype in (torch.float32, torch.float64):
             return out
         return Predictions(out.class_logits.float(), out.mask_logits.float())
 
 
-# Batch normalisation folded into the convolution before it: the same function with one pass less per layer.
-#
-# Modules say themselves which of their children follow one another, in `foldable`: pairs of names of a convolution
-# and of the normalisation of its output. Children of `nn.Sequential` do so by definition, if they are PyTorch's own:
-# subclasses (timm has some) do more than convolve or normalise.
+def fuse_batch_norms(network: nn.Module) -> nn.Module:
+    """Copy a network for inference: in evaluation mode, frozen, batch normalisations fused into their convolutions.
 
-
-def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """Copy a network for inference: in evaluation mode, frozen, every foldable batch normalisation folded.
-
-    Args:
-        network: left untouched.
-
-    Returns:
-        A network with the same outputs up to rounding; it cannot be trained, and its state dict has other keys.
+    Fused are the pairs that a module names in `foldable`, and PyTorch's own layers that follow one another in an
+    `nn.Sequential`; subclasses (timm has some) do more than convolve or normalise. The state dict has other keys.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for parent in list(network.modules()):
-        for conv_name, norm_name in _pairs(parent):
-            conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
-            if isinstance(norm, nn.BatchNorm2d):
-                _fold(conv, norm)
+        pairs = list(getattr(parent, "foldable", ()))
+        if isinstance(parent, nn.Sequential):
+            for (name, child), (next_name, follower) in pairwise(parent.named_children()):
+                if type(child) is nn.Conv2d and type(follower) in NORMS:
+                    pairs.append((name, next_name))
+        for conv_name, norm_name in pairs:
+            conv: Any = parent.get_submodule(conv_name)
+            norm: Any = parent.get_submodule(norm_name)
+            if type(norm) in NORMS:
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight,
+                    conv.bias,
+                    norm.running_mean,
+                    norm.running_var,
+                    norm.eps,
+                    norm.weight,
+                    norm.bias,
+                    transpose=isinstance(conv, nn.ConvTranspose2d),
+                )
                 setattr(parent, norm_name, nn.Identity())
     return network
-
-
-def _pairs(parent: nn.Module) -> Iterator[tuple[str, str]]:
-    yield from getattr(parent, "foldable", ())
-    if isinstance(parent, nn.Sequential):
-        for (name, child), (next_name, follower) in pairwise(parent.named_children()):
-            if type(child) is nn.Conv2d and type(follower) in (nn.BatchNorm2d, FrozenBatchNorm2d):
-                yield name, next_name
-
-
-def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
-    conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight,  # type: ignore[arg-type]
-        conv.bias,  # type: ignore[arg-type]
-        norm.running_mean,  # type: ignore[arg-type]
-        norm.running_var,  # type: ignore[arg-type]
-        norm.eps,
-        norm.weight,
-        norm.bias,
-        transpose=isinstance(conv, nn.ConvTranspose2d),
-    )

@@ -1,23 +1,25 @@
 """From one image's logits to a semantic map, a panoptic map or instances. Pure functions.
 
-The rules are those of MaskFormer and Mask2Former, which PEM keeps. Mask logits arrive at a quarter of the padded size;
-every function brings them to the padded size, cuts the padding off and resizes to the output size, bilinearly. Sizes
-are (height, width). Maps are made in strips of rows, so that nothing of the size of all masks or all classes is ever
-held; where the output has the image's own size, cells whose winner is certain are decided at once (see `cells`).
+The rules are those of MaskFormer and Mask2Former. Mask logits come at a quarter of the padded size; they are resized
+to the padded size, cut to the image and resized to the output size, bilinearly. Sizes are (height, width). Maps are
+made in strips of rows, so that all masks or all class scores are never held at the full size. Where the output has the
+image's own size, `fast_argmax` finds the winners.
 
-Legend: Q queries, K classes, M masks, H W spatial, h w spatial at a quarter of the padded size, R rows of a strip.
+Legend: Q queries, K classes, M masks, H W the output, h w a quarter of the padded size, R rows of a strip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, TypedDict
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
-from pem_lightning.inference.fast_argmax import STRIDE, class_map_by_cells, compete_by_cells, resize_rows, source_rows
+from pem_lightning.inference.fast_argmax import STRIDE, fast_class_map, fast_winner_map
 from pem_lightning.types import VOID_ID, Predictions, Segment
 
 Size = tuple[int, int]
@@ -27,17 +29,36 @@ ELEMENTS_AT_ONCE = 2**21
 
 
 class Instance(NamedTuple):
-    """One detected object.
+    """One detected object."""
 
-    Attributes:
-        mask: its pixels, at the output size.
-        class_id: contiguous class index.
-        score: class probability times the mean mask probability inside the mask, in [0, 1].
-    """
-
-    mask: Bool[Tensor, "height width"]
+    mask: Bool[Tensor, "height width"]  # at the output size
     class_id: int
-    score: float
+    score: float  # class probability times the mean mask probability inside the mask
+
+
+class Result(NamedTuple):
+    """The result of one image; what the task does not fill is empty."""
+
+    semantic: Int32[Tensor, "height width"] | None = None  # class indices
+    panoptic: Int32[Tensor, "height width"] | None = None  # segment ids, `VOID_ID` where no segment is
+    segments: tuple[Segment, ...] = ()  # what the ids mean
+    instances: tuple[Instance, ...] = ()  # may overlap
+
+    def cpu(self) -> Result:
+        """The same on the CPU."""
+        return self._replace(
+            semantic=None if self.semantic is None else self.semantic.cpu(),
+            panoptic=None if self.panoptic is None else self.panoptic.cpu(),
+            instances=tuple(i._replace(mask=i.mask.cpu()) for i in self.instances),
+        )
+
+
+class Sizes(TypedDict):
+    """The size arguments of the functions below."""
+
+    padded_size: Size  # what the network saw, padding included
+    image_size: Size  # its part that is image, at the top left
+    output_size: Size  # of the result
 
 
 def semantic(
@@ -54,26 +75,12 @@ def semantic(
     Args:
         class_logits: scores of the K classes and, last, of "no object".
         mask_logits: positive means foreground.
-        padded_size: what the network saw, padding included.
-        image_size: its part that is image, at the top left.
-        output_size: what the result is wanted at.
+        padded_size, image_size, output_size: see `Sizes`.
         resize_first: resize masks to the output size and then score (the authors' panoptic models), or score at
             the image's size and then resize (their semantic models).
-
-    Returns:
-        Scores at the output size, float32, 0 or more. Their argmax over K is the class map.
     """
-    strips = list(
-        _score_strips(
-            class_logits,
-            mask_logits,
-            padded_size=padded_size,
-            image_size=image_size,
-            output_size=output_size,
-            resize_first=resize_first,
-        )
-    )
-    return torch.cat(strips, dim=1)
+    strips = _score_strips(class_logits, mask_logits, padded_size, image_size, output_size, resize_first)
+    return torch.cat(list(strips), dim=1)
 
 
 def semantic_map(
@@ -85,23 +92,12 @@ def semantic_map(
     output_size: Size,
     resize_first: bool,
 ) -> Int32[Tensor, "H W"]:
-    """The class with the highest score at every pixel, without holding the scores.
-
-    Args:
-        class_logits, mask_logits, padded_size, image_size, output_size, resize_first: as of `semantic`.
-    """
+    """The class with the highest score of `semantic`, without holding the scores."""
     if output_size == image_size and _is_quarter(mask_logits, padded_size):
         mask_logits = _full_precision(mask_logits)
         weights = class_logits.to(mask_logits.dtype).softmax(-1)[:, :-1]
-        return class_map_by_cells(weights, mask_logits, image_size)
-    strips = _score_strips(
-        class_logits,
-        mask_logits,
-        padded_size=padded_size,
-        image_size=image_size,
-        output_size=output_size,
-        resize_first=resize_first,
-    )
+        return fast_class_map(weights, mask_logits, image_size)
+    strips = _score_strips(class_logits, mask_logits, padded_size, image_size, output_size, resize_first)
     return torch.cat([scores.argmax(0).int() for scores in strips])
 
 
@@ -119,18 +115,15 @@ def panoptic(
     """Every pixel goes to the query with the highest class times mask probability, or to none.
 
     Args:
-        class_logits: scores of the K classes and, last, of "no object".
-        mask_logits: positive means foreground.
-        padded_size: what the network saw, padding included.
-        image_size: its part that is image, at the top left.
-        output_size: what the result is wanted at.
-        thing_classes: the classes whose queries are separate segments; queries of one other class are merged.
-        object_mask_threshold: queries whose class probability is not above it are left out.
+        class_logits, mask_logits: see `semantic`.
+        padded_size, image_size, output_size: see `Sizes`.
+        thing_classes: their queries are separate segments; queries of any other class are merged.
+        object_mask_threshold: queries are left out unless their class probability is above it.
         overlap_threshold: a query is dropped unless it wins this fraction of its own mask.
 
     Returns:
-        The id map (`VOID_ID` where no segment is) and its segments with ids 1, 2, ... in query order. The score of
-        merged stuff is that of the first query.
+        The id map (`VOID_ID` where no segment is) and its segments with ids 1, 2, ... in query order. Merged stuff has
+        the score of its first query.
     """
     scores, labels = _full_precision(class_logits).softmax(-1).max(-1)
     none = class_logits.shape[-1] - 1
@@ -140,9 +133,9 @@ def panoptic(
 
     scores, labels = scores[kept], labels[kept]
     if output_size == image_size and _is_quarter(mask_logits, padded_size):
-        winner, areas = compete_by_cells(_full_precision(mask_logits[kept]), scores, image_size)
+        winner, areas = fast_winner_map(_full_precision(mask_logits[kept]), scores, image_size)
     else:
-        winner, areas = _compete(mask_logits[kept], scores, padded_size, image_size, output_size)
+        winner, areas = _winner_map(mask_logits[kept], scores, padded_size, image_size, output_size)
     segments: list[Segment] = []
     stuff_ids: dict[int, int] = {}
     ids = [VOID_ID] * (len(kept) + 1)  # of each query's pixels; the last is for pixels outside the winner's mask
@@ -176,25 +169,15 @@ def instances(
 
     As in Mask2Former, one query may appear with several classes, and things compete with stuff for the places.
 
-    Args:
-        class_logits: scores of the K classes and, last, of "no object".
-        mask_logits: positive means foreground.
-        padded_size: what the network saw, padding included.
-        image_size: its part that is image, at the top left.
-        output_size: what the result is wanted at.
-        thing_classes: the classes that have instances.
-        top_k: how many pairs are looked at.
-
     Returns:
         Instances by falling class probability. Masks may overlap and may be empty.
     """
     probabilities = class_logits.float().softmax(-1)[:, :-1]
-    num_classes = probabilities.shape[1]
     scores, pairs = probabilities.flatten().topk(min(top_k, probabilities.numel()))
     masks: dict[int, tuple[Bool[Tensor, "H W"], float]] = {}
     found = []
     for score, pair in zip(scores.tolist(), pairs.tolist(), strict=True):
-        query, class_id = divmod(pair, num_classes)
+        query, class_id = divmod(pair, probabilities.shape[1])
         if class_id not in thing_classes:
             continue
         if query not in masks:
@@ -208,14 +191,66 @@ def instances(
     return found
 
 
-def _compete(
+@dataclass
+class TaskInference:
+    """Post-processing with the settings of a task: "panoptic", "semantic" or "instance"."""
+
+    task: str
+    thing_classes: Collection[int]
+    _: KW_ONLY
+    resize_first: bool = True  # see `semantic`
+    object_mask_threshold: float = 0.8  # see `panoptic`
+    overlap_threshold: float = 0.8
+    top_k: int = 100  # see `instances`
+
+    def __call__(
+        self, predictions: Predictions, image_size: Size, output_size: Size, *, with_semantic: bool = False
+    ) -> Result:
+        """Process one image.
+
+        Args:
+            predictions: a batch of one.
+            image_size: height and width of what the network was given.
+            output_size: of the result.
+            with_semantic: fill `Result.semantic` whatever the task.
+        """
+        class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]
+        height, width = size_of(mask_logits)
+        at = Sizes(padded_size=(STRIDE * height, STRIDE * width), image_size=image_size, output_size=output_size)
+        result = Result()
+        if with_semantic or self.task == "semantic":
+            class_map = semantic_map(class_logits, mask_logits, resize_first=self.resize_first, **at)
+            result = result._replace(semantic=class_map)
+        if self.task == "panoptic":
+            id_map, segments = panoptic(
+                class_logits,
+                mask_logits,
+                thing_classes=self.thing_classes,
+                object_mask_threshold=self.object_mask_threshold,
+                overlap_threshold=self.overlap_threshold,
+                **at,
+            )
+            result = result._replace(panoptic=id_map, segments=tuple(segments))
+        if self.task == "instance":
+            found = instances(class_logits, mask_logits, thing_classes=self.thing_classes, top_k=self.top_k, **at)
+            result = result._replace(instances=tuple(found))
+        return result
+
+
+def size_of(x: Tensor) -> Size:
+    """Height and width, the last two axes."""
+    height, width = x.shape[-2:]
+    return height, width
+
+
+def _winner_map(
     mask_logits: Float[Tensor, "M h w"],
     scores: Float[Tensor, " M"],
     padded_size: Size,
     image_size: Size,
     output_size: Size,
 ) -> tuple[Int32[Tensor, "H W"], Int64[Tensor, "M 3"]]:
-    """The same as `compete_by_cells` for any output size."""
+    """`fast_winner_map` for any output size."""
     M = len(mask_logits)
     areas = torch.zeros(M, 3, dtype=torch.int64, device=mask_logits.device)
     winners = []
@@ -235,13 +270,12 @@ def _compete(
 def _score_strips(
     class_logits: Float[Tensor, "Q classes_and_none"],
     mask_logits: Float[Tensor, "Q h w"],
-    *,
     padded_size: Size,
     image_size: Size,
     output_size: Size,
     resize_first: bool,
 ) -> Iterator[Float[Tensor, "K R W"]]:
-    """Class scores, strip after strip of the output's rows."""
+    """Class scores of some rows of the output at once."""
     weights = class_logits.to(_full_precision(mask_logits).dtype).softmax(-1)[:, :-1].T  # K Q
     scoring_size = output_size if resize_first else image_size
 
@@ -266,13 +300,52 @@ def _strips(size: Size, num_maps: int) -> Iterator[range]:
 def _mask_rows(
     mask_logits: Float[Tensor, "M h w"], rows: range, padded_size: Size, image_size: Size, output_size: Size
 ) -> Float[Tensor, "M R W"]:
-    """Some rows of the masks at the output size: up to the padded size, padding cut off, then to the output size."""
+    """Some rows of the masks at the output size."""
     quarter_size = (mask_logits.shape[1], mask_logits.shape[2])
     image_rows = rows if output_size == image_size else source_rows(rows, image_size[0], output_size[0])
     quarter_rows = source_rows(image_rows, quarter_size[0], padded_size[0])
     part = _full_precision(mask_logits[:, quarter_rows.start : quarter_rows.stop])
     image = resize_rows(part, quarter_rows, image_rows, quarter_size, padded_size)[:, :, : image_size[1]]
     return image if output_size == image_size else resize_rows(image, image_rows, rows, image_size, output_size)
+
+
+def source_rows(rows: range, source_height: int, height: int) -> range:
+    """The rows of a map of `source_height` that are needed for some rows of its resized version of `height`."""
+    upper, lower, _ = _neighbours(torch.arange(rows.start, rows.stop, dtype=torch.float64), source_height, height)
+    # `resize_rows` computes places in the map's own precision, which may round to the next row.
+    return range(max(int(upper[0]) - 1, 0), min(int(lower[-1]) + 2, source_height))
+
+
+def resize_rows(
+    part: Float[Tensor, "M _ W"], part_rows: range, rows: range, source_size: Size, size: Size
+) -> Float[Tensor, "M R W_out"]:
+    """Some rows of a resized map, equal to those of `F.interpolate(mode="bilinear", align_corners=False)`.
+
+    Args:
+        part: of the source, at least the rows that `source_rows` names.
+        part_rows: which rows of the source these are.
+        rows: the wanted rows of the result.
+        source_size: of the whole source.
+        size: of the whole result.
+    """
+    if source_size[0] == size[0]:
+        part = part[:, rows.start - part_rows.start : rows.stop - part_rows.start]
+    else:
+        numbers = torch.arange(rows.start, rows.stop, dtype=part.dtype, device=part.device)
+        upper, lower, weight = _neighbours(numbers, source_size[0], size[0])
+        part = torch.lerp(part[:, upper - part_rows.start], part[:, lower - part_rows.start], weight[:, None])
+    if source_size[1] == size[1]:
+        return part
+    return F.interpolate(part[None], size=(len(rows), size[1]), mode="bilinear", align_corners=False)[0]
+
+
+def _neighbours(
+    numbers: Float[Tensor, " R"], source_height: int, height: int
+) -> tuple[Int64[Tensor, " R"], Int64[Tensor, " R"], Float[Tensor, " R"]]:
+    """The source rows above and below each row of the result, and the weight of the one below."""
+    place = ((numbers + 0.5) * (source_height / height) - 0.5).clamp(min=0)
+    upper = place.long().clamp(max=source_height - 1)
+    return upper, (upper + 1).clamp(max=source_height - 1), (place - upper).clamp(0, 1)
 
 
 def _is_quarter(mask_logits: Float[Tensor, "Q h w"], padded_size: Size) -> bool:
@@ -282,104 +355,3 @@ def _is_quarter(mask_logits: Float[Tensor, "Q h w"], padded_size: Size) -> bool:
 def _full_precision(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """At least float32."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-class Sizes(TypedDict):
-    """The sizes between which post-processing moves masks."""
-
-    padded_size: Size
-    image_size: Size
-    output_size: Size
-
-
-def size_of(x: Tensor) -> Size:
-    """Height and width, the last two axes."""
-    height, width = x.shape[-2:]
-    return height, width
-
-
-class Result(NamedTuple):
-    """What was found in one image; fields that the task does not fill are empty.
-
-    Attributes:
-        semantic: class index of every pixel.
-        panoptic: segment id of every pixel, `VOID_ID` where no segment is.
-        segments: what the ids mean.
-        instances: objects, which may overlap.
-    """
-
-    semantic: Int32[Tensor, "height width"] | None = None
-    panoptic: Int32[Tensor, "height width"] | None = None
-    segments: tuple[Segment, ...] = ()
-    instances: tuple[Instance, ...] = ()
-
-    def cpu(self) -> Result:
-        """The same on the CPU."""
-        return self._replace(
-            semantic=None if self.semantic is None else self.semantic.cpu(),
-            panoptic=None if self.panoptic is None else self.panoptic.cpu(),
-            instances=tuple(i._replace(mask=i.mask.cpu()) for i in self.instances),
-        )
-
-
-class TaskInference:
-    """Post-processing with a task's settings.
-
-    Args:
-        task: "panoptic", "semantic" or "instance".
-        thing_classes: the classes whose objects are separate segments.
-        resize_first: see `postprocess.semantic`.
-        object_mask_threshold: see `postprocess.panoptic`.
-        overlap_threshold: see `postprocess.panoptic`.
-        top_k: see `postprocess.instances`.
-    """
-
-    def __init__(
-        self,
-        task: str,
-        thing_classes: Collection[int],
-        *,
-        resize_first: bool = True,
-        object_mask_threshold: float = 0.8,
-        overlap_threshold: float = 0.8,
-        top_k: int = 100,
-    ) -> None:
-        self.task = task
-        self.thing_classes = frozenset(thing_classes)
-        self.resize_first = resize_first
-        self.object_mask_threshold = object_mask_threshold
-        self.overlap_threshold = overlap_threshold
-        self.top_k = top_k
-
-    def __call__(
-        self, predictions: Predictions, image_size: Size, output_size: Size, *, with_semantic: bool = False
-    ) -> Result:
-        """Process one image.
-
-        Args:
-            predictions: of a batch of one image.
-            image_size: height and width of what the network was given.
-            output_size: height and width of the wanted result.
-            with_semantic: fill `Result.semantic` whatever the task.
-        """
-        class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]
-        height, width = size_of(mask_logits)
-        at = Sizes(padded_size=(4 * height, 4 * width), image_size=image_size, output_size=output_size)
-        result = Result()
-        if with_semantic or self.task == "semantic":
-            class_map = semantic_map(class_logits, mask_logits, resize_first=self.resize_first, **at)
-            result = result._replace(semantic=class_map)
-        if self.task == "panoptic":
-            id_map, segments = panoptic(
-                class_logits,
-                mask_logits,
-                thing_classes=self.thing_classes,
-                object_mask_threshold=self.object_mask_threshold,
-                overlap_threshold=self.overlap_threshold,
-                **at,
-            )
-            result = result._replace(panoptic=id_map, segments=tuple(segments))
-        if self.task == "instance":
-            found = instances(class_logits, mask_logits, thing_classes=self.thing_classes, top_k=self.top_k, **at)
-            result = result._replace(instances=tuple(found))
-        return result

@@ -1,11 +1,11 @@
-"""From a checkpoint and photographs to results."""
+"""From a checkpoint and images to results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pem_lightning.checkpoints import Checkpoint, load_network, read_checkpoint
 from pem_lightning.data.targets import check_task
 from pem_lightning.inference.optimize import OptimizedNetwork
-from pem_lightning.inference.postprocess import Result, Size, TaskInference
+from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.results import SegmentedImage, find_classes, only_classes
 from pem_lightning.inference.sources import ImageLike, read_image
 from pem_lightning.inference.tta import TestTimeAugmentation
@@ -26,7 +26,7 @@ Images = list[ImageLike] | tuple[ImageLike, ...]
 
 
 class Photo(NamedTuple):
-    """An image in memory, RGB, and how its result is to be named."""
+    """An RGB image in memory, and the name of its result."""
 
     name: str
     image: UInt8[np.ndarray, "height width 3"]
@@ -35,25 +35,22 @@ class Photo(NamedTuple):
 class Predictor:
     """Segments images of any size with a trained network.
 
-    Results are on the CPU and at each image's own size. One predictor may be used again and again.
+    Results are on the CPU and at each image's own size.
 
     Args:
-        checkpoint: the path of a .ckpt that train.py wrote, or one that is read already. The network, its classes and
-            the size at which it was evaluated are those of its experiment.
+        checkpoint: the path of a .ckpt that train.py wrote, or one that is read already. It knows the network, its
+            classes and the size at which it was evaluated.
         task: "panoptic", "semantic" or "instance"; by default the checkpoint's.
-        device: "auto" takes a GPU when there is one and else the CPU; or a name of PyTorch's such as "cuda:1".
-        classes: names of the classes to keep; what belongs to others is left out of the results. None keeps all.
-        batch_size: at most so many images of one size run through the network at once.
-        object_mask_threshold: see `postprocess.panoptic`; by default the checkpoint's.
-        overlap_threshold: see `postprocess.panoptic`; by default the checkpoint's.
+        device: "auto" for a GPU if there is one and else the CPU; or a name of PyTorch's such as "cuda:1".
+        classes: names of the classes to keep; None keeps all.
+        batch_size: how many images of one size run through the network at once.
+        object_mask_threshold, overlap_threshold: see `postprocess.panoptic`; by default the checkpoint's.
         score_threshold: instances with a lower score are left out.
-        scales: see `TestTimeAugmentation`.
-        flip: likewise.
-        precision: see `OptimizedNetwork`, which the network is made into.
-        compile: likewise.
+        scales, flip: see `TestTimeAugmentation`.
+        precision, compile: see `OptimizedNetwork`.
 
     Raises:
-        UserError: the checkpoint cannot be read, or the task, the device or a class does not exist.
+        UserError: the checkpoint cannot be read, or an option is impossible.
     """
 
     def __init__(
@@ -72,16 +69,16 @@ class Predictor:
         precision: str = "float32",
         compile: str | None = None,
     ) -> None:
-        from hydra.utils import instantiate  # what follows is all that needs Hydra here
+        from hydra.utils import instantiate  # here, because `from_parts` needs no Hydra
 
         trained = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
-        network = instantiate(trained.config["network"], num_classes=trained.info.num_classes)
-        load_network(network, trained)
-        settings = {**trained.config["task"]["inference"]}
-        asked_for = {"object_mask_threshold": object_mask_threshold, "overlap_threshold": overlap_threshold}
-        settings |= {name: value for name, value in asked_for.items() if value is not None}
         task = trained.config["task"]["name"] if task is None else task
         check_task(task)
+        network = instantiate(trained.config["network"], num_classes=trained.info.num_classes)
+        load_network(network, trained)
+        thresholds = {"object_mask_threshold": object_mask_threshold, "overlap_threshold": overlap_threshold}
+        chosen = {key: value for key, value in thresholds.items() if value is not None}
+        settings = {**trained.config["task"]["inference"], **chosen}
         self._set_up(
             OptimizedNetwork(network, precision, compile),
             trained.info,
@@ -96,8 +93,26 @@ class Predictor:
         )
 
     @classmethod
-    def from_parts(
-        cls,
+    def from_parts(cls, model: nn.Module, info: DatasetInfo, inference: TaskInference, **options: Any) -> Predictor:
+        """Make a predictor without a checkpoint.
+
+        Args:
+            model: takes normalised images [B, 3, H, W] of any size and returns `Predictions`; an `OptimizedNetwork`
+                for speed. It is put into evaluation mode and moved to `device`.
+            info: the classes.
+            inference: the task and its thresholds.
+            options: `resize`, what evaluation does to an image before the model, such as `EvalTransform(640, 2560)`;
+                and `device`, `classes`, `batch_size`, `score_threshold`, `scales` and `flip` of the class.
+
+        Raises:
+            UserError: an option is impossible.
+        """
+        predictor = cls.__new__(cls)
+        predictor._set_up(model, info, inference, **options)
+        return predictor
+
+    def _set_up(
+        self,
         model: nn.Module,
         info: DatasetInfo,
         inference: TaskInference,
@@ -109,54 +124,6 @@ class Predictor:
         score_threshold: int | float = 0.0,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
-    ) -> Predictor:
-        """Make a predictor without a checkpoint.
-
-        Args:
-            model: takes normalised images [B, 3, H, W] of any size and returns `Predictions`; an `OptimizedNetwork`
-                for speed. Is put into evaluation mode and moved to `device`.
-            info: the classes it knows.
-            inference: the task and its thresholds.
-            resize: what evaluation does to an image before the model sees it, such as `EvalTransform(640, 2560)`; None
-                leaves it as it is.
-            device: as for the class itself, and so are the others.
-            classes: names of the classes to keep.
-            batch_size: at most so many images of one size run through the network at once.
-            score_threshold: instances with a lower score are left out.
-            scales: see `TestTimeAugmentation`.
-            flip: likewise.
-
-        Raises:
-            UserError: the device or a class does not exist.
-        """
-        predictor = cls.__new__(cls)
-        predictor._set_up(
-            model,
-            info,
-            inference,
-            resize=resize,
-            device=device,
-            classes=classes,
-            batch_size=batch_size,
-            score_threshold=score_threshold,
-            scales=scales,
-            flip=flip,
-        )
-        return predictor
-
-    def _set_up(
-        self,
-        model: nn.Module,
-        info: DatasetInfo,
-        inference: TaskInference,
-        *,
-        resize: Callable[[Sample], Sample] | None,
-        device: str | torch.device,
-        classes: Iterable[str] | None,
-        batch_size: int,
-        score_threshold: int | float,
-        scales: Sequence[float],
-        flip: bool,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: choose 1 or more")
@@ -179,11 +146,10 @@ class Predictor:
     def __call__(
         self, image: ImageLike | Images, name: str | Sequence[str] | None = None
     ) -> SegmentedImage | list[SegmentedImage]:
-        """Segments one image, or a list of them.
+        """Segment one image, or a list of them.
 
         Args:
-            image: a file; a Pillow image; an array uint8 [H, W, 3] (RGB), [H, W] (grey) or [H, W, 4] (RGBA); a tensor
-                uint8 [3, H, W]; or a list of these, for which a list comes back.
+            image: see `read_image`; a list or tuple of images gives a list.
             name: of the result; for a list a list of names. By default the file's name without suffix, or "image".
 
         Raises:
@@ -199,13 +165,7 @@ class Predictor:
         return [results[i] for i in range(len(photos))]
 
     def stream(self, photos: Iterable[Photo]) -> Iterator[SegmentedImage]:
-        """Segments images as they come; those of one size that follow each other run in batches.
-
-        Args:
-            photos: are read on only when the results before are taken.
-
-        Yields:
-            Results in the same order.
+        """Segment images as they come; successive ones of the same size run in batches.
 
         Raises:
             UserError: an image is too large for the device's memory.
@@ -214,12 +174,13 @@ class Predictor:
             while batch := list(islice(alike, self.batch_size)):
                 yield from self._segment(batch)
 
+    @torch.no_grad()
     def _segment(self, photos: Sequence[Photo]) -> list[SegmentedImage]:
-        """A batch of images of one size."""
+        """Segment images of one size."""
         height, width = photos[0].image.shape[:2]
         try:
             inputs = torch.stack([self.prepare(photo.image) for photo in photos])
-            results = self._infer(inputs, (height, width))
+            results = [result.cpu() for result in self.augmentation(self.model, inputs, (height, width))]
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 what = "an image" if len(photos) == 1 else f"a batch of {len(photos)} images"
@@ -228,38 +189,24 @@ class Predictor:
                     "shrink it, cut it into parts or lower batch_size"
                 ) from error
             raise
-        return [self._describe(photo, result) for photo, result in zip(photos, results, strict=True)]
-
-    @torch.no_grad()
-    def _infer(self, inputs: Float[Tensor, "B 3 H W"], output_size: Size) -> list[Result]:
-        """Network and post-processing: all that runs on the device happens here and nowhere else."""
-        return [result.cpu() for result in self.augmentation(self.model, inputs, output_size)]
+        segmented = []
+        for photo, result in zip(photos, results, strict=True):
+            kept = result if self.classes is None else only_classes(result, self.classes)
+            kept = kept._replace(instances=tuple(i for i in kept.instances if i.score >= self.score_threshold))
+            segmented.append(SegmentedImage(photo.name, photo.image, self.info, kept, self.inference.task))
+        return segmented
 
     def prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:
-        """What the network is given of a photograph: resized exactly as in evaluation, then normalised."""
+        """The network's input: resized exactly as in evaluation, then normalised."""
         image = torch.tensor(photo).permute(2, 0, 1)
         if self.resize is not None:
             unlabelled = torch.full(photo.shape[:2], VOID_ID, dtype=torch.int32)
             image = self.resize(Sample(image, unlabelled, (), "")).image
         return normalize(image.to(self.device))
 
-    def _describe(self, photo: Photo, result: Result) -> SegmentedImage:
-        if self.classes is not None:
-            result = only_classes(result, self.classes)
-        found = [i for i in result.instances if i.score >= self.score_threshold]
-        return SegmentedImage(
-            photo.name,
-            photo.image,
-            self.info,
-            panoptic=result.panoptic,
-            segments=result.segments,
-            semantic=None if result.semantic is None else result.semantic.int(),
-            instances=found if self.inference.task == "instance" else None,
-        )
-
 
 def read_photo(image: ImageLike, name: str | None = None) -> Photo:
-    """Read an image and give it a name: by default the file's without suffix, or "image".
+    """Read an image and name it, by default after its file.
 
     Raises:
         UserError: it cannot be read.
@@ -270,7 +217,7 @@ def read_photo(image: ImageLike, name: str | None = None) -> Photo:
 
 
 def choose_device(name: str | torch.device) -> torch.device:
-    """The device by that name; "auto" is a GPU when there is one and else the CPU.
+    """The device by that name; "auto" is a GPU if there is one and else the CPU.
 
     Raises:
         UserError: there is no such device here.

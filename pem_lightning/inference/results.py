@@ -1,10 +1,10 @@
-"""A photograph with what was found in it, and how that is written down."""
+"""A photograph with its segmentation, and the files that both are written to."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from pem_lightning.files import id_to_rgb, write_file
 from pem_lightning.inference.postprocess import Instance, Result
 from pem_lightning.inference.visualize import (
     Box,
+    Picture,
     Region,
     find_regions,
     index_map,
@@ -34,36 +35,48 @@ SHOWN_SCORE = 0.5
 """Instances with a lower score are not drawn."""
 
 
-class SegmentedImage:
-    """One photograph and its prediction, on the CPU and at the image's own size; tasks fill different fields.
+class SegmentInfo(NamedTuple):
+    """One segment of a panoptic result."""
 
-    Args:
-        name: the image's file name without suffix.
-        image: the photograph, RGB.
-        info: what the classes are.
-        panoptic: segment id of every pixel, `VOID_ID` where no segment is (panoptic task).
-        segments: what the ids mean (panoptic task).
-        semantic: class index of every pixel, `IGNORE_INDEX` where there is none (semantic task).
-        instances: objects, which may overlap (instance task).
+    id: int  # the value of its pixels in the id map
+    class_id: int
+    name: str  # of the class
+    is_thing: bool
+    score: float | None  # confidence in [0, 1]
+    area: int  # pixels
+    box: Box
+
+
+class InstanceInfo(NamedTuple):
+    """One object of an instance result."""
+
+    mask: Bool[Tensor, "height width"]
+    class_id: int
+    name: str  # of the class
+    score: float  # confidence in [0, 1]
+    area: int  # pixels
+    box: Box
+
+
+class SegmentedImage:
+    """An image and its segmentation, on the CPU and at the image's own size.
+
+    Attributes:
+        name: the file name without suffix.
+        image: RGB.
+        info: the classes.
+        panoptic: segment id of every pixel, `VOID_ID` where no segment is; None for other tasks.
+        semantic: class index of every pixel, `IGNORE_INDEX` where there is none; None for other tasks.
     """
 
-    def __init__(
-        self,
-        name: str,
-        image: UInt8[np.ndarray, "height width 3"],
-        info: DatasetInfo,
-        panoptic: Int32[Tensor, "height width"] | None = None,
-        segments: Sequence[Segment] = (),
-        semantic: Int32[Tensor, "height width"] | None = None,
-        instances: Sequence[Instance] | None = None,
-    ) -> None:
+    def __init__(self, name: str, image: Picture, info: DatasetInfo, result: Result, task: str) -> None:
         self.name = name
         self.image = image
         self.info = info
-        self.panoptic = panoptic
-        self.semantic = semantic
-        self._segments = tuple(segments)
-        self._instances = None if instances is None else tuple(instances)
+        self.panoptic = result.panoptic
+        self.semantic = result.semantic
+        self._segments = result.segments
+        self._instances = result.instances if task == "instance" else None
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
@@ -77,17 +90,12 @@ class SegmentedImage:
 
     @cached_property
     def segments(self) -> tuple[SegmentInfo, ...]:
-        """What the ids of `panoptic` mean, with areas and boxes. Ids that no pixel has are left out."""
-        if self.panoptic is None:
-            return ()
-        return tuple(
-            SegmentInfo(s.id, s.class_id, self.info.classes[s.class_id].name, s.is_thing, s.score, *region)
-            for s, region in _located(self.panoptic, self._segments)
-        )
+        """What the ids of `panoptic` mean. Ids that no pixel has are left out."""
+        return () if self.panoptic is None else tuple(_describe(self.panoptic, self._segments, self.info))
 
     @cached_property
     def instances(self) -> tuple[InstanceInfo, ...] | None:
-        """Objects with areas and boxes, by falling class probability; None for the other tasks."""
+        """Objects by falling class probability, without empty ones; None for the other tasks."""
         if self._instances is None:
             return None
         return tuple(
@@ -96,10 +104,8 @@ class SegmentedImage:
             if (region := region_of(i.mask.numpy())) is not None
         )
 
-    def overlay(
-        self, alpha: int | float = 0.55, draw_names: bool = True, shade_things: bool = True
-    ) -> UInt8[np.ndarray, "height width 3"]:
-        """The prediction drawn over the photograph. See `overlay_panoptic`."""
+    def overlay(self, alpha: int | float = 0.55, draw_names: bool = True, shade_things: bool = True) -> Picture:
+        """The segmentation drawn over the image. See `overlay_panoptic`."""
         if self.semantic is not None:
             return overlay_semantic(self.image, self.semantic, self.info, alpha, draw_names)
         id_map, segments = self.panoptic, list(self._segments)
@@ -110,19 +116,16 @@ class SegmentedImage:
     def save(
         self, directory: str | Path, name: str | None = None, *, masks: bool = True, overlay: bool = True
     ) -> list[Path]:
-        """Writes `<name>_overlay.png` and the prediction itself.
+        """Write `<name>_overlay.png` and the result itself.
 
-        That is `<name>_panoptic.png` (ids as colours, as in COCO) with `<name>_segments.json`, or
+        The latter is `<name>_panoptic.png` (ids as colours, as in COCO) with `<name>_segments.json`, or
         `<name>_semantic.png` (see `official_class_map`), or `<name>_instances.json` (COCO results with RLE masks).
 
         Args:
             directory: is made if need be.
             name: instead of the result's own.
-            masks: False writes the overlay alone.
-            overlay: False writes the prediction alone.
-
-        Returns:
-            The files.
+            masks: False for the overlay alone.
+            overlay: False for the result alone.
 
         Raises:
             UserError: a file cannot be written.
@@ -144,16 +147,13 @@ class SegmentedImage:
 def write_coco_panoptic(
     results: Iterable[SegmentedImage], directory: str | Path, info: DatasetInfo, *, overlays: bool = False
 ) -> Path:
-    """Writes panoptic results in COCO's format, as the official evaluators read it.
+    """Write panoptic results in COCO's format: `panoptic/<name>.png`, and `panoptic.json` at the end.
 
     Args:
-        results: of the panoptic task, with unique names; consumed one by one, so a generator saves memory.
-        directory: gets `panoptic.json` and `panoptic/<name>.png`.
-        info: names and official ids of the classes.
-        overlays: write `<name>_overlay.png`, too.
-
-    Returns:
-        The JSON file, which is written last.
+        results: with unique names; consumed one by one.
+        directory: is made if need be.
+        info: the classes.
+        overlays: also write `<name>_overlay.png`.
 
     Raises:
         UserError: two images have the same name, or a file cannot be written.
@@ -185,17 +185,17 @@ def write_coco_panoptic(
 def segments_info(
     panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment], info: DatasetInfo
 ) -> list[dict[str, Any]]:
-    """COCO's description of every segment of a map; `bbox` is left, top, width and height in pixels."""
+    """COCO's description of every predicted segment of a map; `bbox` is left, top, width and height in pixels."""
     return [
         {
             "id": segment.id,
             "category_id": info.classes[segment.class_id].category_id,
-            "area": region.area,
-            "bbox": _coco_box(region.box),
-            "iscrowd": int(segment.is_crowd),
+            "area": segment.area,
+            "bbox": _coco_box(segment.box),
+            "iscrowd": 0,
             "score": segment.score,
         }
-        for segment, region in _located(panoptic, segments)
+        for segment in _describe(panoptic, segments, info)
     ]
 
 
@@ -212,20 +212,6 @@ def coco_instance(instance: Instance | InstanceInfo, image_id: str | int, info: 
         "area": area,
         "score": instance.score,
     }
-
-
-def _located(panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment]) -> Iterator[tuple[Segment, Region]]:
-    """Segments with their areas and boxes; those that no pixel belongs to are left out."""
-    listed = list(segments)
-    index = index_map(panoptic.numpy(), [s.id for s in listed])
-    for segment, region in zip(listed, find_regions(index, len(listed)), strict=True):
-        if region is not None:
-            yield segment, region
-
-
-def _coco_box(box: Box) -> list[int]:
-    left, top, right, bottom = box
-    return [left, top, right - left, bottom - top]
 
 
 def official_class_map(
@@ -256,64 +242,17 @@ def stack_instances(
 
 
 def encode_png(array: np.ndarray) -> bytes:
-    """A picture, RGB or grey, as a PNG file. OpenCV's default is 6 times as fast as Pillow's and a fifth larger."""
+    """An RGB or grey picture as a PNG file. OpenCV's default is 6 times as fast as Pillow's, and a fifth larger."""
     if array.ndim == 3:
         array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
-    _, content = cv2.imencode(".png", array)
-    return content.tobytes()
-
-
-def _json(content: Any) -> bytes:
-    return json.dumps(content).encode()
-
-
-class SegmentInfo(NamedTuple):
-    """One segment of a panoptic result.
-
-    Attributes:
-        id: the value of its pixels in the id map.
-        class_id: contiguous class index.
-        name: of the class.
-        is_thing: whether the class is countable.
-        score: confidence in [0, 1].
-        area: pixels.
-        box: left, top, right and bottom in pixels; right and bottom are the first ones outside.
-    """
-
-    id: int
-    class_id: int
-    name: str
-    is_thing: bool
-    score: float | None
-    area: int
-    box: Box
-
-
-class InstanceInfo(NamedTuple):
-    """One object of an instance result; its mask may overlap those of others.
-
-    Attributes:
-        mask: its pixels, at the image's size.
-        class_id: contiguous class index.
-        name: of the class.
-        score: class probability times the mean mask probability inside the mask, in [0, 1].
-        area: pixels.
-        box: left, top, right and bottom in pixels; right and bottom are the first ones outside.
-    """
-
-    mask: Bool[Tensor, "height width"]
-    class_id: int
-    name: str
-    score: float
-    area: int
-    box: Box
+    return cv2.imencode(".png", array)[1].tobytes()
 
 
 def find_classes(names: Iterable[str], info: DatasetInfo) -> frozenset[int]:
-    """Classes by name.
+    """Class indices by name.
 
     Raises:
-        UserError: a name is none of them.
+        UserError: there is no such class.
     """
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
@@ -334,3 +273,23 @@ def only_classes(result: Result, classes: Collection[int]) -> Result:
     if semantic is not None:
         semantic = semantic.where(torch.isin(semantic, torch.tensor(sorted(classes))), IGNORE_INDEX)
     return Result(semantic, panoptic, segments, tuple(i for i in result.instances if i.class_id in classes))
+
+
+def _describe(
+    panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment], info: DatasetInfo
+) -> Iterator[SegmentInfo]:
+    """Segments with names, areas and boxes; those without a pixel are left out."""
+    listed = list(segments)
+    index = index_map(panoptic.numpy(), [s.id for s in listed])
+    for s, region in zip(listed, find_regions(index, len(listed)), strict=True):
+        if region is not None:
+            yield SegmentInfo(s.id, s.class_id, info.classes[s.class_id].name, s.is_thing, s.score, *region)
+
+
+def _coco_box(box: Box) -> list[int]:
+    left, top, right, bottom = box
+    return [left, top, right - left, bottom - top]
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content).encode()

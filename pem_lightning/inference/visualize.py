@@ -1,10 +1,9 @@
-"""Segmentations drawn over their photograph."""
+"""Segmentations drawn over their photograph, and areas and boxes of the regions of an id map."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -17,7 +16,11 @@ from torch import Tensor
 from pem_lightning.types import VOID_ID, DatasetInfo, Segment
 
 RGB = tuple[int, int, int]
-ImageLike = UInt8[Tensor, "3 height width"] | UInt8[np.ndarray, "height width 3"]
+Picture = UInt8[np.ndarray, "height width 3"]
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels; right and bottom are the first ones outside."""
+IndexMap = Integer[np.ndarray, "height width"]
+"""Position of each pixel's segment in a list, counted from 1; 0 for none. Bytes if possible: several times faster."""
 
 CONTOUR: RGB = (255, 255, 255)
 CONTOUR_OPACITY = 0.75
@@ -28,28 +31,65 @@ ROWS_AT_ONCE = 32
 """Are blended together: few enough to stay in a core's cache."""
 
 
+class Region(NamedTuple):
+    """Number of pixels of a segment, and the smallest box around them."""
+
+    area: int
+    box: Box
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """The box as rows and columns of an array."""
+        left, top, right, bottom = self.box
+        return slice(top, bottom), slice(left, right)
+
+
+def index_map(ids: Integer[np.ndarray, "height width"], known: Sequence[int]) -> IndexMap:
+    """Replace ids by their positions in `known`, whose ids are unique and 1 or more."""
+    # The table has one more entry, 0, at either end, to which all ids beyond are clipped.
+    table = np.zeros(max(known, default=0) + 2, np.uint8 if len(known) < 256 else np.int32)
+    table[list(known)] = np.arange(1, len(known) + 1)
+    return np.take(table, ids, mode="clip")
+
+
+def find_regions(index: IndexMap, count: int) -> list[Region | None]:
+    """Regions of the indices 1 to `count`; None where there is no pixel."""
+    areas = np.bincount(index.ravel(), minlength=count + 1)[1:].tolist()
+    windows = ndimage.find_objects(index, max_label=count)
+    return [
+        None if window is None else Region(area, (window[1].start, window[0].start, window[1].stop, window[0].stop))
+        for area, window in zip(areas, windows, strict=False)
+    ]
+
+
+def region_of(mask: Bool[np.ndarray, "height width"]) -> Region | None:
+    """The region of a mask; None if it is empty."""
+    area = int(np.count_nonzero(mask))
+    if area == 0:
+        return None
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
+    return Region(area, (left, top, left + width, top + height))
+
+
 def overlay_panoptic(
-    image: ImageLike,
+    image: UInt8[Tensor, "3 height width"] | Picture,
     panoptic: Int32[Tensor, "map_height map_width"],
     segments: Sequence[Segment],
     info: DatasetInfo,
     alpha: int | float = 0.55,
     draw_names: bool = True,
     shade_things: bool = True,
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Draws a panoptic map: the class's colour for stuff, a shade of it for every thing.
+) -> Picture:
+    """Draw a panoptic map over its image.
 
     Args:
-        image: RGB, as tensor [3, H, W] or as array [H, W, 3].
+        image: RGB.
         panoptic: segment ids; pixels of `VOID_ID` and of unlisted segments keep the photograph.
         segments: what the ids mean.
         info: names and colours of the classes.
         alpha: opacity of the colours, 0 to 1.
         draw_names: write class names on segments that are large enough.
-        shade_things: False gives things the colour of their class, too, which stays the same from frame to frame.
-
-    Returns:
-        A new RGB image of the same size.
+        shade_things: give each thing its own shade of its class's colour; False for videos, where it would flicker.
 
     Raises:
         ValueError: image and map differ in size.
@@ -65,35 +105,28 @@ def overlay_panoptic(
         colors = _shaded(colors, segments, regions)
     drawn = _blend(photo, index, colors, np.float32(alpha))
     if draw_names:
-        names = [info.classes[s.class_id].name for s in segments]
-        drawn = _draw_labels(drawn, _place_labels(index, regions, names, colors))
+        drawn = _draw_names(drawn, index, regions, [info.classes[s.class_id].name for s in segments], colors)
     return drawn
 
 
 def overlay_semantic(
-    image: ImageLike,
+    image: UInt8[Tensor, "3 height width"] | Picture,
     class_map: Integer[Tensor, "map_height map_width"],
     info: DatasetInfo,
     alpha: int | float = 0.55,
     draw_names: bool = True,
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Draws a class map in the classes' colours; values that are no class keep the photograph.
-
-    Args and result are those of `overlay_panoptic`.
-    """
+) -> Picture:
+    """`overlay_panoptic` for a class map; values that are no class keep the photograph."""
     classes = class_map.cpu().int()
     known = (classes >= 0) & (classes < info.num_classes)
-    regions = (classes + 1).where(known, VOID_ID)
     segments = [Segment(k + 1, k, is_thing=False) for k in range(info.num_classes)]
-    return overlay_panoptic(image, regions, segments, info, alpha, draw_names)
+    return overlay_panoptic(image, (classes + 1).where(known, VOID_ID), segments, info, alpha, draw_names)
 
 
-def side_by_side(
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]], titles: Sequence[str]
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Puts images in a row under their titles, all at the height of the first."""
+def side_by_side(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], titles: Sequence[str]) -> Picture:
+    """Images in a row under their titles, all at the height of the first."""
     height = images[0].shape[0]
-    font = _font(1.25 * _text_size(images[0].shape))
+    font = load_font(1.25 * _text_size(images[0].shape))
     gap, bar = max(2, height // 100), int(font.size * 1.9)
     pictures = [Image.fromarray(image) for image in images]
     pictures = [p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
@@ -106,9 +139,9 @@ def side_by_side(
     return np.array(sheet)
 
 
-def draw_caption(picture: UInt8[np.ndarray, "height width 3"], text: str) -> None:
-    """Writes a line on a dark plate into the top left corner of a picture, in place."""
-    font = _font(_text_size(picture.shape))
+def draw_caption(picture: Picture, text: str) -> None:
+    """Write a line on a dark plate into the top left corner of a picture, in place."""
+    font = load_font(_text_size(picture.shape))
     corner = picture[: int(1.9 * font.size), : int(font.getlength(text) + 1.6 * font.size)]
     patch = Image.fromarray(corner)
     draw = ImageDraw.Draw(patch, "RGBA")
@@ -117,17 +150,19 @@ def draw_caption(picture: UInt8[np.ndarray, "height width 3"], text: str) -> Non
     corner[:] = np.asarray(patch)
 
 
-@dataclass(frozen=True)
-class _Label:
-    text: str
-    font: ImageFont.FreeTypeFont
-    center: tuple[float, float]
-    box: tuple[float, float, float, float]
-    color: RGB
+def load_font(size: float) -> ImageFont.FreeTypeFont:
+    """Pillow's own font."""
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # what Pillow returns when a size is given
+    return font
+
+
+def _text_size(size: tuple[int, ...]) -> float:
+    return float(np.clip(min(size[:2]) / 32, 10, 32))
 
 
 def _shaded(colors: Sequence[RGB], segments: Sequence[Segment], regions: Sequence[Region | None]) -> list[RGB]:
-    """Things of one class are shaded from left to right, so that neighbours differ clearly."""
+    """Shade things of one class from left to right, so that neighbours differ clearly."""
     shaded = list(colors)
     placed = [(region.box[0] + region.box[2], i) for i, region in enumerate(regions) if region is not None]
     seen: dict[int, int] = {}
@@ -151,10 +186,8 @@ def _shade(color: RGB, n: int) -> RGB:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _blend(
-    photo: UInt8[np.ndarray, "height width 3"], index: IndexMap, colors: Sequence[RGB], alpha: np.float32
-) -> UInt8[np.ndarray, "height width 3"]:
-    """The photograph under its regions' colours and the lines between them."""
+def _blend(photo: Picture, index: IndexMap, colors: Sequence[RGB], alpha: np.float32) -> Picture:
+    """The photograph under its segments' colours and the lines between them."""
     opacity = np.array([0, *(alpha for _ in colors)], np.float32)
     paint = np.array([(0, 0, 0), *colors], np.float32) * opacity[:, None]
     drawn = np.empty(photo.shape, np.uint8)
@@ -168,7 +201,7 @@ def _blend(
         cv2.copyTo(photo, nothing.view(np.uint8), drawn)
 
     contour = _contours(index).ravel()
-    lines = np.flatnonzero(contour > 0)  # few pixels, so they are mixed once more
+    lines = np.flatnonzero(contour > 0)  # few pixels, so they are blended once more
     place, line = index.ravel()[lines], contour[lines][:, None] * np.float32(CONTOUR_OPACITY)
     mixed = photo.reshape(-1, 3)[lines] * (1 - opacity[place])[:, None] + paint[place]
     drawn.reshape(-1, 3)[lines] = (mixed * (1 - line) + np.array(CONTOUR, np.float32) * line).round()
@@ -185,23 +218,14 @@ def _contours(index: IndexMap) -> Float32[np.ndarray, "height width"]:
     return np.asarray(cv2.GaussianBlur(thick.astype(np.float32), (0, 0), 0.5), np.float32)
 
 
-def _text_size(size: tuple[int, ...]) -> float:
-    return float(np.clip(min(size[:2]) / 32, 10, 32))
-
-
-def _font(size: float) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # what Pillow returns when a size is given
-    return font
-
-
-def _place_labels(
-    index: IndexMap, regions: Sequence[Region | None], names: Sequence[str], colors: Sequence[RGB]
-) -> list[_Label]:
-    """A plate at the innermost point of every large segment, larger segments first, where it covers no other."""
-    font = _font(_text_size(index.shape))
+def _draw_names(
+    image: Picture, index: IndexMap, regions: Sequence[Region | None], names: Sequence[str], colors: Sequence[RGB]
+) -> Picture:
+    """A plate at the innermost point of every large segment, larger segments first, where it covers no other plate."""
+    picture = Image.fromarray(image)
+    draw, font = ImageDraw.Draw(picture, "RGBA"), load_font(_text_size(index.shape))
     areas = np.array([0 if region is None else region.area for region in regions])
-    labels: list[_Label] = []
+    plates: list[tuple[float, float, float, float]] = []
     for i in np.argsort(-areas, kind="stable"):
         region = regions[i]
         if region is None or region.area < MIN_NAMED_AREA * index.size:
@@ -209,104 +233,25 @@ def _place_labels(
         half_width, half_height = font.getlength(names[i]) / 2 + 0.35 * font.size, 0.72 * font.size
         if 4 * half_width * half_height > 0.4 * region.area:  # a plate may reach beyond its segment, but not hide it
             continue
-        center, radius = _innermost(index[region.window] == i + 1)
-        if radius < 0.6 * half_height:
+        (x, y), radius = _innermost(index[region.window] == i + 1)
+        if radius < 0.6 * half_height or 2 * half_width >= index.shape[1] or 2 * half_height >= index.shape[0]:
             continue
-        center = _inside((center[0] + region.box[0], center[1] + region.box[1]), (half_width, half_height), index.shape)
-        plate = center[0] - half_width, center[1] - half_height, center[0] + half_width, center[1] + half_height
-        if plate[0] < 0 or plate[1] < 0 or any(_overlap(plate, other.box) for other in labels):
+        x = max(min(x + region.box[0], index.shape[1] - 1 - half_width), half_width)
+        y = max(min(y + region.box[1], index.shape[0] - 1 - half_height), half_height)
+        plate = x - half_width, y - half_height, x + half_width, y + half_height
+        if any(plate[0] < b[2] and b[0] < plate[2] and plate[1] < b[3] and b[1] < plate[3] for b in plates):
             continue
-        labels.append(_Label(names[i], font, center, plate, colors[i]))
-    return labels
+        plates.append(plate)
+        red, green, blue = colors[i]
+        text_color = (255, 255, 255) if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else (20, 20, 20)
+        draw.rounded_rectangle(plate, radius=0.35 * font.size, fill=(red, green, blue, 225))
+        draw.text((x, y), names[i], fill=text_color, font=font, anchor="mm")
+    return np.array(picture)
 
 
 def _innermost(mask: Bool[np.ndarray, "height width"]) -> tuple[tuple[float, float], float]:
-    """The point that is farthest from what is outside a mask, as (x, y), and how far it is."""
+    """The point of a mask that is farthest from its outside, as (x, y), and how far it is."""
     padded = cv2.copyMakeBorder(mask.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, 3)
     y, x = np.unravel_index(distance.argmax(), distance.shape)
     return (float(x - 1), float(y - 1)), float(distance[y, x])
-
-
-def _inside(center: tuple[float, float], half: tuple[float, float], size: tuple[int, ...]) -> tuple[float, float]:
-    """Moves a plate into the picture; one that is too large for it stays out at the left or top."""
-    x = max(min(center[0], size[1] - 1 - half[0]), half[0]) if 2 * half[0] < size[1] else -1.0
-    y = max(min(center[1], size[0] - 1 - half[1]), half[1]) if 2 * half[1] < size[0] else -1.0
-    return x, y
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _draw_labels(
-    image: UInt8[np.ndarray, "height width 3"], labels: Sequence[_Label]
-) -> UInt8[np.ndarray, "height width 3"]:
-    picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture, "RGBA")
-    for label in labels:
-        red, green, blue = label.color
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140
-        draw.rounded_rectangle(label.box, radius=0.35 * label.font.size, fill=(*label.color, 225))
-        text_color = (255, 255, 255) if dark else (20, 20, 20)
-        draw.text(label.center, label.text, fill=text_color, font=label.font, anchor="mm")
-    return np.array(picture)
-
-
-# Areas and boxes of the regions of an id map, in milliseconds for two megapixels.
-#
-# A region's index is its position in a list of ids, counted from 1; 0 is what belongs to none. Few regions fit into
-# bytes, which everything that looks at every pixel is several times faster with.
-
-
-IndexMap = Integer[np.ndarray, "height width"]
-Box = tuple[int, int, int, int]
-"""Left, top, right and bottom in pixels; right and bottom are the first ones outside."""
-
-
-class Region(NamedTuple):
-    """Where the pixels of one index are: how many there are, and the smallest box around them."""
-
-    area: int
-    box: Box
-
-    @property
-    def window(self) -> tuple[slice, slice]:
-        """The box as rows and columns of an array."""
-        left, top, right, bottom = self.box
-        return slice(top, bottom), slice(left, right)
-
-
-def index_map(ids: Integer[np.ndarray, "height width"], known: Sequence[int]) -> IndexMap:
-    """Every pixel's position in the list `known`, counted from 1; 0 where its id is not listed.
-
-    Args:
-        ids: of any size and sign.
-        known: unique ids, 1 or more.
-    """
-    # one entry more at either end is 0, to which all ids beyond are clipped
-    table = np.zeros(max(known, default=0) + 2, np.uint8 if len(known) < 256 else np.int32)
-    table[list(known)] = np.arange(1, len(known) + 1)
-    return np.take(table, ids, mode="clip")
-
-
-def find_regions(index: IndexMap, count: int) -> list[Region | None]:
-    """Area and box of the indices 1 to `count`; None where there is no pixel."""
-    areas = np.bincount(index.ravel(), minlength=count + 1)
-    regions: list[Region | None] = []
-    for area, window in zip(areas[1:].tolist(), ndimage.find_objects(index, max_label=count), strict=False):
-        if window is None:
-            regions.append(None)
-        else:
-            rows, columns = window
-            regions.append(Region(area, (columns.start, rows.start, columns.stop, rows.stop)))
-    return regions
-
-
-def region_of(mask: Bool[np.ndarray, "height width"]) -> Region | None:
-    """Area and box of a mask; None if it is empty."""
-    area = int(np.count_nonzero(mask))
-    if area == 0:
-        return None
-    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
-    return Region(area, (left, top, left + width, top + height))

@@ -3,10 +3,11 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pem_lightning.inference.postprocess import instances, panoptic, semantic
+from pem_lightning.inference.postprocess import instances, panoptic, resize_rows, semantic, source_rows
 
 THINGS = frozenset(range(11, 19))
 NETWORK_CASES = [f"city_pan_{name}" for name in ("r50_90x150", "r50_96x160", "stdc1_90x150", "stdc1_96x160")]
@@ -145,7 +146,7 @@ class TestPanoptic:
         assert row == [1] * 4
         assert [s.class_id for s in segments] == [0]
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(st.integers(0, 2**31), st.integers(1, 9), st.floats(0, 1), st.floats(0, 1))
     def test_map_and_segments_always_agree(self, seed, queries, object_mask_threshold, overlap_threshold):
         generator = torch.Generator().manual_seed(seed)
@@ -186,3 +187,27 @@ class TestInstances:
 
     def test_an_empty_mask_has_no_score(self):
         assert self.run(logits_for([0]), masks_for([-1, -1, -1, -1]), top_k=1)[0].score == 0
+
+
+class TestResizingOfRows:
+    """Equals resizing everything and taking the rows."""
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.data(), *(st.integers(1, 60) for _ in range(4)), st.sampled_from([torch.float32, torch.float64]))
+    def test_any_size(self, data, height, width, new_height, new_width, dtype):
+        start = data.draw(st.integers(0, new_height - 1))
+        rows = range(start, data.draw(st.integers(start + 1, new_height)))
+        maps = torch.randn(2, height, width, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        self.check(maps, rows, (new_height, new_width), 1e-5 if dtype == torch.float32 else 1e-12)
+
+    @pytest.mark.parametrize("height", [8192, 12345])
+    def test_large_maps_in_single_precision(self, height):
+        """Where float32 places of rows are no longer exact, they are the same as those of PyTorch."""
+        self.check(torch.randn(1, height // 4, 2), range(height - 100, height), (height, 2), 1e-3)
+
+    @staticmethod
+    def check(maps, rows, size, tolerance):
+        needed = source_rows(rows, maps.shape[1], size[0])
+        actual = resize_rows(maps[:, needed.start : needed.stop], needed, rows, tuple(maps.shape[1:]), size)
+        expected = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(actual, expected[:, rows.start : rows.stop], rtol=0, atol=tolerance)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,17 @@ from pem_lightning.data.transforms import EvalTransform
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.predictor import Predictor
-from pem_lightning.inference.prototypes import LayerPrototypes, record_selections, trace_decoder
+from pem_lightning.inference.prototypes import (
+    COLORS,
+    DecoderTrace,
+    LayerPrototypes,
+    draw_prototypes,
+    draw_trace,
+    record_selections,
+    trace_decoder,
+)
 from pem_lightning.models.pem import build_pem
+from pem_lightning.models.prototype_attention import PrototypeCrossAttention, PrototypeSelection
 from pem_lightning.types import ClassInfo, DatasetInfo, Predictions, UserError
 
 INFO = DatasetInfo("toy", tuple(ClassInfo(f"class{i}", (i, i, i), i % 2 == 0, i) for i in range(4)))
@@ -46,6 +57,46 @@ def traced(network, photo):
     return trace_decoder(predictor_of(network), photo)
 
 
+class TestRecording:
+    @pytest.fixture
+    def layer(self):
+        torch.manual_seed(0)
+        return PrototypeCrossAttention(channels=32, num_heads=4).eval()
+
+    @pytest.fixture
+    def inputs(self):
+        draw = torch.Generator().manual_seed(0)
+        return [torch.randn(s, generator=draw) for s in ((2, 9, 32), (9, 32), (2, 32, 6, 7), (2, 9, 6, 7))]
+
+    def test_is_what_was_selected(self, layer, inputs):
+        """Against a selection on keys and queries that are projected here."""
+        queries, query_positions, features, mask_logits = inputs
+        with torch.no_grad(), record_selections(nn.Sequential(nn.Identity(), layer)) as selections:
+            layer(*inputs)
+            keys = layer.feature_conv(layer.feature_norm(features)).flatten(2).mT
+            keys = nn.functional.normalize(layer.feature_linear(keys), dim=-1)
+            projected = nn.functional.normalize(layer.query_linear(layer.query_norm(queries + query_positions)), dim=-1)
+        background = mask_logits.flatten(2) < 0
+        _, positions = PrototypeSelection(4)(keys, projected, background)
+        (selection,) = selections
+        assert torch.equal(selection.positions, positions)
+        assert torch.equal(selection.background, background)
+        highest = torch.einsum("bqmd,bpmd->bmqp", projected.unflatten(2, (4, 8)), keys.unflatten(2, (4, 8)))
+        highest = highest.masked_fill(background[:, None], float("-inf")).amax(-1)
+        torch.testing.assert_close(selection.similarity, highest)
+
+    def test_ends_with_the_context_and_changes_no_output(self, layer, inputs):
+        with torch.no_grad():
+            before = layer(*inputs)
+            with record_selections(layer) as selections:
+                assert torch.equal(layer(*inputs), before)
+            layer(*inputs)
+        assert len(selections) == 1
+        with pytest.raises(RuntimeError), record_selections(layer):
+            raise RuntimeError
+        assert not layer.selection._forward_hooks
+
+
 def test_the_layers_are_those_of_the_network(network, photo, traced):
     """Positions, similarities and masks against a recording of the network itself; strides in turns."""
     with torch.no_grad(), record_selections(network) as selections:
@@ -56,6 +107,7 @@ def test_the_layers_are_those_of_the_network(network, photo, traced):
         assert layer.masks.shape == (9, height, width)
         assert torch.equal(layer.cells[..., 0] * width + layer.cells[..., 1], selection.positions[0])
         assert torch.equal(layer.similarity, selection.similarity[0])
+        assert layer.similarity.abs().max() <= 1  # of unit vectors
         off = selection.background.all()
         assert torch.equal(layer.masks.flatten(1), ~selection.background[0] | off)
     assert sum(not selection.background.all() for selection in selections) >= 3
@@ -72,12 +124,6 @@ def test_prototypes_lie_inside_their_querys_mask(traced):
     assert chose > 9
 
 
-def test_similarities_are_parts_of_unit_vectors_products(traced):
-    for layer in traced.layers:
-        assert layer.similarity.sum(0).abs().max() < len(layer.similarity)
-        assert layer.similarity.abs().max() <= 1
-
-
 def test_positions_are_in_the_images_own_pixels(network, photo):
     """The image is halved for the network; a cell of the network's 32 pixels has 64 of the photograph's."""
     large = photo.repeat(2, axis=0).repeat(2, axis=1)
@@ -88,11 +134,6 @@ def test_positions_are_in_the_images_own_pixels(network, photo):
     assert torch.equal(layer.positions, 64 * layer.cells.flip(-1) + 32.0)
     assert trace.masks_of(0).shape == (5, 150, 260)
     assert trace.image is large
-
-
-def test_cells_are_as_oblong_as_the_resizing():
-    layer = LayerPrototypes(1, 32, torch.tensor([[[1, 3]]]), (10.0, 20.0), torch.ones(1, 1), torch.ones(1, 2, 4).bool())
-    assert layer.positions.tolist() == [[[35.0, 30.0]]]
 
 
 def test_predictions_follow_the_queries(network, photo, traced):
@@ -120,10 +161,11 @@ def test_the_optimised_network_can_be_traced(network, photo, traced, precision):
     assert trace.predictions[-1].mask_logits.dtype == torch.float32
 
 
-def test_heads_that_agree_are_counted():
+def test_numbers_of_a_layer():
     cells = torch.tensor([[[0, 1], [0, 0], [1, 0]], [[0, 1], [0, 1], [0, 1]], [[0, 1], [1, 1], [1, 0]]])
-    layer = LayerPrototypes(1, 8, cells, (8.0, 8.0), torch.zeros(3, 3), torch.ones(3, 2, 2, dtype=torch.bool))
+    layer = LayerPrototypes(1, 8, cells, (10.0, 20.0), torch.zeros(3, 3), torch.ones(3, 2, 2, dtype=torch.bool))
     assert layer.num_distinct.tolist() == [1, 3, 2]
+    assert layer.positions[0].tolist() == [[15.0, 10.0], [5.0, 10.0], [5.0, 30.0]]
 
 
 def test_masks_that_are_all_empty_are_off(network, photo):
@@ -172,10 +214,13 @@ def test_networks_that_cannot_be_looked_into(network, photo):
         trace_decoder(predictor_of(compiled), photo)
 
 
-@pytest.mark.parametrize("attention", ["mean", "dot_product"])
-def test_ablations_without_prototypes_say_so(photo, attention):
-    network = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=2, attention=attention)
-    with pytest.raises(UserError, match=f"attention={attention} chooses no prototypes"):
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [({"attention": "mean"}, "attention=mean"), ({"attention": "dot_product"}, "attention=dot_product")],
+)
+def test_ablations_without_prototypes_say_so(photo, variant, message):
+    network = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=1, hidden_channels=16, **variant)
+    with pytest.raises(UserError, match=f"{message} chooses no prototypes"):
         trace_decoder(predictor_of(network), photo)
 
 
@@ -183,6 +228,77 @@ def test_ablations_without_prototypes_say_so(photo, attention):
 def test_ablations_with_prototypes_can_be_traced(photo, variant):
     torch.manual_seed(0)
     network = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=2, **variant)
-    trace = trace_decoder(predictor_of(network), photo)
-    assert len(trace.layers) == 2
-    assert trace.layers[0].masks.all() == ("masked" in variant)
+    layers = trace_decoder(predictor_of(network), photo).layers
+    assert len(layers) == 2
+    assert layers[0].masks.all() == ("masked" in variant)
+
+
+GREY = 100
+RED, BLUE = (250, 0, 0), (0, 0, 250)
+
+
+class TestDrawing:
+    @pytest.fixture
+    def image(self):
+        return np.full((64, 128, 3), GREY, np.uint8)
+
+    @pytest.fixture
+    def layer(self):
+        """Two heads, three queries, cells of 32 pixels: query 0 agrees on cell (0, 1), query 1 does not, 2 is empty."""
+        cells = torch.tensor([[[0, 1], [1, 3], [0, 0]], [[0, 1], [0, 3], [0, 0]]])
+        masks = torch.zeros(3, 2, 4, dtype=torch.bool)
+        masks[0, 0, 1] = masks[1, :, 3] = masks[1, 1, 2] = True
+        return LayerPrototypes(1, 32, cells, (32.0, 32.0), torch.zeros(2, 3), masks)
+
+    @pytest.mark.parametrize("scale", [2, 3])
+    def test_choices_are_framed_where_they_are(self, image, layer, scale):
+        picture = draw_prototypes(image, layer, [0, 1], scale=scale, colors=(RED, BLUE))
+        assert picture.shape == (64 * scale, 128 * scale, 3)
+        corners = {
+            (row, column): tuple(cell(picture, row, column, 32 * scale)[1, 1].tolist())
+            for row in range(2)
+            for column in range(4)
+        }
+        assert {place for place, color in corners.items() if color == RED} == {(0, 1)}
+        assert {place for place, color in corners.items() if color == BLUE} == {(0, 3), (1, 3)}
+        frame = cell(picture, 0, 1, 32 * scale)
+        for edge in (frame[0], frame[-1], frame[:, 0], frame[:, -1]):
+            assert (edge == RED).all()
+        middle = frame[8 * scale : -8 * scale, 8 * scale : -8 * scale]  # with the plate
+        assert has_color(middle, RED)
+        assert has_color(middle, (255, 255, 255))
+
+    def test_masks_are_tinted_and_the_rest_is_not(self, image, layer):
+        picture = draw_prototypes(image, layer, [0, 1], colors=(RED, BLUE)).astype(int)
+        tinted = cell(picture, 1, 2)[4:-4, 4:-4]  # in query 1's mask, but chosen by none
+        assert (tinted[..., 2] > GREY).all()
+        assert (tinted[..., 0] < GREY).all()
+        assert (cell(picture, 0, 0)[1:-1, 1:-1] == GREY).all()
+
+    def test_queries_that_did_not_choose_are_left_out(self, image, layer):
+        assert np.array_equal(draw_prototypes(image, layer, [2]), draw_prototypes(image, layer, []))
+        assert not has_color(draw_prototypes(image, layer, [0, 2]), COLORS[1])
+
+    def test_padding_is_cut_off(self, layer):
+        picture = draw_prototypes(np.full((50, 100, 3), GREY, np.uint8), layer, [0, 1], colors=(RED, BLUE))
+        assert picture.shape == (50, 100, 3)
+        assert has_color(picture[:, 96:], BLUE)
+
+    def test_layers_stand_in_rows_under_their_titles(self, image, layer):
+        layers = tuple(replace(layer, layer=number) for number in range(1, 6))
+        trace = DecoderTrace(image, (64, 128), layers, ())
+        sheet, row = draw_trace(trace, [0], per_row=2), draw_trace(trace, [0], layers=[1, 2])
+        assert sheet.shape == (3 * row.shape[0], *row.shape[1:])
+        first, second, third = np.split(sheet, 3)
+        assert np.array_equal(first, row)
+        assert not np.array_equal(first, second)  # by their titles
+        assert (third[:, -128:] == 255).all()
+        assert np.array_equal(third[-64:, :128], draw_prototypes(image, layer, [0]))
+
+
+def has_color(part, color):
+    return bool((part == np.array(color)).all(-1).any())
+
+
+def cell(picture, row, column, side=32):
+    return picture[row * side : (row + 1) * side, column * side : (column + 1) * side]

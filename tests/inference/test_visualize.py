@@ -1,13 +1,20 @@
-import json
-
 import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pem_lightning.files import rgb_to_id
-from pem_lightning.inference.visualize import draw_caption, overlay_panoptic, overlay_semantic, side_by_side
+from pem_lightning.inference.visualize import (
+    Region,
+    draw_caption,
+    find_regions,
+    index_map,
+    overlay_panoptic,
+    overlay_semantic,
+    region_of,
+    side_by_side,
+)
 from pem_lightning.types import ClassInfo, DatasetInfo, Segment
 
 INFO = DatasetInfo(
@@ -24,45 +31,39 @@ def grey(height, width):
     return np.full((height, width, 3), 100, np.uint8)
 
 
-def test_blends_the_class_colour_into_the_photograph():
-    id_map = torch.ones(64, 64, dtype=torch.int32)
-    drawn = overlay_panoptic(grey(64, 64), id_map, [Segment(1, 2, False)], INFO, alpha=0.5, draw_names=False)
-    assert drawn.dtype == np.uint8
-    assert drawn[32, 32].tolist() == [85, 115, 140]
+def stripes(*ids, width=64):
+    """An id map of 64 rows."""
+    return torch.tensor(ids, dtype=torch.int32).repeat_interleave(width // len(ids)).repeat(64, 1)
 
 
 def test_void_and_unlisted_segments_keep_the_photograph():
-    id_map = torch.zeros(64, 64, dtype=torch.int32)
-    id_map[:, 32:] = 9
-    drawn = overlay_panoptic(grey(64, 64), id_map, [], INFO)
+    drawn = overlay_panoptic(grey(64, 64), stripes(0, 9), [], INFO)
     assert (drawn[:, :30] == 100).all()
     assert (drawn[:, 40:] == 100).all()
 
 
 def test_things_of_one_class_get_colours_apart():
-    id_map = torch.arange(1, 9, dtype=torch.int32).repeat_interleave(16).repeat(64, 1)
-    drawn = overlay_panoptic(
-        grey(64, 128), id_map, [Segment(i, 1, True) for i in range(1, 9)], INFO, alpha=1.0, draw_names=False
-    )
+    segments = [Segment(i, 1, True) for i in range(1, 9)]
+    drawn = overlay_panoptic(grey(64, 128), stripes(*range(1, 9), width=128), segments, INFO, 1.0, draw_names=False)
     colors = drawn[32, 8::16].astype(int)
     assert colors[0].tolist() == [0, 0, 142]
     assert (np.abs(np.diff(colors, axis=0)).max(1) > 40).all()
 
 
-def test_colours_can_stay_with_the_class():
-    id_map = torch.tensor([1, 2], dtype=torch.int32).repeat_interleave(32).repeat(64, 1)
-    segments = [Segment(1, 1, True), Segment(2, 1, True)]
-    drawn = overlay_panoptic(grey(64, 64), id_map, segments, INFO, alpha=1.0, draw_names=False, shade_things=False)
+@pytest.mark.parametrize(("is_thing", "shade_things"), [(True, False), (False, True)])
+def test_colours_of_stuff_stay_with_the_class_and_those_of_things_can(is_thing, shade_things):
+    segments = [Segment(1, 1, is_thing), Segment(2**24 - 1, 1, is_thing)]
+    drawn = overlay_panoptic(grey(64, 64), stripes(2**24 - 1, 1), segments, INFO, 1.0, False, shade_things)
     assert drawn[32, 10].tolist() == drawn[32, 50].tolist() == [0, 0, 142]
     assert drawn[32, 32].min() > 142  # the line between them
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.55, 1.0])
-@pytest.mark.parametrize("count", [5, 300])
+@pytest.mark.parametrize(("alpha", "count"), [(0.0, 5), (0.3, 300), (0.55, 5), (1.0, 300)])
 def test_every_pixel_is_what_the_formula_says(alpha, count):
     """Colours blended in float32, then lines: written down once more, plainly and slowly."""
     rng = np.random.default_rng(count)
     photo = rng.integers(0, 256, (90, 130, 3), np.uint8)
+    before = photo.copy()
     ids = rng.integers(0, count + 1, (18, 26)).astype(np.int32).repeat(5, 0).repeat(5, 1)
     segments = [Segment(i, int(rng.integers(3)), False) for i in range(1, count + 1)]
     drawn = overlay_panoptic(photo, torch.from_numpy(ids), segments, INFO, alpha, draw_names=False)
@@ -77,40 +78,9 @@ def test_every_pixel_is_what_the_formula_says(alpha, count):
     expected = expected * (1 - line) + np.float32(255) * line
     assert (drawn == expected.round().astype(np.uint8)).all()
 
-
-def test_a_caption_is_written_into_the_corner():
-    picture = grey(128, 256)
-    draw_caption(picture, "12.3 fps")
-    assert picture[:10, :6].max() < 100
-    assert picture[:18, :60].max() > 200
-    assert (picture[40:] == 100).all()
-    tiny = grey(1, 1)
-    draw_caption(tiny, "12.3 fps")
-
-
-def test_stuff_of_one_class_gets_one_colour():
-    id_map = torch.tensor([1, 2], dtype=torch.int32).repeat_interleave(32).repeat(64, 1)
-    segments = [Segment(1, 2, False), Segment(2, 2, False)]
-    drawn = overlay_panoptic(grey(64, 64), id_map, segments, INFO, draw_names=False)
-    assert (drawn[32, 10] == drawn[32, 50]).all()
-
-
-def test_large_ids_and_any_order_of_segments():
-    id_map = torch.tensor([2**24 - 1, 26001], dtype=torch.int32).repeat_interleave(32).repeat(64, 1)
-    segments = [Segment(2**24 - 1, 2, False), Segment(26001, 0, True)]
-    drawn = overlay_panoptic(grey(64, 64), id_map, segments, INFO, alpha=1.0, draw_names=False)
-    assert drawn[32, 10].tolist() == [70, 130, 180]
-    assert drawn[32, 50].tolist() == [220, 20, 60]
-
-
-def test_tensor_and_array_give_the_same_picture_and_stay_untouched():
-    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
-    before = image.copy()
-    id_map = torch.ones(64, 96, dtype=torch.int32)
-    from_array = overlay_panoptic(image, id_map, [Segment(1, 0, True)], INFO)
-    from_tensor = overlay_panoptic(torch.from_numpy(image).permute(2, 0, 1), id_map, [Segment(1, 0, True)], INFO)
-    assert (from_array == from_tensor).all()
-    assert (image == before).all()
+    tensor = torch.from_numpy(photo).permute(2, 0, 1)
+    assert (overlay_panoptic(tensor, torch.from_numpy(ids), segments, INFO, alpha, draw_names=False) == drawn).all()
+    assert (photo == before).all()
 
 
 def test_names_are_drawn_on_large_segments_only():
@@ -139,25 +109,9 @@ def test_sizes_that_differ_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_class_map_with_void(dtype):
-    class_map = torch.full((64, 64), 255, dtype=dtype)
-    class_map[:, 32:] = 2
-    drawn = overlay_semantic(grey(64, 64), class_map, INFO, alpha=1.0, draw_names=False)
+    drawn = overlay_semantic(grey(64, 64), stripes(255, 2).to(dtype), INFO, alpha=1.0, draw_names=False)
     assert drawn[32, 10].tolist() == [100, 100, 100]
     assert drawn[32, 50].tolist() == [70, 130, 180]
-
-
-def test_real_photograph_with_crowds(reference):
-    root = reference / "panoptic_quality" / "coco_sample"
-    categories = json.loads((root / "categories.json").read_text())
-    info = DatasetInfo(
-        "coco", tuple(ClassInfo(c["name"], tuple(c["color"]), bool(c["isthing"]), c["id"]) for c in categories)
-    )
-    annotation = json.loads((root / "panoptic.json").read_text())["annotations"][0]
-    segments = [Segment(s["id"], info.category_ids.index(s["category_id"]), True) for s in annotation["segments_info"]]
-    id_map = rgb_to_id(np.asarray(Image.open(root / "panoptic" / annotation["file_name"]).convert("RGB")))
-    photo = np.asarray(Image.open(root / "images" / annotation["file_name"].replace(".png", ".jpg")).convert("RGB"))
-    drawn = overlay_panoptic(photo, torch.from_numpy(id_map), segments, info)
-    assert (drawn != photo).any(-1)[id_map > 0].mean() > 0.95
 
 
 def test_side_by_side_brings_images_to_one_height():
@@ -166,3 +120,40 @@ def test_side_by_side_brings_images_to_one_height():
     assert sheet.shape[0] > 64
     assert sheet.shape[1] == 64 + 32 + 2
     assert (sheet[-1, :64] == 100).all()
+
+
+def test_a_caption_is_written_into_the_corner():
+    picture = grey(128, 256)
+    draw_caption(picture, "12.3 fps")
+    assert picture[:10, :6].max() < 100
+    assert picture[:18, :60].max() > 200
+    assert (picture[40:] == 100).all()
+    draw_caption(grey(1, 1), "12.3 fps")
+
+
+class TestRegions:
+    @pytest.mark.parametrize(("count", "dtype"), [(255, np.uint8), (256, np.int32)])
+    def test_few_fit_into_bytes(self, count, dtype):
+        index = index_map(np.arange(count + 2, dtype=np.int32)[None], range(1, count + 1))
+        assert index.dtype == dtype
+        assert index.tolist() == [[*range(count + 1), 0]]
+
+    def test_ids_of_any_size_and_sign_in_any_order(self):
+        ids = np.array([[-5, 0, 7, 2**24 - 1, 2**31 - 1, -(2**31), 8, 6]], np.int32)
+        assert index_map(ids, [2**24 - 1, 7]).tolist() == [[0, 0, 2, 1, 0, 0, 0, 0]]
+        assert index_map(ids, []).tolist() == [[0] * 8]
+
+    @settings(max_examples=15, deadline=None)
+    @given(st.integers(0, 2**31), st.integers(1, 300), st.integers(1, 20), st.integers(1, 20))
+    def test_areas_and_boxes_are_those_of_the_masks(self, seed, count, height, width):
+        ids = np.random.default_rng(seed).integers(0, count + 2, (height, width)).astype(np.int32)
+        for i, region in enumerate(find_regions(index_map(ids, range(1, count + 1)), count), start=1):
+            if region is None:
+                assert i not in ids
+                continue
+            mask = ids == i
+            rows, columns = np.nonzero(mask)
+            assert region == Region(len(rows), (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+            assert region_of(mask) == region
+            assert mask[region.window].sum() == region.area
+        assert region_of(np.zeros((3, 4), bool)) is None

@@ -1,11 +1,14 @@
-"""Cells partition the image, their bounds hold, and their pixels are those of bilinear upsampling."""
+"""Cells partition the image, their bounds hold, and their pixels are those of bilinear upsampling.
+
+That their winners are those of computing every pixel is tested against the reference algorithm.
+"""
 
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pem_lightning.inference import fast_argmax as cells_module
+from pem_lightning.inference import fast_argmax
 from pem_lightning.inference.fast_argmax import Cells
 
 
@@ -16,29 +19,20 @@ def draw_cells(height, width, seed, queries=3):
     return Cells(logits, (height, width)), full[:, :height, :width]
 
 
-sizes = (st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
-
-
-@settings(max_examples=40, deadline=None)
-@given(*sizes)
-def test_pixels_are_those_of_bilinear_upsampling(height, width, seed):
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
+def test_cells_are_those_of_bilinear_upsampling(height, width, seed):
     cells, full = draw_cells(height, width, seed)
     rows, columns = torch.meshgrid(*(torch.arange(n) for n in cells.shape), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
-    for query in range(3):
-        canvas, inside_canvas = cells.canvas().double(), cells.canvas()
-        for part, logits, inside in cells.pixels(rows, columns):
-            canvas[rows[part], :, columns[part]] = logits[..., query]
-            inside_canvas[rows[part], :, columns[part]] = inside.int()
-        torch.testing.assert_close(cells.crop(canvas), full[query], rtol=0, atol=1e-12)
+    pixels, inside_canvas = cells.canvas().double(), cells.canvas()
+    for part, logits, inside in cells.pixels(rows, columns):
+        pixels[rows[part], :, columns[part]] = logits[..., 0]
+        inside_canvas[rows[part], :, columns[part]] = inside.int()
+    torch.testing.assert_close(cells.crop(pixels), full[0], rtol=0, atol=1e-12)
     assert cells.crop(inside_canvas).all()
     assert inside_canvas.sum() == height * width
 
-
-@settings(max_examples=40, deadline=None)
-@given(*sizes)
-def test_bounds_hold_and_areas_add_up(height, width, seed):
-    cells, full = draw_cells(height, width, seed)
     low, high, area = cells.canvas().double(), cells.canvas().double(), 0
     for strip in cells.strips():
         lows, highs = cells.bounds(strip)
@@ -51,7 +45,7 @@ def test_bounds_hold_and_areas_add_up(height, width, seed):
 
 
 def test_strips_cover_all_rows_once(monkeypatch):
-    monkeypatch.setitem(cells_module._ELEMENTS_AT_ONCE, "cpu", 70)
+    monkeypatch.setitem(fast_argmax._ELEMENTS_AT_ONCE, "cpu", 70)
     cells, _ = draw_cells(33, 40, 0)
     strips = list(cells.strips())
     assert len(strips) > 1

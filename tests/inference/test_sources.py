@@ -1,0 +1,367 @@
+"""Images of every kind, videos in and out, and reading ahead."""
+
+import io
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pem_lightning.inference.sources import VideoReader, VideoWriter, find_images, is_stream, prefetch, read_image
+from pem_lightning.types import UserError
+
+
+class TestFindImages:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name in ("b.png", "a.JPG", "notes.txt", "x[1].tif", "sub/c.png"):
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"")
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("source", "expected"),
+        [
+            ("notes.txt", ["notes.txt"]),
+            (".", ["a.JPG", "b.png", "x[1].tif"]),
+            ("**/*.png", ["b.png", "sub/c.png"]),
+            ("x[1].tif", ["x[1].tif"]),
+        ],
+    )
+    def test_files_folders_and_patterns(self, folder, source, expected):
+        assert find_images(f"{folder}/{source}") == [folder / name for name in expected]
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [("nowhere", "does not exist"), ("*.gif", "no images in pattern"), ("empty", "no images in folder")],
+    )
+    def test_nothing_found_is_said_in_one_line(self, folder, source, message):
+        (folder / "empty").mkdir()
+        with pytest.raises(UserError, match=message) as error:
+            find_images(folder / source)
+        assert "\n" not in str(error.value)
+
+
+class TestReadImage:
+    def save(self, path, image, **options):
+        image.save(path, **options)
+        return read_image(path)
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK"])
+    def test_every_mode_becomes_rgb(self, tmp_path, mode):
+        suffix = "tif" if mode == "CMYK" else "png"
+        read = self.save(tmp_path / f"x.{suffix}", Image.new("RGB", (5, 4), "white").convert(mode))
+        assert read.dtype == np.uint8
+        assert read.shape == (4, 5, 3)
+        assert (read == 255).all()
+
+    def test_sixteen_bit_grey_is_scaled(self, tmp_path):
+        values = np.array([[0, 257 * 100, 65535]], np.uint16)
+        assert self.save(tmp_path / "x.png", Image.fromarray(values))[0, :, 0].tolist() == [0, 100, 255]
+
+    @pytest.mark.parametrize("suffix", ["png", "tif", "ppm"])
+    def test_sixteen_bit_colours_are_scaled(self, tmp_path, suffix):
+        values = np.random.default_rng(0).integers(0, 65536, (5, 7, 3)).astype(np.uint16)
+        cv2.imwrite(str(tmp_path / f"x.{suffix}"), values[..., ::-1])
+        assert np.abs(read_image(tmp_path / f"x.{suffix}") - values / 257).max() < 1
+
+    def test_values_of_no_known_range_are_refused(self, tmp_path):
+        with pytest.raises(UserError, match="floating-point"):
+            self.save(tmp_path / "x.tif", Image.fromarray(np.full((2, 2), 0.5, np.float32)))
+
+    def test_transparent_pixels_are_white(self, tmp_path):
+        pixels = np.array([[[10, 20, 30, 0], [10, 20, 30, 255]]], np.uint8)
+        assert self.save(tmp_path / "x.png", Image.fromarray(pixels)).tolist() == [[[255] * 3, [10, 20, 30]]]
+        palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+        palette.putpalette([10, 20, 30, 40, 50, 60])
+        assert self.save(tmp_path / "p.png", palette, transparency=0).tolist() == [[[255] * 3, [40, 50, 60]]]
+
+    @pytest.mark.parametrize(
+        ("orientation", "stored"),
+        [
+            (1, lambda upright: upright),
+            (2, lambda upright: upright[:, ::-1]),
+            (3, lambda upright: upright[::-1, ::-1]),
+            (4, lambda upright: upright[::-1]),
+            (5, lambda upright: upright.transpose(1, 0, 2)),
+            (6, lambda upright: np.rot90(upright, 1)),
+            (7, lambda upright: upright[::-1, ::-1].transpose(1, 0, 2)),
+            (8, lambda upright: np.rot90(upright, -1)),
+        ],
+    )
+    def test_every_exif_orientation_becomes_upright(self, tmp_path, orientation, stored):
+        upright = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = Image.fromarray(np.ascontiguousarray(stored(upright)))
+        assert (self.save(tmp_path / "x.png", image, exif=exif) == upright).all()
+        with Image.open(tmp_path / "x.png") as opened:
+            assert (read_image(opened) == upright).all()
+
+    def test_the_first_frame_of_an_animation_is_taken(self, tmp_path):
+        frames = [Image.new("RGB", (3, 2), color) for color in ("red", "blue")]
+        read = self.save(tmp_path / "x.gif", frames[0], save_all=True, append_images=frames[1:])
+        assert read.tolist() == np.full((2, 3, 3), (255, 0, 0)).tolist()
+        assert find_images(tmp_path) == [tmp_path / "x.gif"]
+
+    def test_a_decompression_bomb_gets_one_line(self, tmp_path, monkeypatch, recwarn):
+        Image.new("L", (30, 30)).save(tmp_path / "bomb.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 30 - 1)
+        assert read_image(tmp_path / "bomb.png").shape == (30, 30, 3)  # here Pillow warns
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 30 // 2 - 1)
+        with pytest.raises(UserError, match=r"bomb\.png has more than .* million pixels: shrink it") as error:
+            read_image(tmp_path / "bomb.png")
+        assert "\n" not in str(error.value)
+        assert not recwarn.list
+
+    def test_pillow_images_arrays_and_tensors(self):
+        assert read_image(Image.new("L", (3, 2), 7)).tolist() == np.full((2, 3, 3), 7).tolist()
+        array = np.random.default_rng(0).integers(0, 256, (2, 3, 4), np.uint8)
+        rgb = array[..., :3]
+        assert read_image(rgb) is rgb
+        grey = read_image(array[..., 0])
+        assert all((grey[..., channel] == array[..., 0]).all() for channel in range(3))
+        assert (read_image(array[..., :1]) == grey).all()
+        array[0, 0, 3], array[1, 1, 3] = 0, 255
+        assert read_image(array)[0, 0].tolist() == [255] * 3
+        assert (read_image(array)[1, 1] == rgb[1, 1]).all()
+        assert (read_image(torch.from_numpy(rgb.transpose(2, 0, 1).copy())) == rgb).all()
+
+    @pytest.mark.parametrize(
+        "array",
+        [
+            np.zeros((4, 4, 3), np.float32),
+            np.zeros((3, 4, 9), np.uint8),
+            np.zeros((2, 4, 4, 3), np.uint8),
+            np.zeros((0, 4, 3), np.uint8),
+            torch.zeros(3, 4, 4),
+            torch.zeros(4, 4, 3, dtype=torch.uint8),
+            torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        ],
+    )
+    def test_other_arrays_and_tensors_are_refused(self, array):
+        with pytest.raises(UserError, match=r"uint8 (array|tensor) .* not (float32|uint8) \["):
+            read_image(array)
+
+    def test_files_that_are_no_complete_image_are_named(self, tmp_path):
+        broken = {"text.png": b"no image", "empty.jpg": b"", "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n"}
+        photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+        for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"):
+            buffer = io.BytesIO()
+            photo.save(buffer, kind)
+            broken[f"cut.{kind.lower()}"] = buffer.getvalue()[: len(buffer.getvalue()) // 2]
+        for name, content in broken.items():
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(UserError, match=name) as error:
+                read_image(tmp_path / name)
+            assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match=r"gone\.png does not exist"):
+            read_image(tmp_path / "gone.png")
+        with pytest.raises(UserError, match="cannot read"):
+            read_image(tmp_path)
+        with Image.open(tmp_path / "cut.bmp") as image, pytest.raises(UserError, match="complete image"):
+            read_image(image)
+
+
+def frame(i, height=48, width=64):
+    """A grey that tells the number, left of red."""
+    picture = np.full((height, width, 3), 8 * i, np.uint8)
+    picture[:, width // 2 :] = 200, 0, 0
+    return picture
+
+
+def numbers(frames):
+    """What `frame` was called with."""
+    return [round(picture[5:-5, 5:20].mean() / 8) for picture in frames]
+
+
+def write(path, count=12, codec="mp4v"):
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), 10, (64, 48))
+    for i in range(count):
+        writer.write(frame(i)[..., ::-1])
+    writer.release()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [(0, True), ("1", True), ("rtsp://camera/1", True), ("http://host/x.mp4", True), ("x.mp4", False), ("./0", False)],
+)
+def test_what_is_a_stream(source, expected):
+    assert is_stream(source) == expected
+
+
+class TestVideoReader:
+    @pytest.mark.parametrize(("name", "codec"), [("x.mp4", "mp4v"), ("x.avi", "MJPG"), ("x.mkv", "mp4v")])
+    def test_reads_all_frames_as_rgb(self, tmp_path, name, codec):
+        reader = VideoReader(write(tmp_path / name, codec=codec))
+        assert (reader.fps, reader.num_frames) == (10, 12)
+        frames = list(reader.frames())
+        assert numbers(frames) == list(range(12))
+        assert frames[0].shape == (48, 64, 3)
+        assert np.abs(frames[0][10, 50].astype(int) - [200, 0, 0]).max() < 30
+
+    @pytest.mark.parametrize("every", [2, 5, 12, 100])
+    def test_leaves_frames_out(self, tmp_path, every):
+        assert numbers(VideoReader(write(tmp_path / "x.mp4")).frames(every)) == list(range(0, 12, every))
+
+    def test_a_cut_file_is_read_as_far_as_it_goes(self, tmp_path):
+        path = write(tmp_path / "x.avi", count=30, codec="MJPG")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        frames = list(VideoReader(path).frames())
+        assert numbers(frames) == list(range(len(frames)))
+        assert 2 < len(frames) < 25
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("gone.mp4", "does not exist"),
+            ("junk.mp4", "cannot open video .* convert it to MP4"),
+            ("empty.mp4", "cannot open video"),
+            ("97", "there is no camera 97"),
+            ("rtsp://127.0.0.1:9/x", "check the address"),
+            ("http://127.0.0.1:9/x.mp4", "check the address"),
+        ],
+    )
+    def test_what_cannot_be_opened_gets_one_line(self, tmp_path, monkeypatch, name, message, capfd):
+        monkeypatch.chdir(tmp_path)
+        Path("junk.mp4").write_bytes(b"junk" * 1000)
+        Path("empty.mp4").touch()
+        with pytest.raises(UserError, match=message) as error:
+            VideoReader(name)
+        assert "\n" not in str(error.value)
+        assert capfd.readouterr() == ("", "")
+
+    def test_an_address(self, tmp_path):
+        class Handler(SimpleHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+        write(tmp_path / "x.mkv")
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            reader = VideoReader(f"http://127.0.0.1:{server.server_port}/x.mkv")
+            assert numbers(reader.frames()) == list(range(12))
+        finally:
+            server.shutdown()
+            server.server_close()
+
+
+def read(path):
+    return list(VideoReader(path).frames())
+
+
+class TestVideoWriter:
+    @pytest.mark.parametrize("fps", [10, 29.97, 0.5])
+    def test_what_is_written_is_read_again(self, tmp_path, fps):
+        path = tmp_path / "new" / "folder" / "x.mp4"
+        with VideoWriter(path, fps) as writer:
+            for i in range(6):
+                writer.write(frame(i))
+            assert not path.exists()
+        assert VideoReader(path).fps == pytest.approx(fps, abs=0.01)
+        frames = read(path)
+        assert numbers(frames) == list(range(6))
+        assert np.abs(frames[0][10, 50].astype(int) - [200, 0, 0]).max() < 30
+        assert [p.name for p in path.parent.iterdir()] == ["x.mp4"]
+
+    @pytest.mark.parametrize(("size", "even"), [((1, 1), (2, 2)), ((33, 64), (34, 64)), ((48, 65), (48, 66))])
+    def test_odd_sides_get_one_pixel_more(self, tmp_path, size, even):
+        with VideoWriter(tmp_path / "x.mp4", 10) as writer:
+            writer.write(frame(3, *size))
+        assert read(tmp_path / "x.mp4")[0].shape == (*even, 3)
+
+    def test_a_size_that_changes(self, tmp_path):
+        with VideoWriter(tmp_path / "x.mp4", 10) as writer:
+            writer.write(frame(1))
+            writer.write(frame(2, 96, 128))
+        frames = read(tmp_path / "x.mp4")
+        assert numbers(frames) == [1, 2]
+        assert frames[1].shape == (48, 64, 3)
+
+    def test_an_error_leaves_a_whole_video(self, tmp_path):
+        def fail():
+            with VideoWriter(tmp_path / "x.mp4", 10) as writer:
+                writer.write(frame(1))
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+        assert numbers(read(tmp_path / "x.mp4")) == [1]
+
+    def test_without_frames_there_is_no_file(self, tmp_path):
+        with VideoWriter(tmp_path / "x.mp4", 10):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_cannot_be_written_is_named(self, tmp_path):
+        (tmp_path / "file").touch()
+        with (
+            pytest.raises(UserError, match=r"cannot write .*x\.mp4"),
+            VideoWriter(tmp_path / "file/x.mp4", 1) as writer,
+        ):
+            writer.write(frame(0))
+        with pytest.raises(UserError, match=r"8192 x 16 .* larger"), VideoWriter(tmp_path / "x.mp4", 1) as writer:
+            writer.write(np.zeros((16, 8192, 3), np.uint8))
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+    def test_a_lost_file_is_noticed(self, tmp_path):
+        writer = VideoWriter(tmp_path / "x.mp4", 10)
+        writer.write(frame(0))
+        next(tmp_path.iterdir()).unlink()
+        with pytest.raises(UserError, match="make room"), writer:
+            pass
+
+
+class TestPrefetch:
+    def test_a_few_items_are_made_before_they_are_used(self):
+        made = []
+
+        def items():
+            for i in range(100):
+                made.append(i)
+                yield i
+
+        with prefetch(items(), depth=3) as ahead:
+            assert next(ahead) == 0
+            deadline = time.monotonic() + 5
+            while len(made) < 4 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.05)
+            assert made == [0, 1, 2, 3]  # one used, three waiting
+            assert list(ahead) == list(range(1, 100))
+
+    def test_steps_run_side_by_side(self):
+        def slow(items):
+            for item in items:
+                time.sleep(0.05)
+                yield item
+
+        start = time.perf_counter()
+        with prefetch(slow(range(10))) as first, prefetch(slow(first)) as second:
+            assert list(slow(second)) == list(range(10))
+        assert time.perf_counter() - start < 0.8 * 3 * 10 * 0.05
+
+    def test_errors_appear_where_the_items_are_used(self):
+        def fail():
+            yield 1
+            raise ValueError("broken")
+
+        with prefetch(fail()) as items:
+            assert next(items) == 1
+            with pytest.raises(ValueError, match="broken"):
+                next(items)
+
+    def test_nothing_runs_on_when_it_is_left(self):
+        alive = threading.active_count()
+        with prefetch(iter(range(10**9))) as first, prefetch(first) as second:
+            assert next(second) == 0
+        assert threading.active_count() == alive

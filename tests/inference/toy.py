@@ -1,0 +1,38 @@
+"""Two classes, and a network that sees them in stripes whatever the image shows."""
+
+import time
+
+import torch
+from torch import nn
+
+from pem_lightning.inference.postprocess import TaskInference
+from pem_lightning.inference.predictor import Predictor
+from pem_lightning.types import ClassInfo, DatasetInfo, Predictions
+
+INFO = DatasetInfo("toy", (ClassInfo("car", (0, 0, 142), True, 26), ClassInfo("sky", (70, 130, 180), False, 23)))
+
+
+class Stripes(nn.Module):
+    """Sees one segment per class in vertical stripes of the padded image, sure of all; one more query sees nothing."""
+
+    def __init__(self, classes=(0, 1), seconds=0.0):
+        super().__init__()
+        self.classes, self.seconds = classes, seconds
+        self.inputs = []
+
+    def forward(self, images):
+        assert not self.training
+        time.sleep(self.seconds)
+        self.inputs.append(images)
+        height, width = (-(-side // 32) * 8 for side in images.shape[-2:])
+        count = len(self.classes)
+        masks = torch.full((count + 1, height, width), -9.0)
+        for i in range(count):
+            masks[i, :, i * width // count : (i + 1) * width // count] = 9
+        class_logits = 9 * torch.eye(3)[[*self.classes, 2]]
+        return Predictions(class_logits.expand(len(images), -1, -1), masks.expand(len(images), -1, -1, -1))
+
+
+def predictor(task="panoptic", model=None, info=INFO, **options):
+    inference = TaskInference(task, info.thing_classes, resize_first=task != "semantic")
+    return Predictor.from_parts(model or Stripes(), info, inference, device="cpu", **options)
