@@ -96,7 +96,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     for parent in list(network.modules()):
         for conv_name, norm_name in _pairs(parent):
             conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
-            if isinstance(norm, nn.BatchNorm2d):
+            if isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
                 _fold(conv, norm)
                 setattr(parent, norm_name, nn.Identity())
     return network
@@ -110,7 +110,7 @@ def _pairs(parent: nn.Module) -> Iterator[tuple[str, str]]:
                 yield name, next_name
 
 
-def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
+def _fold(conv: nn.Module, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> None:
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight,  # type: ignore[arg-type]
         conv.bias,  # type: ignore[arg-type]
