@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -55,6 +54,15 @@ class ConvBNReLU(nn.Module):
     def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H_out W_out"]:
         """Apply all three."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def projection(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Make a 1x1 convolution that starts as Mask2Former's do."""
+    conv = nn.Conv2d(in_channels, out_channels, 1)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 class MLP(nn.Module):

@@ -13,8 +13,8 @@ P points.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache, partial
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
 from itertools import accumulate
 
 import torch
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pem_lightning.models.deformable_conv import Kernel, at_least_float32, choose_kernel, require_cuda_build
-from pem_lightning.models.layers import sine_position_encoding
+from pem_lightning.models.layers import projection, sine_position_encoding
 from pem_lightning.types import UserError
 
 NUM_LEVELS = 3  # strides 32, 16 and 8
@@ -63,8 +63,7 @@ class MSDeformPixelDecoder(nn.Module):
         self.channels = channels
         # All lists run from the coarsest level to the finest.
         self.input_projections = nn.ModuleList(
-            _conv_norm(c, channels, 1, bias=True, initialize=nn.init.xavier_uniform_)
-            for c in in_channels[: -NUM_LEVELS - 1 : -1]
+            _conv_norm(c, channels, 1, bias=True) for c in in_channels[: -NUM_LEVELS - 1 : -1]
         )
         self.level_embedding = nn.Embedding(NUM_LEVELS, channels)
         self.layers = nn.ModuleList(
@@ -72,10 +71,7 @@ class MSDeformPixelDecoder(nn.Module):
         )
         self.lateral = _conv_norm(in_channels[0], channels, 1)
         self.output = _conv_norm(channels, channels, 3)
-        self.mask_projection = nn.Conv2d(channels, mask_channels, 1)
-        _kaiming_uniform(self.mask_projection.weight)
-        assert self.mask_projection.bias is not None
-        nn.init.zeros_(self.mask_projection.bias)
+        self.mask_projection = projection(channels, mask_channels)
 
     def forward(
         self, features: list[Float[Tensor, "B _ _ _"]]
@@ -292,19 +288,11 @@ def pixel_centres(
     return torch.cat([torch.stack((x, y), dim=-1).flatten(0, 1) for y, x in grids])
 
 
-_kaiming_uniform = partial(nn.init.kaiming_uniform_, a=1)
-
-
-def _conv_norm(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    *,
-    bias: bool = False,
-    initialize: Callable[[Tensor], Tensor] = _kaiming_uniform,
-) -> nn.Sequential:
+def _conv_norm(in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = False) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
-    initialize(conv.weight)
-    if conv.bias is not None:
+    if conv.bias is None:
+        nn.init.kaiming_uniform_(conv.weight, a=1)
+    else:
+        nn.init.xavier_uniform_(conv.weight)
         nn.init.zeros_(conv.bias)
     return nn.Sequential(conv, nn.GroupNorm(NORM_GROUPS, out_channels))

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pem_lightning.models.ablations import ATTENTIONS
-from pem_lightning.models.layers import MLP, sine_position_encoding
+from pem_lightning.models.layers import MLP, projection, sine_position_encoding
 from pem_lightning.types import MaskFactors, Predictions, UserError
 
 NUM_LEVELS = 3  # strides 32, 16 and 8
@@ -81,18 +81,17 @@ class TransformerDecoder(nn.Module):
         mask_channels: of the mask features.
         num_classes: K, without "no object".
         num_queries: Q.
-        channels: C.
+        channels: C, a multiple of 4 and of `num_heads`.
         num_layers: layer i sees level i modulo 3.
         num_heads: of both attentions.
         hidden_channels: of the feed-forward layers.
         auxiliary: when to return the layers' predictions for deep supervision: "training", "always" or "never".
-        attention: "prototype" (PEM-CA), or the ablations "mean" (of the masked features) and "dot_product"
-            (Mask2Former's cross-attention).
+        attention: "prototype" (PEM-CA); ablations: "mean" of the masked features, Mask2Former's "dot_product".
         masked: False for the ablation in which queries look at a whole level.
         interaction: False for the ablation without PEM-CA's element-wise product.
 
     Raises:
-        UserError: a value that is not offered.
+        UserError: a value is not offered.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class TransformerDecoder(nn.Module):
         self.query_features = nn.Embedding(num_queries, channels)
         self.query_positions = nn.Embedding(num_queries, channels)
         self.level_embedding = nn.Embedding(num_levels, channels)
-        self.input_projections = nn.ModuleList(_projection(in_channels, channels) for _ in range(num_levels))
+        self.input_projections = nn.ModuleList(projection(in_channels, channels) for _ in range(num_levels))
         self.layers = nn.ModuleList(
             DecoderLayer(channels, num_heads, hidden_channels, ATTENTIONS[attention, interaction])
             for _ in range(num_layers)
@@ -197,11 +196,3 @@ def _mask_logits(embeddings: Float[Tensor, "B Q C"], features: Float[Tensor, "B 
 
 def _resize(maps: Float[Tensor, "B C _ _"], size: torch.Size) -> Float[Tensor, "B C H W"]:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def _projection(in_channels: int, channels: int) -> nn.Conv2d:
-    projection = nn.Conv2d(in_channels, channels, 1)
-    nn.init.kaiming_uniform_(projection.weight, a=1)
-    assert projection.bias is not None
-    nn.init.zeros_(projection.bias)
-    return projection
