@@ -1,14 +1,11 @@
 """Mask2Former's pixel decoder against `transformers`, and its attention's kernels against their definition."""
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.models import mask2former_pixel_decoder
 from pem_lightning.models.flops import count_gmacs
 from pem_lightning.models.layers import sine_position_encoding
@@ -212,34 +209,6 @@ def test_every_level_learns_from_every_other():
     decoder(backbone_features())[0].square().sum().backward()
     unused = [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.any()]
     assert unused == []
-
-
-def test_images_of_a_batch_do_not_meet():
-    decoder, features = make().double(), backbone_features(dtype=torch.float64)
-    masks, levels = decoder(features)
-    first_masks, first_levels = decoder([x[:1] for x in features])
-    torch.testing.assert_close(masks[:1], first_masks)
-    torch.testing.assert_close(levels[2][:1], first_levels[2])
-
-
-def test_channels_last_and_fusing_change_nothing():
-    decoder, features = make().double().eval(), backbone_features(dtype=torch.float64)
-    fused = OptimizedNetwork(decoder).network
-    with torch.no_grad():
-        expected, expected_levels = decoder(features)
-        actual, levels = fused([x.to(memory_format=torch.channels_last) for x in features])
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(levels, expected_levels, rtol=0, atol=1e-12)
-    assert actual.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_bfloat16_is_near():
-    decoder, features = make().eval(), backbone_features()
-    with torch.no_grad():
-        expected, _ = decoder(features)
-        actual, levels = copy.deepcopy(decoder).bfloat16()([x.bfloat16() for x in features])
-    assert {x.dtype for x in (actual, *levels)} == {torch.bfloat16}
-    assert (actual.float() - expected).norm() < 0.03 * expected.norm()
 
 
 class OnPyramid(nn.Module):
