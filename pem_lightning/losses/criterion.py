@@ -60,9 +60,7 @@ class SetCriterion(nn.Module):
 
     Args:
         num_classes: K, without "no object".
-        class_weight: of classification, in loss and matching.
-        mask_weight: of the masks' binary cross-entropy, in loss and matching.
-        dice_weight: of the masks' dice loss, in loss and matching.
+        class_weight: of classification in loss and matching; so are `mask_weight` and `dice_weight` of their losses.
         no_object_weight: of unmatched queries in the classification loss.
         num_points: P, at which masks are compared.
         oversample_ratio: see `choose_uncertain_points`, also for `importance_sample_ratio`.

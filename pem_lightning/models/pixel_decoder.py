@@ -73,8 +73,6 @@ class PixelDecoder(nn.Module):
 
     Args:
         in_channels: of the backbone's features at strides 4, 8, 16 and 32.
-        channels: of the pyramid.
-        mask_channels: of the mask features.
         kernel: of the deformable convolutions, see `deformable_conv.choose_kernel`.
         csm: False for the ablation without CSM; the coarsest level still gets the global context.
         deformable: False for the ablation with ordinary convolutions.

@@ -83,8 +83,6 @@ class TransformerDecoder(nn.Module):
         num_queries: Q.
         channels: C, a multiple of 4 and of `num_heads`.
         num_layers: layer i sees level i modulo 3.
-        num_heads: of both attentions.
-        hidden_channels: of the feed-forward layers.
         auxiliary: when to return the layers' predictions for deep supervision: "training", "always" or "never".
         attention: "prototype" (PEM-CA); ablations: "mean" of the masked features, Mask2Former's "dot_product".
         masked: False for the ablation in which queries look at a whole level.

@@ -1,5 +1,6 @@
 """Small networks for tests, in the state in which training leaves them, and comparisons of operators."""
 
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -52,6 +53,7 @@ def randomize(network):
     return network
 
 
+@cache
 def compose(*overrides):
     """The configuration of a training."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
