@@ -21,6 +21,11 @@ class FrozenBatchNorm2d(nn.Module):
     Its state dict is that of `nn.BatchNorm2d`. It is no subclass, so that nothing takes it for a layer that learns.
     """
 
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.eps = 1e-5
