@@ -1,23 +1,7 @@
 """Matching of queries to segments, and the losses of the matched pairs."""
 
 from pem_lightning.losses.criterion import LossTotals, SetCriterion
-from pem_lightning.losses.matcher import HungarianMatcher, Match
-from pem_lightning.losses.point_sampling import (
-    UniformSource,
-    choose_uncertain_points,
-    sample_masks,
-    sample_points,
-    uniform,
-)
+from pem_lightning.losses.matcher import HungarianMatcher
+from pem_lightning.losses.point_sampling import UniformSource
 
-__all__ = [
-    "HungarianMatcher",
-    "LossTotals",
-    "Match",
-    "SetCriterion",
-    "UniformSource",
-    "choose_uncertain_points",
-    "sample_masks",
-    "sample_points",
-    "uniform",
-]
+__all__ = ["HungarianMatcher", "LossTotals", "SetCriterion", "UniformSource"]

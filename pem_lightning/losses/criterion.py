@@ -1,4 +1,4 @@
-"""The training loss of PEM, which is Mask2Former's: classification, mask cross-entropy and dice, at every layer.
+"""The training loss of PEM, which is Mask2Former's: classification, mask cross-entropy and dice, after every layer.
 
 Legend: L decoder layers (the last one first), B batch, Q queries, K classes, M matched pairs of a layer, H W spatial,
 P points.
@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -23,19 +24,13 @@ from pem_lightning.losses.point_sampling import (
     sample_points,
     uniform,
 )
-from pem_lightning.training.distributed import mean_over_processes
 from pem_lightning.types import Predictions, Target, UserError
 
 
 class Pairs(NamedTuple):
-    """Matched queries and segments of all layers, on the device, image by image.
+    """Indices of the matched queries and segments of all layers, on the device, image by image.
 
-    Attributes:
-        layers: index of the layer.
-        images: index of the image.
-        queries: index of the query in its image.
-        segments: index of the segment among those of all images.
-        counts: how many pairs every image has, the same in all layers.
+    Segments are counted over all images. `counts` has the pairs of every image, the same in all layers.
     """
 
     layers: Int64[Tensor, "layers #pairs"]
@@ -46,15 +41,14 @@ class Pairs(NamedTuple):
 
 
 class LossTotals(NamedTuple):
-    """What the losses of a step are divided by, as shares of one process: over all processes they average to these.
+    """What the losses of a step are divided by: the mean over all processes, whose gradients are averaged.
 
-    Gradients of processes are averaged, so that their sum over the whole step is divided by the whole step's total.
-    The authors divide the mask losses so, but the classification loss by each process's own total; with one process
-    both are the same, and with several only the whole step's total leaves the loss independent of who has which image.
+    The authors divide the classification loss by each process's own total. Ours does not depend on which process has
+    which image; with one process both are the same.
 
     Attributes:
-        masks: segments, at least 1.
-        class_weight: weights of all queries in the classification loss.
+        masks: number of segments, at least 1.
+        class_weight: sum of the weights of all queries in the classification loss.
     """
 
     masks: Float[Tensor, ""]
@@ -62,22 +56,18 @@ class LossTotals(NamedTuple):
 
 
 class SetCriterion(nn.Module):
-    """Matches queries to segments, then adds up the weighted losses (Mask2Former, section 3.3 and appendix).
+    """Matches queries to segments and computes the weighted losses (Mask2Former, section 3.3 and appendix).
 
     Args:
-        num_classes: K, "no object" not counted.
-        class_weight: weight of the classification loss, and of its cost in matching.
-        mask_weight: weight of the masks' binary cross-entropy, likewise.
-        dice_weight: weight of the masks' dice loss, likewise.
-        no_object_weight: weight of queries without a segment in the classification loss.
-        num_points: P, how many points masks are compared at.
-        oversample_ratio: candidates per point, see `choose_uncertain_points`.
-        importance_sample_ratio: share of uncertain points, see `choose_uncertain_points`.
-        rand: source of all random points: the matcher's, then layer by layer, the last one first, the draws of
-            `choose_uncertain_points`.
+        num_classes: K, without "no object".
+        class_weight: of classification in loss and matching; so are `mask_weight` and `dice_weight` of their losses.
+        no_object_weight: of unmatched queries in the classification loss.
+        num_points: P, at which masks are compared.
+        oversample_ratio: see `choose_uncertain_points`, also for `importance_sample_ratio`.
+        rand: draws all points: the matcher's, then those of `choose_uncertain_points` layer by layer.
 
     Raises:
-        UserError: if a number is out of its range.
+        UserError: a number is out of its range.
     """
 
     no_object_weighting: Tensor
@@ -96,47 +86,35 @@ class SetCriterion(nn.Module):
         rand: UniformSource = uniform,
     ) -> None:
         super().__init__()
-        if num_points < 1:
-            raise UserError(f"num_points is {num_points}; set it to at least 1 (the paper: 12544)")
-        if oversample_ratio < 1:
-            raise UserError(f"oversample_ratio is {oversample_ratio}; set it to at least 1 (the paper: 3)")
-        if not 0 <= importance_sample_ratio <= 1:
-            raise UserError(f"importance_sample_ratio is {importance_sample_ratio}; set it from 0 to 1 (paper: 0.75)")
+        if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_sample_ratio <= 1:
+            raise UserError(
+                f"num_points={num_points}, oversample_ratio={oversample_ratio}, importance_sample_ratio="
+                f"{importance_sample_ratio}: choose at least 1, at least 1, and 0 to 1 (the paper: 12544, 3 and 0.75)"
+            )
         self.num_classes = num_classes
-        self.class_weight = class_weight
-        self.mask_weight = mask_weight
-        self.dice_weight = dice_weight
+        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
         self.no_object_weight = no_object_weight
-        self.num_points = num_points
-        self.oversample_ratio = oversample_ratio
-        self.importance_sample_ratio = importance_sample_ratio
-        self.rand = rand
-        self.matcher = HungarianMatcher(
-            class_weight=class_weight,
-            mask_weight=mask_weight,
-            dice_weight=dice_weight,
-            num_points=num_points,
-            rand=rand,
-        )
+        self.sampling = (num_points, oversample_ratio, importance_sample_ratio, rand)
+        self.matcher = HungarianMatcher(class_weight, mask_weight, dice_weight, num_points, rand)
         weights = torch.ones(num_classes + 1)
         weights[-1] = no_object_weight
         self.register_buffer("no_object_weighting", weights, persistent=False)
 
     def totals(self, targets: Sequence[Target], num_queries: int, device: torch.device) -> LossTotals:
-        """Count what a step's losses are divided by, over all processes; the device is not waited for.
+        """Count what a step's losses are divided by, over all processes and without waiting for the device.
 
-        Args:
-            targets: of all of this process's images in the step.
-            num_queries: Q, of an image.
-            device: where the losses are.
+        `targets` are those of all images of the step in this process.
         """
         counts = [len(target.labels) for target in targets]
         matched = sum(min(count, num_queries) for count in counts)
         unmatched = len(targets) * num_queries - matched
         own = (float(sum(counts)), matched + self.no_object_weight * unmatched)
-        # Numbers become arguments of kernels; a tensor of them would be copied, and the host would wait.
-        masks, class_weight = mean_over_processes(torch.stack([torch.full((), n, device=device) for n in own]))
-        return LossTotals(masks.clamp(min=1), class_weight)
+        # Numbers become arguments of kernels; a tensor made of them on the host would have to be copied.
+        total = torch.stack([torch.full((), n, device=device) for n in own])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+        return LossTotals(total[0].clamp(min=1), total[1])
 
     def forward(
         self, predictions: Predictions, targets: list[Target], totals: LossTotals | None = None
@@ -145,14 +123,12 @@ class SetCriterion(nn.Module):
 
         Args:
             predictions: the network's output in training.
-            targets: one per image, masks of the padded images' size. Images without segments and segments without
-                pixels are fine.
-            totals: of the whole step, if these are only some of its images; the losses of its parts then add up to the
-                step's. None if they are all that this process has.
+            targets: one per image, masks of the padded images' size. No segments and empty segments are fine.
+            totals: of the whole step, if these are only some of its images.
 
         Returns:
             Weighted losses, to be summed: "loss_ce", "loss_mask" and "loss_dice" of the last layer, and with "_0",
-            "_1", ... those of `predictions.auxiliary` in order.
+            "_1", ... those of `predictions.auxiliary`.
         """
         layers = (predictions, *predictions.auxiliary)
         pairs = _gather_pairs(self.matcher(layers, targets), targets, predictions.mask_logits.device)
@@ -171,7 +147,7 @@ class SetCriterion(nn.Module):
     def _classification_loss(
         self, layers: Sequence[Predictions], targets: Sequence[Target], pairs: Pairs
     ) -> Float[Tensor, " layers"]:
-        """Sum of the cross-entropy over all queries; those without a segment should say "no object"."""
+        """Sum of the cross-entropy over all queries; the target of unmatched ones is "no object"."""
         logits = torch.stack([layer.class_logits.float() for layer in layers])  # L B Q K+1
         labels = logits.new_full(logits.shape[:3], self.num_classes, dtype=torch.long)  # L B Q
         labels[pairs.layers, pairs.images, pairs.queries] = torch.cat([t.labels for t in targets])[pairs.segments]
@@ -181,15 +157,15 @@ class SetCriterion(nn.Module):
     def _mask_losses(
         self, layers: Sequence[Predictions], targets: Sequence[Target], pairs: Pairs
     ) -> tuple[Float[Tensor, " layers"], Float[Tensor, " layers"]]:
-        """Binary cross-entropy and dice of the matched masks, at points chosen for each."""
+        """Binary cross-entropy and dice loss of the matched masks, at points chosen for each."""
         L, M = pairs.queries.shape
-        P = self.num_points
+        P = self.sampling[0]
         logits = _matched_masks(layers, pairs)
-        # Candidates are many times the points that are kept, and memory is tightest here: one layer at a time.
-        points = torch.cat([self._choose_points(of_layer) for of_layer in logits.detach()])  # L*M P 2
+        # One layer at a time, because the candidates are many times the points that are kept.
+        points = torch.cat([choose_uncertain_points(layer, *self.sampling) for layer in logits.detach()])  # L*M P 2
         sampled = sample_points(logits.flatten(0, 1)[:, None], points).squeeze(1)  # L*M P
 
-        # Targets are read mask by mask, each at the points of all layers, so that every mask is converted once.
+        # Each target mask is read once, at the points of all layers.
         masks = torch.cat([t.masks for t in targets])
         row = (pairs.segments * L + pairs.layers).flatten()  # of a pair, among all segments' layers
         by_segment = points.new_zeros(len(masks) * L, P, 2).index_copy_(0, row, points)
@@ -199,18 +175,9 @@ class SetCriterion(nn.Module):
         dice = dice_loss(sampled, expected)
         return cross_entropy.view(L, M).sum(1), dice.view(L, M).sum(1)
 
-    def _choose_points(self, logits: Float[Tensor, "pairs height width"]) -> Float[Tensor, "pairs points 2"]:
-        return choose_uncertain_points(
-            logits,
-            self.num_points,
-            oversample_ratio=self.oversample_ratio,
-            importance_sample_ratio=self.importance_sample_ratio,
-            rand=self.rand,
-        )
-
 
 def dice_loss(logits: Float[Tensor, "rows points"], target: Float[Tensor, "rows points"]) -> Float[Tensor, " rows"]:
-    """One minus the soft Dice coefficient; the 1 in both parts of the fraction allows for empty masks."""
+    """One minus the soft Dice coefficient; the 1 in numerator and denominator allows for empty masks."""
     probability = logits.sigmoid()
     overlap = (probability * target).sum(1)
     return 1 - (2 * overlap + 1) / (probability.sum(1) + target.sum(1) + 1)
@@ -219,8 +186,7 @@ def dice_loss(logits: Float[Tensor, "rows points"], target: Float[Tensor, "rows 
 def _matched_masks(layers: Sequence[Predictions], pairs: Pairs) -> Float[Tensor, "layers pairs H W"]:
     """Mask logits of the matched queries, in float32.
 
-    From the factors of the masks if they are there: of the hundred masks that layers predict for an image, those
-    without a segment have no gradient, and the product needs none of them.
+    Multiplied from their factors where these are given, so that no gradient of the other masks is computed.
     """
     factors = [layer.mask_factors for layer in layers if layer.mask_factors is not None]
     if len(factors) < len(layers):

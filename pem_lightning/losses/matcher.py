@@ -1,4 +1,4 @@
-"""Which query answers for which segment: Hungarian matching (DETR; on sampled points as in Mask2Former).
+"""Hungarian matching of queries to segments (DETR; on sampled points as in Mask2Former).
 
 Legend: L decoder layers, B batch, Q queries, K classes, N segments of an image (padded to the largest number),
 H W spatial, P points.
@@ -17,11 +17,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pem_lightning.losses.point_sampling import UniformSource, sample_masks, sample_points, uniform
+from pem_lightning.losses.point_sampling import UniformSource, sample_masks, sample_points
 from pem_lightning.types import Predictions, Target
 
 LARGEST_LOGIT = 1e4
-"""Beyond it lie no meaningful logits, and sums of such costs over all points stay far from overflow."""
+"""No meaningful logit is larger, and the sum of such costs over all points cannot overflow."""
 
 
 class Match(NamedTuple):
@@ -32,50 +32,25 @@ class Match(NamedTuple):
 
 
 class HungarianMatcher:
-    """Finds the one-to-one assignment of queries to segments that costs least.
+    """Finds the cheapest one-to-one assignment of queries to segments.
 
-    The cost of a pair is the sum of three weighted terms that approximate the losses: minus the probability of the
-    segment's class, and the binary cross-entropy and dice loss between the masks, at points that all pairs of an
-    image share.
-
-    All layers of a batch are matched in one pass, with a single transfer from the device. Costs are computed in
-    float32 whatever the autocast state, and are always finite.
-
-    Args:
-        class_weight: weight of the class cost.
-        mask_weight: weight of the masks' cross-entropy.
-        dice_weight: weight of the masks' dice loss.
-        num_points: P, how many points the masks are compared at.
-        rand: source of the points, drawn at once for all layers and images: `[L, B, P, 2]`.
+    The cost of a pair is the weighted sum of minus the probability of the segment's class, and of binary cross-entropy
+    and dice loss between the masks, at P points that all pairs of an image share. Costs are float32 whatever the
+    autocast state, and always finite. All layers are matched with a single transfer from the device, and their points
+    drawn at once: `[L, B, P, 2]`.
     """
 
     def __init__(
-        self,
-        *,
-        class_weight: float = 2.0,
-        mask_weight: float = 5.0,
-        dice_weight: float = 5.0,
-        num_points: int = 12544,
-        rand: UniformSource = uniform,
+        self, class_weight: float, mask_weight: float, dice_weight: float, num_points: int, rand: UniformSource
     ) -> None:
-        self.class_weight = class_weight
-        self.mask_weight = mask_weight
-        self.dice_weight = dice_weight
+        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
         self.num_points = num_points
         self.rand = rand
         self._warned = False
 
     @torch.no_grad()
     def __call__(self, layers: Sequence[Predictions], targets: Sequence[Target]) -> list[list[Match]]:
-        """Match every image's segments, for every layer.
-
-        Args:
-            layers: predictions of one batch by several layers; their `auxiliary` is not looked at.
-            targets: one per image, masks of one size.
-
-        Returns:
-            `matches[layer][image]`, each with as many pairs as there are segments, or queries if these are fewer.
-        """
+        """Return `matches[layer][image]`, each with as many pairs as segments, or queries if these are fewer."""
         device = layers[0].mask_logits.device
         counts = [len(target.labels) for target in targets]
         labels = pad_sequence([target.labels for target in targets], batch_first=True)  # B N
@@ -87,10 +62,16 @@ class HungarianMatcher:
                 cost, is_finite = self._cost(layer, points[i], labels, target_points[:, :, i])
                 costs.append(cost)
                 finite.append(is_finite)
-            # The flag travels with the costs: reading it by itself would make the host wait for the device once more.
+            # The flag travels with the costs: read by itself, it would make the host wait once more.
             numbers = torch.cat([torch.stack(costs).flatten(), torch.stack(finite).all()[None].float()]).cpu()
-        if not numbers[-1]:
-            self._warn()
+        if not numbers[-1] and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "Predictions contain NaN or infinity. Matching goes on with finite values in their place, the loss "
+                "will not be finite. If this keeps happening, lower the learning rate or train in bf16 or 32 bit.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         matrices = numbers[:-1].view(len(layers), *costs[0].shape)
         return [[_assign(cost[:, :n]) for cost, n in zip(images, counts, strict=True)] for images in matrices]
 
@@ -101,7 +82,7 @@ class HungarianMatcher:
         labels: Int64[Tensor, "batch segments"],
         target: Float[Tensor, "batch segments points"],
     ) -> tuple[Float[Tensor, "batch queries segments"], Bool[Tensor, ""]]:
-        """Cost of every pair, and whether all predictions it was computed from are finite."""
+        """Compute the cost of every pair, and whether the predictions are finite."""
         class_logits = layer.class_logits.float()
         logits = sample_points(layer.mask_logits.float(), points)  # B Q P
         is_finite = _are_finite(class_logits) & _are_finite(logits)
@@ -109,8 +90,7 @@ class HungarianMatcher:
         logits = _finite(logits)
 
         label_of_pair = labels[:, None].expand(-1, logits.shape[1], -1)  # B Q N
-        # The loss is -log p; -p is of the same scale as the mask costs and works better. The 1 of 1 - p is left out:
-        # it does not change the assignment.
+        # The loss is -log p; the cost -p is of the same scale as the masks' costs and works better.
         class_cost = -probability.gather(2, label_of_pair)
         return (
             self.class_weight * class_cost
@@ -118,23 +98,14 @@ class HungarianMatcher:
             + self.dice_weight * pairwise_dice(logits, target)
         ), is_finite
 
-    def _warn(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "Predictions contain NaN or infinity. Matching goes on with finite values in their place, the loss "
-                "will not be finite. If this keeps happening, lower the learning rate or train in bf16 or 32 bit.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
 
 def pairwise_cross_entropy(
     logits: Float[Tensor, "batch queries points"], target: Float[Tensor, "batch segments points"]
 ) -> Float[Tensor, "batch queries segments"]:
     """Binary cross-entropy of every query with every segment, mean over the points.
 
-    Two matrix products: softplus(x) counts where the target is 0; where it is 1, -log sigmoid(x) = softplus(x) - x.
+    Two matrix products: -log(1 - sigmoid(x)) = softplus(x) where the target is 0, and -log sigmoid(x) = softplus(x) - x
+    where it is 1.
     """
     softplus = F.softplus(logits)
     foreground = (softplus - logits) @ target.mT
@@ -145,7 +116,7 @@ def pairwise_cross_entropy(
 def pairwise_dice(
     logits: Float[Tensor, "batch queries points"], target: Float[Tensor, "batch segments points"]
 ) -> Float[Tensor, "batch queries segments"]:
-    """Dice loss of every query with every segment; the 1 in both parts of the fraction allows for empty masks."""
+    """Dice loss of every query with every segment; the 1 in numerator and denominator allows for empty masks."""
     probability = logits.sigmoid()
     overlap = probability @ target.mT  # B Q N
     total = probability.sum(-1)[:, :, None] + target.sum(-1)[:, None, :]
@@ -155,7 +126,7 @@ def pairwise_dice(
 def _at_points(
     targets: Sequence[Target], points: Float[Tensor, "layers batch points 2"]
 ) -> Float[Tensor, "batch segments layers points"]:
-    """Every image's masks at its points of all layers, padded with 0 to the largest number of segments."""
+    """Sample every image's masks at its points of all layers."""
     of_images = points.transpose(0, 1).flatten(1, 2)  # B L*P 2
     sampled = [
         sample_masks(target.masks, of_image.expand(len(target.masks), -1, -1))

@@ -1,10 +1,10 @@
-"""Reading feature maps and masks at points, and choosing the points at which a mask loss is most informative.
+"""Reading masks at points, and choosing the points at which a mask loss is most informative.
 
-Mask losses at a few thousand points instead of all pixels: PointRend (Kirillov et al., CVPR 2020) and
-Mask2Former (Cheng et al., CVPR 2022, section 3.3).
+Mask losses at a few thousand points instead of all pixels: PointRend (Kirillov et al., CVPR 2020) and Mask2Former
+(Cheng et al., CVPR 2022, section 3.3).
 
-Legend: N rows, C channels, H W spatial, P points. Points are (x, y) in [0, 1], (0, 0) being the outer corner of
-the top left pixel.
+Legend: N rows, C channels, H W spatial, P points. Points are (x, y) from 0 to 1; (0, 0) is the outer corner of the top
+left pixel.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 PIXELS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
-"""How many pixels of masks are turned into floating point at once: what a CPU's caches hold, 128 MiB of a GPU's."""
+"""Pixels of masks turned into floating point at once: what a CPU's caches hold, 128 MiB of a GPU's memory."""
 
 UniformSource: TypeAlias = Callable[[tuple[int, ...], torch.device], Tensor]
-"""Draws numbers uniform in [0, 1): takes a shape and a device."""
+"""(shape, device) -> numbers uniform in [0, 1)."""
 
 
 def uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Draw by torch's global generator; every other `UniformSource` replaces this one.
-
-    On a CPU that only seeds one of NumPy's, which is three times as fast.
-    """
+    """Draw by torch's global generator. On a CPU it only seeds one of NumPy's, which is three times as fast."""
     if device.type != "cpu":
         return torch.rand(shape, device=device)
     generator = np.random.Generator(np.random.SFC64(torch.randint(2**63 - 1, (1,)).numpy()))
@@ -39,12 +36,7 @@ def uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
 def sample_points(
     features: Float[Tensor, "rows channels height width"], points: Float[Tensor, "rows points 2"]
 ) -> Float[Tensor, "rows channels points"]:
-    """Interpolate bilinearly at points; outside of the map lies zero.
-
-    Args:
-        features: one map per row.
-        points: (x, y) in [0, 1].
-    """
+    """Interpolate each row's map bilinearly at its points; outside the map is zero."""
     grid = (2 * points[:, None]).sub_(1)
     return F.grid_sample(features, grid, align_corners=False).squeeze(2)
 
@@ -52,12 +44,7 @@ def sample_points(
 def sample_masks(
     masks: Bool[Tensor, "segments height width"], points: Float[Tensor, "segments points 2"]
 ) -> Float[Tensor, "segments points"]:
-    """`sample_points` for boolean masks, a few at a time: as floating point, all of them would be the step's largest.
-
-    Args:
-        masks: of any resolution.
-        points: of each mask, (x, y) in [0, 1].
-    """
+    """Apply `sample_points` to boolean masks, a few at a time: all as floating point would fill the memory."""
     budget = PIXELS_AT_ONCE.get(masks.device.type, PIXELS_AT_ONCE["cuda"])
     at_once = max(1, budget // masks.shape[1:].numel())
     parts = zip(masks.split(at_once), points.split(at_once), strict=True)
@@ -68,23 +55,21 @@ def sample_masks(
 def choose_uncertain_points(
     logits: Float[Tensor, "rows height width"],
     num_points: int,
-    *,
-    oversample_ratio: float = 3.0,
-    importance_sample_ratio: float = 0.75,
-    rand: UniformSource = uniform,
+    oversample_ratio: float,
+    importance_sample_ratio: float,
+    rand: UniformSource,
 ) -> Float[Tensor, "rows points 2"]:
     """Choose points near the predicted masks' borders, and some anywhere (PointRend, section 3.1).
 
     Args:
         logits: one predicted mask per row; the closer to 0, the less certain.
-        num_points: P, how many points a row gets.
-        oversample_ratio: how many candidates per point are drawn, at least 1.
-        importance_sample_ratio: share of the points that are the most uncertain candidates, 0 to 1. The others are
-            drawn anew.
-        rand: source of the draws: candidates `[N, int(P * oversample_ratio), 2]`, then the other points.
+        num_points: P, of every row.
+        oversample_ratio: candidates per point, at least 1.
+        importance_sample_ratio: share of points that are the most uncertain candidates; the others are drawn anew.
+        rand: draws the candidates `[N, int(P * oversample_ratio), 2]`, then the other points.
 
     Returns:
-        (x, y) in [0, 1], the uncertain points first.
+        The uncertain points, then the others.
     """
     N = len(logits)
     num_uncertain = int(importance_sample_ratio * num_points)

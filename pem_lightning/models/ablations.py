@@ -1,4 +1,4 @@
-"""What the paper's ablations put in the place of PEM-CA, or of a part of it.
+"""The paper's ablations of PEM-CA: other cross-attentions with the same interface.
 
 Legend: B batch, Q queries, C channels, M heads, D channels of a head, H W spatial, P positions (H * W).
 """
@@ -14,10 +14,9 @@ from pem_lightning.models.prototype_attention import PrototypeCrossAttention
 
 
 class MeanCrossAttention(PrototypeCrossAttention):
-    """PEM-CA with the mean of the features inside a query's mask in the place of its prototype.
+    """PEM-CA with the mean of the features inside the mask instead of the prototype (in place of equations 2 and 3).
 
-    K* = mean of K over the mask replaces equations 2 and 3. All heads get the same; where a mask is empty, or there is
-    none, the mean is over the whole map.
+    All heads share it. Where a mask is empty or there is none, it is the mean of the whole map.
     """
 
     def select(
@@ -34,37 +33,36 @@ class MeanCrossAttention(PrototypeCrossAttention):
 
 
 class WithoutInteraction(PrototypeCrossAttention):
-    """PEM-CA in which a query takes its prototype as it is: W_out(K*) + queries replaces equations 4 and 5.
+    """PEM-CA without the product: W_out(K*) + queries in place of equations 4 and 5.
 
-    Nothing then teaches the projection that prototypes are selected by, for a selection has no gradient: it stays as
-    it was drawn.
+    The queries' projection then has no gradient, because a selection has none, and keeps its initial weights.
     """
 
-    def __init__(self, channels: int = 256, num_heads: int = 8) -> None:
+    def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__(channels, num_heads)
         del self.interaction, self.alpha
         self.query_norm.requires_grad_(False)
         self.query_linear.requires_grad_(False)
 
     def interact(self, prototypes: Float[Tensor, "B Q C"], queries: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
-        """Take them."""
+        """Take the prototypes as they are."""
         return self.output(prototypes)
 
 
 class MeanWithoutInteraction(WithoutInteraction, MeanCrossAttention):
-    """Both at once: the mean of the masked features, as it is."""
+    """Both at once."""
 
 
 class MaskedCrossAttention(nn.Module):
-    """Mask2Former's masked cross-attention (Cheng et al., CVPR 2022, equation 2), in the place of equations 2 to 5.
+    """Mask2Former's masked cross-attention (Cheng et al., CVPR 2022, equation 2) in place of equations 2 to 5.
 
         output = W_out( softmax(mask + Q K^T / sqrt(D)) V ) + queries
 
-    Keys carry the position encoding, values do not. A query whose mask is empty looks everywhere. The queries are
-    normalised first, as in PEM-CA, where Mask2Former normalises last.
+    Keys carry the position encoding, values do not. A query with an empty mask looks everywhere. The queries are
+    normalised before the attention, as in PEM-CA, not after it.
     """
 
-    def __init__(self, channels: int = 256, num_heads: int = 8) -> None:
+    def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.query_norm = nn.LayerNorm(channels)
@@ -83,7 +81,7 @@ class MaskedCrossAttention(nn.Module):
         features: Float[Tensor, "B C H W"],
         mask_logits: Float[Tensor, "B Q H W"] | None,
     ) -> Float[Tensor, "B Q C"]:
-        """Update the queries; arguments as of `PrototypeCrossAttention`, but the features come without positions."""
+        """Update the queries; as `PrototypeCrossAttention`, but the features come without position encoding."""
         _, C, H, W = features.shape
         y, x = sine_position_encoding(H, W, C, device=features.device)
         keys = self._heads(pointwise(self.key_linear, features + y.to(features.dtype) + x.to(features.dtype)))
@@ -108,4 +106,4 @@ ATTENTIONS: dict[tuple[str, bool], type[nn.Module]] = {
     ("mean", False): MeanWithoutInteraction,
     ("dot_product", True): MaskedCrossAttention,
 }
-"""(attention, interaction) -> module, as `TransformerDecoder` is told them."""
+"""Arguments (attention, interaction) of `TransformerDecoder` -> module."""

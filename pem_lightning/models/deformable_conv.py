@@ -4,7 +4,7 @@ Every kernel computes, for output pixel p and the K taps k of a 3x3 convolution,
 
     y(p) = sum_k  W_k  x(p + k + offset_k(p)) * mask_k(p)
 
-with x sampled bilinearly and 0 outside. The default kernel is plain PyTorch and runs everywhere.
+where x is sampled bilinearly and is 0 outside. The default kernel is plain PyTorch and runs everywhere.
 
 Legend: B batch, C channels, H W spatial, T taps (9).
 """
@@ -12,9 +12,7 @@ Legend: B batch, C channels, H W spatial, T taps (9).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,84 +22,70 @@ from torch import Tensor, nn
 from pem_lightning.types import UserError
 
 Kernel = Callable[..., Tensor]
-Loader = Callable[[str], Kernel]
-"""Device type -> kernel; raises whatever is wrong with the library."""
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """An operator's kernels.
-
-    Attributes:
-        operator: its name in messages.
-        plain: the kernel "torch", in plain PyTorch, which runs on every device.
-        others: loaders of the rest, by the name of their library.
-        fastest: names by device type, the fastest first. "torch" elsewhere.
-    """
-
-    operator: str
-    plain: Kernel
-    others: Mapping[str, Loader]
-    fastest: Mapping[str, tuple[str, ...]]
-
-    def get(self, name: str) -> Kernel:
-        """Look up a kernel by name. Anything but "torch" decides by the device of its first argument at every call.
-
-        Raises:
-            UserError: the name is unknown, or its library cannot be loaded.
-        """
-        if name == "torch":
-            return self.plain
-        if name == "auto":
-            return _by_device({device: self._fastest(device) for device in self.fastest}, self.plain)
-        if name not in self.others:
-            names = ", ".join(["auto", "torch", *list(self.others)[:-1]]) + f" or {list(self.others)[-1]}"
-            raise UserError(f"unknown {self.operator} kernel {name!r}: choose {names}")
-        try:
-            devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-            kernels = {device: self.others[name](device) for device in devices}
-        except Exception as error:  # a torchvision built for another torch raises RuntimeError on import
-            cure = "build it with `make mmcv`" if name == "mmcv" else "install it"
-            raise UserError(f"kernel={name} needs a working {name} ({error}): {cure}, or use kernel=auto") from error
-        return _by_device(kernels, self.plain)  # on the meta device, too, where multiply-accumulates are counted
-
-    def _fastest(self, device: str) -> Kernel:
-        """The first of the device's kernels that is installed; libraries are imported only where the device exists."""
-        if device == "cuda" and not torch.cuda.is_available():
-            return self.plain
-        for name in self.fastest[device]:
-            if name == "torch":
-                break
-            try:
-                return self.others[name](device)
-            except Exception:  # not installed, or not for this device or this torch
-                continue
-        return self.plain
-
-
-def _by_device(kernels: Mapping[str, Kernel], default: Kernel) -> Kernel:
-    def kernel(x: Tensor, *arguments: Any) -> Tensor:
-        return kernels.get(x.device.type, default)(x, *arguments)
-
-    return kernel
-
-
-def require_cuda_build(device: str) -> None:
-    """Complain about an mmcv without CUDA operators, if the device is to be "cuda"."""
-    from mmcv.ops import get_compiling_cuda_version
-
-    if device == "cuda" and get_compiling_cuda_version() == "not available":
-        raise RuntimeError("it is built without CUDA")
-
-
-def at_least_float32(*tensors: Tensor) -> list[Tensor]:
-    """Cast to the first one's type, but no less than float32: positions need it, and most kernels know no less."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [tensor.to(dtype) for tensor in tensors]
-
 
 PIXELS_AT_ONCE = 4096
-"""How many output pixels are sampled at once where no gradient is wanted (18 MiB at 128 channels)."""
+"""Output pixels sampled at once without gradients (18 MiB at 128 channels)."""
+
+
+class DeformableConv(nn.Module):
+    """3x3 modulated deformable convolution that predicts its own offsets and modulation.
+
+    The offset layer starts at zero, so that the module starts as an ordinary convolution with its taps halved.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: str = "auto") -> None:
+        super().__init__()
+        self.offset = nn.Conv2d(in_channels, 27, 3, padding=1)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        self.bias: nn.Parameter | None = None  # set when a batch normalisation is fused into it
+        self.kernel = get_kernel(kernel)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H W"]:
+        """Predict 18 offset channels, (dy, dx) per tap, and 9 modulation logits, then convolve."""
+        offsets, mask = self.offset(x).split((18, 9), dim=1)
+        out = self.kernel(x, offsets, mask.sigmoid(), self.weight)
+        return out if self.bias is None else out.add_(self.bias[:, None, None])
+
+
+@cache
+def get_kernel(name: str) -> Kernel:
+    """Look up a kernel: "torch", "torchvision", "mmcv" or "auto"; see `choose_kernel`."""
+    libraries = {"torchvision": _torchvision_kernel, "mmcv": _mmcv_kernel}
+    return choose_kernel("deformable convolution", name, deform_conv_torch, libraries)
+
+
+def choose_kernel(operator: str, name: str, plain: Kernel, libraries: Mapping[str, Callable[[str], Kernel]]) -> Kernel:
+    """Choose an operator's kernel.
+
+    Args:
+        operator: its name in error messages.
+        name: "torch"; a library's name; or "auto", which is mmcv on GPUs where it is installed and "torch" otherwise.
+        plain: the kernel "torch". It also counts flops on the meta device, whatever the name.
+        libraries: the loader of each library's kernel for a device type, which raises if it does not work there.
+
+    Raises:
+        UserError: the name is unknown, or its library does not work.
+    """
+    if name not in ("auto", "torch", *libraries):
+        *names, last = "auto", "torch", *libraries
+        raise UserError(f"unknown {operator} kernel {name!r}: choose {', '.join(names)} or {last}")
+    cuda = ["cuda"] if torch.cuda.is_available() else []
+    if name == "torch" or (name == "auto" and not cuda):
+        return plain
+    try:
+        if name == "auto":
+            kernels = {"cuda": libraries["mmcv"]("cuda")}
+        else:
+            kernels = {device: libraries[name](device) for device in ["cpu", *cuda]}
+    except Exception as error:  # a library built for another torch raises anything when it is imported
+        if name == "auto":
+            return plain
+        hint = "build it with `make mmcv`" if name == "mmcv" else "install it"
+        raise UserError(f"kernel={name} needs a working {name} ({error}): {hint}, or use kernel=auto") from error
+    return lambda x, *arguments: kernels.get(x.device.type, plain)(x, *arguments)
 
 
 def deform_conv_torch(
@@ -110,16 +94,16 @@ def deform_conv_torch(
     mask: Float[Tensor, "B T H W"],
     weight: Float[Tensor, "C_out C_in k k"],
 ) -> Float[Tensor, "B C_out H W"]:
-    """The operator in plain PyTorch, exact with all gradients.
+    """Compute the operator in plain PyTorch, exactly and with all gradients.
 
-    Bilinear sampling is a weighted bag of four corner features, so `embedding_bag` over channels-last features
-    gathers, weighs and adds them without ever holding the four corners; one matrix product does the rest.
+    Bilinear sampling is a weighted bag of four corners, so `embedding_bag` over channels-last features gathers, weighs
+    and adds them without holding the four corners in memory; one matrix product does the rest.
 
     Args:
         x: input features.
         offsets: (dy, dx) of tap 0, (dy, dx) of tap 1, ... in pixels.
         mask: modulation of every tap.
-        weight: of an ordinary k x k convolution with padding k // 2 and stride 1.
+        weight: of a k x k convolution with padding k // 2 and stride 1.
     """
     B, C, H, W = x.shape
     C_out, k = weight.shape[0], weight.shape[-1]
@@ -131,7 +115,7 @@ def deform_conv_torch(
         samples = F.embedding_bag(indices, table, per_sample_weights=corner_weights, mode="sum").to(x.dtype)
         out = samples.view(B * H * W, k * k * C) @ flat_weight.T
         return out.view(B, H, W, C_out).permute(0, 3, 1, 2)
-    # Inference on a CPU: strips of pixels, and a 1x1 convolution instead of the product, faster and rounded less well.
+    # Inference on a CPU: strips of pixels that fit its caches, and a 1x1 convolution, which is faster than the product.
     strips = []
     bags_at_once = PIXELS_AT_ONCE * k * k
     for bags, bag_weights in zip(indices.split(bags_at_once), corner_weights.split(bags_at_once), strict=True):
@@ -144,10 +128,9 @@ def deform_conv_torch(
 def _corners(
     offsets: Float[Tensor, "B two_T H W"], mask: Float[Tensor, "B T H W"], k: int
 ) -> tuple[Int64[Tensor, "bags 4"], Float[Tensor, "bags 4"]]:
-    """Row indices into the flattened features, and weights, of the four corners of every sample.
+    """Rows of the flattened features, and weights, of the four corners of every sample.
 
-    A bag is one tap of one output pixel, ordered batch, row, column, tap. A corner outside the map keeps a valid index
-    and gets weight 0.
+    A bag is one tap of one output pixel, ordered batch, row, column, tap. Corners outside the map have weight 0.
     """
     B, T, H, W = mask.shape
 
@@ -158,9 +141,9 @@ def _corners(
     offsets = offsets.view(B, T, 2, H, W).permute(2, 0, 3, 4, 1)
     y = offsets[0] + (count(H)[:, None, None] + taps.repeat_interleave(k))
     x = offsets[1] + (count(W)[:, None] + taps.repeat(k))
-    # Far outside nothing is read; the clamp keeps the integer conversion below defined.
+    # Nothing is read that far outside; the clamp keeps the integer conversion below defined.
     y, x = y.clamp(-2, H + 1), x.clamp(-2, W + 1)
-    # A NaN must come out as NaN and not as an index error, hence it is kept out of the integer part only.
+    # Only the integer part is freed of NaN: it shall come out as NaN, not as an index error.
     y0, x0 = y.detach().floor().nan_to_num(), x.detach().floor().nan_to_num()
     fy, fx = y - y0, x - x0
     modulation = mask.permute(0, 2, 3, 1).to(offsets.dtype)
@@ -203,44 +186,15 @@ def _mmcv_kernel(device: str) -> Kernel:
     return kernel
 
 
-_KERNELS = Kernels(
-    "deformable convolution",
-    plain=deform_conv_torch,
-    others={"torchvision": _torchvision_kernel, "mmcv": _mmcv_kernel},
-    # The CPU's order is measured (`scripts/benchmark.py --kernels`). CUDA's is not: mmcv's is one fused kernel, and who
-    # has built mmcv for a GPU has built it for this. torchvision's is alike, but often there by chance.
-    fastest={"cpu": ("torch",), "cuda": ("mmcv", "torch")},
-)
+def require_cuda_build(device: str) -> None:
+    """Raise if the device is "cuda" and mmcv has no CUDA operators."""
+    from mmcv.ops import get_compiling_cuda_version
+
+    if device == "cuda" and get_compiling_cuda_version() == "not available":
+        raise RuntimeError("it is built without CUDA")
 
 
-@cache
-def get_kernel(name: str) -> Kernel:
-    """Look up a kernel: "torch", "torchvision", "mmcv", or "auto" (the fastest installed for the features' device).
-
-    Raises:
-        UserError: the name is unknown, or its library cannot be loaded.
-    """
-    return _KERNELS.get(name)
-
-
-class DeformableConv(nn.Module):
-    """3x3 modulated deformable convolution that predicts its own offsets and modulation.
-
-    Starts as an ordinary convolution with every tap weighed 1/2: the offset layer is initialised to zero.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: str = "auto") -> None:
-        super().__init__()
-        self.offset = nn.Conv2d(in_channels, 27, 3, padding=1)
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
-        self.bias: nn.Parameter | None = None  # filled when a batch normalisation is folded in
-        self.kernel = get_kernel(kernel)
-        for parameter in self.offset.parameters():
-            nn.init.zeros_(parameter)
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H W"]:
-        """Predict 18 offset channels, (dy, dx) per tap, and 9 modulation logits, then convolve."""
-        offsets, mask = self.offset(x).split((18, 9), dim=1)
-        out = self.kernel(x, offsets, mask.sigmoid(), self.weight)
-        return out if self.bias is None else out.add_(self.bias[:, None, None])
+def at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    """Cast to the first one's type, but at least to float32, which positions and most kernels need."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [tensor.to(dtype) for tensor in tensors]

@@ -6,29 +6,36 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
-import torch.nn.functional as F
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 NormFactory = Callable[[int], nn.Module]
-"""Makes a normalisation layer for a number of channels."""
+"""Number of channels -> normalisation layer."""
 
 
-class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that never learns: constant scale, shift and statistics, as ADE20K's ResNet uses.
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation with constant scale, shift and statistics, as in ADE20K's ResNet.
 
-    Loads and saves exactly like `nn.BatchNorm2d`.
+    Its state dict is that of `nn.BatchNorm2d`. It is no subclass, so that nothing takes it for a layer that learns.
     """
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__(num_features)
-        self.eval()
-        self.requires_grad_(False)
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
-    def train(self, mode: bool = True) -> FrozenBatchNorm2d:
-        """Stays in evaluation mode whatever is asked."""
-        return super().train(False)
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), value))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Normalise."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class ConvBNReLU(nn.Module):
@@ -50,12 +57,21 @@ class ConvBNReLU(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, a=1)
 
     def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H_out W_out"]:
-        """Apply the three in order."""
+        """Apply all three."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
+def projection(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Make a 1x1 convolution that starts as Mask2Former's do."""
+    conv = nn.Conv2d(in_channels, out_channels, 1)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
 class MLP(nn.Module):
-    """Linear layers with ReLU between them (none after the last)."""
+    """Linear layers with ReLU between them."""
 
     def __init__(self, in_channels: int, hidden_channels: int, out_channels: int, num_layers: int) -> None:
         super().__init__()
@@ -76,20 +92,16 @@ def pointwise(layer: nn.Linear, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor,
 
 
 def sine_position_encoding(
-    height: int, width: int, channels: int, *, device: torch.device | str = "cpu", temperature: float = 10000.0
+    height: int, width: int, channels: int, *, device: torch.device | str = "cpu"
 ) -> tuple[Float[Tensor, "channels height 1"], Float[Tensor, "channels 1 width"]]:
-    """Encode every position of a map: the first half of the channels in y, the second in x.
+    """Encode positions by sines and cosines: the first half of the channels in y, the second half in x.
 
-    Each half alternates sine and cosine at wavelengths that grow geometrically from 2 pi up to `temperature` x 2 pi,
-    over coordinates that run from just above 0 to 2 pi whatever the map's size.
-
-    Returns:
-        Two parts whose sum is the encoding: y with zeros in the second half of the channels, x with zeros in the first.
-        Added to a map one after the other they spare a map of their own.
+    Coordinates run up to 2 pi whatever the size; wavelengths grow from 2 pi to 10000 x 2 pi. The encoding is the sum of
+    the two parts that are returned: added to a map one after the other, they need no full map of their own.
     """
     half = channels // 2
     frequency = torch.arange(half // 2, dtype=torch.float32, device=device) * (2 / half)
-    wavelength = temperature**frequency
+    wavelength = 10000.0**frequency
 
     def encode(length: int) -> Float[Tensor, "half_channels length"]:
         positions = torch.arange(1, length + 1, dtype=torch.float32, device=device) / (length + 1e-6) * (2 * math.pi)

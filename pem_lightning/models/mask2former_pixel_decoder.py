@@ -1,15 +1,20 @@
-"""Mask2Former's pixel decoder (Cheng et al., CVPR 2022): a deformable-attention encoder over strides 32, 16 and 8.
+"""Mask2Former's pixel decoder (Cheng et al., CVPR 2022), which PEM's ablations compare with PEM's own.
 
-PEM's ablations hold their own pixel decoder against it.
+An encoder of multi-scale deformable attention (Zhu et al., "Deformable DETR", ICLR 2021, equation 3) over strides 32,
+16 and 8. Head m of query q reads P points of each of the L levels: with p_q its reference point and x^l the features
+of level l, sampled bilinearly and 0 outside,
 
-Legend: B batch, C channels, H W spatial, S positions of all three levels.
+    y_q = sum_m  W_m  sum_l sum_p  A_mlqp  W'_m x^l(p_q + offset_mlqp)        sum_l sum_p A_mlqp = 1
+
+Legend: B batch, C channels, H W spatial, S positions of all levels, Q queries, M heads, D channels of a head, L levels,
+P points.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache, partial
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
 from itertools import accumulate
 
 import torch
@@ -17,14 +22,86 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pem_lightning.models.deformable_conv import Kernels, at_least_float32, require_cuda_build
-from pem_lightning.models.layers import sine_position_encoding
+from pem_lightning.models.deformable_conv import Kernel, at_least_float32, choose_kernel, require_cuda_build
+from pem_lightning.models.layers import projection, sine_position_encoding
 from pem_lightning.types import UserError
 
-NUM_LEVELS = 3
-"""The encoder works on strides 32, 16 and 8."""
+NUM_LEVELS = 3  # strides 32, 16 and 8
 NORM_GROUPS = 32
-"""Of the group normalisations."""
+QUERIES_AT_ONCE = 2048
+"""Queries sampled at once without gradients (6 MiB of rows and weights at 8 heads)."""
+
+Sizes = Sequence[tuple[int, int]]
+"""Height and width of every level."""
+
+
+class MSDeformPixelDecoder(nn.Module):
+    """Backbone features -> features for the masks (stride 4) and for the transformer decoder (32, 16, 8).
+
+    Interchangeable with `PixelDecoder`, whose first arguments it shares. Padding is not masked, as in Mask2Former's
+    inference.
+
+    Raises:
+        UserError: the channels are no multiple of 32.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        mask_channels: int,
+        kernel: str = "auto",
+        *,
+        num_layers: int = 6,
+        num_heads: int = 8,
+        num_points: int = 4,
+        hidden_channels: int = 1024,
+    ) -> None:
+        super().__init__()
+        if channels % NORM_GROUPS:
+            raise UserError(f"pyramid_channels={channels}: this pixel decoder needs a multiple of {NORM_GROUPS}")
+        self.channels = channels
+        # All lists run from the coarsest level to the finest.
+        self.input_projections = nn.ModuleList(
+            _conv_norm(c, channels, 1, bias=True) for c in in_channels[: -NUM_LEVELS - 1 : -1]
+        )
+        self.level_embedding = nn.Embedding(NUM_LEVELS, channels)
+        self.layers = nn.ModuleList(
+            MSDeformEncoderLayer(channels, num_heads, num_points, hidden_channels, kernel) for _ in range(num_layers)
+        )
+        self.lateral = _conv_norm(in_channels[0], channels, 1)
+        self.output = _conv_norm(channels, channels, 3)
+        self.mask_projection = projection(channels, mask_channels)
+
+    def forward(
+        self, features: list[Float[Tensor, "B _ _ _"]]
+    ) -> tuple[Float[Tensor, "B C_mask H W"], list[Float[Tensor, "B C _ _"]]]:
+        """Decode the backbone's features of strides 4, 8, 16 and 32.
+
+        Returns:
+            Mask features of stride 4, and the levels of strides 32, 16 and 8.
+        """
+        coarse_to_fine = features[: -NUM_LEVELS - 1 : -1]
+        inputs = [project(x) for project, x in zip(self.input_projections, coarse_to_fine, strict=True)]
+        sizes = [(x.shape[2], x.shape[3]) for x in inputs]
+        x = torch.cat([x.flatten(2).transpose(1, 2) for x in inputs], dim=1)
+        positions = self._positions(sizes, x)
+        references = pixel_centres(sizes, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        for layer in self.layers:
+            x = layer(x, positions, references, sizes)
+        parts = x.split([height * width for height, width in sizes], dim=1)
+        levels = [part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
+        lateral = self.lateral(features[0])
+        upsampled = F.interpolate(levels[-1], lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return self.mask_projection(F.relu(self.output(lateral + upsampled), inplace=True)), levels
+
+    def _positions(self, sizes: Sizes, like: Tensor) -> Float[Tensor, "S C"]:
+        """Sine encoding of the place in the level plus the learned embedding of the level."""
+        encodings = []
+        for (height, width), level in zip(sizes, self.level_embedding.weight, strict=True):
+            y, x = sine_position_encoding(height, width, self.channels, device=like.device)
+            encodings.append((y + x).flatten(1).T.to(like.dtype) + level)
+        return torch.cat(encodings)
 
 
 class MSDeformEncoderLayer(nn.Module):
@@ -53,131 +130,54 @@ class MSDeformEncoderLayer(nn.Module):
         return self.feed_forward_norm(x + self.linear2(hidden))
 
 
-class MSDeformPixelDecoder(nn.Module):
-    """Backbone features -> features for the masks (stride 4) and for the transformer decoder (32, 16, 8).
+class MultiScaleDeformableAttention(nn.Module):
+    """Attention to a few points of every level around each query's reference point.
 
-    Stands in for `PixelDecoder`. Images are taken as they are, padding included, as Mask2Former does at inference.
-
-    Args:
-        in_channels: of the backbone's features at strides 4, 8, 16 and 32.
-        channels: of the encoder and its levels, a multiple of 32.
-        mask_channels: of the mask features.
-        kernel: of the attention, see `deformable_attention.get_kernel`.
-        num_layers: of the encoder.
-        num_heads: of the attention.
-        num_points: that a head looks at per level.
-        hidden_channels: of the feed-forward layers.
-
-    Raises:
-        UserError: the channels cannot be shared out, or the kernel is unknown or not installed.
+    Starts, as in Deformable DETR, with uniform attention to points at 1, 2, ... pixels from the reference, each head in
+    its own direction.
     """
 
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        channels: int = 256,
-        mask_channels: int = 256,
-        kernel: str = "auto",
-        *,
-        num_layers: int = 6,
-        num_heads: int = 8,
-        num_points: int = 4,
-        hidden_channels: int = 1024,
-    ) -> None:
+    def __init__(self, channels: int, num_heads: int, num_levels: int, num_points: int, kernel: str = "auto") -> None:
         super().__init__()
-        if channels % NORM_GROUPS:
-            raise UserError(f"pyramid_channels={channels}: this pixel decoder needs a multiple of {NORM_GROUPS}")
-        self.channels = channels
-        # All lists run from the coarsest level to the finest.
-        self.input_projections = nn.ModuleList(
-            _conv_norm(c, channels, 1, bias=True, initialize=nn.init.xavier_uniform_)
-            for c in in_channels[: -NUM_LEVELS - 1 : -1]
-        )
-        self.level_embedding = nn.Embedding(NUM_LEVELS, channels)
-        self.layers = nn.ModuleList(
-            MSDeformEncoderLayer(channels, num_heads, num_points, hidden_channels, kernel) for _ in range(num_layers)
-        )
-        self.lateral = _conv_norm(in_channels[0], channels, 1)
-        self.output = _conv_norm(channels, channels, 3)
-        self.mask_projection = nn.Conv2d(channels, mask_channels, 1)
-        _kaiming_uniform(self.mask_projection.weight)
-        assert self.mask_projection.bias is not None
-        nn.init.zeros_(self.mask_projection.bias)
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.offsets = nn.Linear(channels, num_heads * num_levels * num_points * 2)
+        self.weights = nn.Linear(channels, num_heads * num_levels * num_points)
+        self.values = nn.Linear(channels, channels)
+        self.output = nn.Linear(channels, channels)
+        self.kernel = get_kernel(kernel)
+        for layer in (self.values, self.output):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.offsets, self.weights):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.weights.bias)
+        angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions = directions / directions.abs().amax(dim=1, keepdim=True)  # to the border of a square
+        bias = directions[:, None, None] * torch.arange(1, num_points + 1)[:, None]
+        with torch.no_grad():
+            self.offsets.bias.copy_(bias.expand(-1, num_levels, -1, -1).flatten())
 
     def forward(
-        self, features: list[Float[Tensor, "B _ _ _"]]
-    ) -> tuple[Float[Tensor, "B C_mask H W"], list[Float[Tensor, "B C _ _"]]]:
-        """Decode.
-
-        Args:
-            features: the backbone's, of strides 4, 8, 16 and 32.
-
-        Returns:
-            Mask features of stride 4, and the encoder's levels of strides 32, 16 and 8.
-        """
-        coarse_to_fine = features[: -NUM_LEVELS - 1 : -1]
-        inputs = [project(x) for project, x in zip(self.input_projections, coarse_to_fine, strict=True)]
-        sizes = [(x.shape[2], x.shape[3]) for x in inputs]
-        x = torch.cat([x.flatten(2).transpose(1, 2) for x in inputs], dim=1)
-        positions = self._positions(sizes, x)
-        references = pixel_centres(sizes, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        for layer in self.layers:
-            x = layer(x, positions, references, sizes)
-        lengths = [height * width for height, width in sizes]
-        levels = [
-            level.transpose(1, 2).unflatten(2, size) for level, size in zip(x.split(lengths, dim=1), sizes, strict=True)
-        ]
-        lateral = self.lateral(features[0])
-        upsampled = F.interpolate(levels[-1], lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return self.mask_projection(F.relu(self.output(lateral + upsampled), inplace=True)), levels
-
-    def _positions(self, sizes: Sizes, like: Tensor) -> Float[Tensor, "S C"]:
-        """Sine encoding of the place in the level, and learned embedding of the level, of every position."""
-        encodings = []
-        for (height, width), level in zip(sizes, self.level_embedding.weight, strict=True):
-            y, x = sine_position_encoding(height, width, self.channels, device=like.device)
-            encodings.append((y + x).flatten(1).T.to(like.dtype) + level)
-        return torch.cat(encodings)
+        self,
+        queries: Float[Tensor, "B Q C"],
+        references: Float[Tensor, "Q 2"],
+        features: Float[Tensor, "B S C"],
+        sizes: Sizes,
+    ) -> Float[Tensor, "B Q C"]:
+        """Attend; `references` are (x, y) from 0 to 1 over the whole map, at least float32."""
+        heads = (self.num_heads, self.num_levels, self.num_points)
+        extents = _constant(tuple((width, height) for height, width in sizes), torch.int64, queries.device)
+        offsets = self.offsets(queries).unflatten(2, (*heads, 2)).to(references.dtype) / extents[:, None]
+        weights = self.weights(queries).unflatten(2, (heads[0], -1)).softmax(dim=-1).unflatten(3, heads[1:])
+        values = self.values(features).unflatten(2, (self.num_heads, -1))
+        return self.output(self.kernel(values, sizes, references[:, None, None, None] + offsets, weights))
 
 
-_kaiming_uniform = partial(nn.init.kaiming_uniform_, a=1)
-
-
-def _conv_norm(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    *,
-    bias: bool = False,
-    initialize: Callable[[Tensor], Tensor] = _kaiming_uniform,
-) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
-    initialize(conv.weight)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    return nn.Sequential(conv, nn.GroupNorm(NORM_GROUPS, out_channels))
-
-
-# Multi-scale deformable attention (Zhu et al., "Deformable DETR", ICLR 2021, equation 3): one module, several kernels.
-#
-# Every head m of a query q looks at P points of each of the L levels. With p_q its reference point, x^l the level's
-# features and bilinear sampling that reads 0 outside,
-#
-#     y_q = sum_m  W_m  sum_l sum_p  A_mlqp  W'_m x^l(p_q + offset_mlqp)        sum_l sum_p A_mlqp = 1
-#
-# The default kernel is plain PyTorch and runs everywhere.
-#
-# Legend: B batch, Q queries, S positions of all levels, M heads, D channels of a head, L levels, P points.
-
-
-Sizes = Sequence[tuple[int, int]]
-"""Height and width of every level, in the order of their positions."""
-
-Kernel = Callable[[Tensor, Sizes, Tensor, Tensor], Tensor]
-"""(values, sizes, locations, weights) -> output; see `ms_deform_attn_torch`."""
-
-QUERIES_AT_ONCE = 2048
-"""How many queries are sampled at once where no gradient is wanted (6 MiB of rows and weights at 8 heads)."""
+@cache
+def get_kernel(name: str) -> Kernel:
+    """Look up a kernel of the attention: "torch", "mmcv" or "auto"; see `choose_kernel`."""
+    return choose_kernel("deformable attention", name, ms_deform_attn_torch, {"mmcv": _mmcv_kernel})
 
 
 def ms_deform_attn_torch(
@@ -186,16 +186,16 @@ def ms_deform_attn_torch(
     locations: Float[Tensor, "B Q M L P 2"],
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q M*D"]:
-    """The operator in plain PyTorch, exact with all gradients.
+    """Compute the operator in plain PyTorch, exactly and with all gradients.
 
-    A head of a query is a weighted sum of L x P samples, and each of them of four corners: one bag of `embedding_bag`
-    with 4 L P rows of `values`, which needs no transposition, because a row is a position's head.
+    A head of a query is a weighted sum of L x P samples of four corners each: one bag of `embedding_bag` with 4 L P
+    rows of `values`, where a row is a head of a position.
 
     Args:
-        values: every level's positions row by row, one level after the other.
+        values: the positions row by row, one level after the other.
         sizes: of the levels.
-        locations: (x, y), 0 to 1 from the map's left or upper border to the opposite one.
-        weights: of the points.
+        locations: (x, y) from 0 to 1 over the whole map.
+        weights: of the points, which add up to 1.
     """
     B, S, M, D = values.shape
     table, locations, weights = at_least_float32(values, locations, weights)
@@ -216,8 +216,7 @@ def _corners(
 ) -> tuple[Int[Tensor, "bags rows"], Float[Tensor, "bags rows"]]:
     """Rows of the table and their weights, attention times bilinear, of the four corners of every sample.
 
-    A bag is one head of one query, ordered batch, query, head. A corner outside the map keeps a valid row and gets
-    weight 0.
+    A bag is one head of one query, ordered batch, query, head. Corners outside the map have weight 0.
     """
     B, _, M, _, P, _ = locations.shape
     device, integer = locations.device, torch.int32 if B * S * M < 2**31 else torch.int64
@@ -225,7 +224,7 @@ def _corners(
     def per_point(per_level: Iterable[Sequence[int]]) -> Int[Tensor, "points _"]:
         return _constant(tuple(per_level), integer, device).repeat_interleave(P, dim=0)
 
-    # Of every point of every level, and in the last axis of x and y:
+    # For every point of every level, x and y in the last axis:
     extent = per_point((width, height) for height, width in sizes).to(locations.dtype)
     steps = per_point((M, width * M) for _, width in sizes)
     starts = accumulate((height * width for height, width in sizes[:-1]), initial=0)
@@ -234,7 +233,7 @@ def _corners(
     first_rows = per_point((start * M,) for start in starts)[:, 0] + heads + images
 
     points = locations.flatten(3, 4) * extent - 0.5
-    # Beyond these nothing is read. A NaN must come out as NaN and not as an index error: it stays in the fraction.
+    # Nothing is read beyond these. NaN stays in the fraction and comes out as NaN, not as an index error.
     points = points.clamp(torch.full_like(extent, -1), extent)
     low = points.detach().floor().minimum(extent - 1).nan_to_num()
     fraction = points - low
@@ -252,12 +251,6 @@ def _corners(
     return torch.stack(rows, -1).flatten(3).flatten(0, 2), torch.stack(row_weights, -1).flatten(3).flatten(0, 2)
 
 
-@lru_cache(maxsize=64)
-def _constant(rows: tuple[Sequence[int], ...], dtype: torch.dtype, device: torch.device) -> Int[Tensor, "levels _"]:
-    """A table of the levels, copied to a device once, because the copy makes the host wait."""
-    return torch.tensor(rows, dtype=dtype, device=device)
-
-
 def _mmcv_kernel(device: str) -> Kernel:
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 
@@ -267,7 +260,7 @@ def _mmcv_kernel(device: str) -> Kernel:
         levels = _constant(tuple(sizes), torch.int64, values.device)
         with torch.autocast(values.device.type, enabled=False):
             arguments = [t.contiguous() for t in at_least_float32(values, locations, weights)]
-            if not values.is_cuda:  # mmcv has no operator for CPUs, only this
+            if not values.is_cuda:  # mmcv's operator is for GPUs only
                 return multi_scale_deformable_attn_pytorch(arguments[0], levels, *arguments[1:]).to(values.dtype)
             areas = levels.prod(1)
             starts = areas.cumsum(0) - areas
@@ -277,30 +270,16 @@ def _mmcv_kernel(device: str) -> Kernel:
     return kernel
 
 
-_KERNELS = Kernels(
-    "deformable attention",
-    plain=ms_deform_attn_torch,
-    others={"mmcv": _mmcv_kernel},
-    # The CPU's order is measured (`scripts/benchmark.py --kernels`). CUDA's is not: mmcv's is one fused kernel, and who
-    # has built mmcv for a GPU has built it for this.
-    fastest={"cpu": ("torch",), "cuda": ("mmcv", "torch")},
-)
-
-
-@cache
-def get_kernel(name: str) -> Kernel:
-    """Look up a kernel: "torch", "mmcv", or "auto" (the fastest that is installed for the device of the values).
-
-    Raises:
-        UserError: the name is unknown, or its library cannot be loaded.
-    """
-    return _KERNELS.get(name)
+@lru_cache(maxsize=64)
+def _constant(rows: tuple[Sequence[int], ...], dtype: torch.dtype, device: torch.device) -> Int[Tensor, "levels _"]:
+    """A table of the levels, copied to a device once, because the copy makes the host wait."""
+    return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def pixel_centres(
     sizes: Sizes, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "S 2"]:
-    """(x, y) of every level's positions, 0 to 1 from the map's left or upper border to the opposite one."""
+    """(x, y) of the positions of all levels, from 0 to 1 over the whole map."""
 
     def centres(length: int) -> Float[Tensor, " length"]:
         return (torch.arange(length, device=device, dtype=dtype) + 0.5) / length
@@ -309,71 +288,11 @@ def pixel_centres(
     return torch.cat([torch.stack((x, y), dim=-1).flatten(0, 1) for y, x in grids])
 
 
-class MultiScaleDeformableAttention(nn.Module):
-    """Attention to a few points of every level, which every query chooses around its reference point.
-
-    Starts with uniform attention to points at 1, 2, ... pixels from the reference, each head in its own direction.
-
-    Args:
-        channels: of queries, values and output.
-        num_heads: M.
-        num_levels: L.
-        num_points: P.
-        kernel: see `get_kernel`.
-
-    Raises:
-        UserError: the channels cannot be shared out to the heads, or the kernel is unknown or not installed.
-    """
-
-    def __init__(
-        self, channels: int = 256, num_heads: int = 8, num_levels: int = 3, num_points: int = 4, kernel: str = "auto"
-    ) -> None:
-        super().__init__()
-        if channels % num_heads:
-            raise UserError(f"{channels} channels cannot be shared out to {num_heads} heads: choose a multiple of them")
-        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
-        self.offsets = nn.Linear(channels, num_heads * num_levels * num_points * 2)
-        self.weights = nn.Linear(channels, num_heads * num_levels * num_points)
-        self.values = nn.Linear(channels, channels)
-        self.output = nn.Linear(channels, channels)
-        self.kernel = get_kernel(kernel)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw initial weights as Deformable DETR and Mask2Former do."""
-        for layer in (self.values, self.output):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for layer in (self.offsets, self.weights):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.weights.bias)
-        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
-        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
-        directions = directions / directions.abs().amax(dim=1, keepdim=True)  # to the border of a square
-        distances = torch.arange(1, self.num_points + 1)
-        bias = directions[:, None, None] * distances[:, None]
-        with torch.no_grad():
-            self.offsets.bias.copy_(bias.expand(-1, self.num_levels, -1, -1).flatten())
-
-    def forward(
-        self,
-        queries: Float[Tensor, "B Q C"],
-        references: Float[Tensor, "Q 2"],
-        features: Float[Tensor, "B S C"],
-        sizes: Sizes,
-    ) -> Float[Tensor, "B Q C"]:
-        """Attend.
-
-        Args:
-            queries: decide where to look, and how much to take from there.
-            references: (x, y) of every query, 0 to 1 from the map's left or upper border to the opposite one. At least
-                float32, whatever the rest is.
-            features: every level's positions row by row, one level after the other.
-            sizes: of the levels.
-        """
-        heads = (self.num_heads, self.num_levels, self.num_points)
-        extents = _constant(tuple((width, height) for height, width in sizes), torch.int64, queries.device)
-        offsets = self.offsets(queries).unflatten(2, (*heads, 2)).to(references.dtype) / extents[:, None]
-        weights = self.weights(queries).unflatten(2, (heads[0], -1)).softmax(dim=-1).unflatten(3, heads[1:])
-        values = self.values(features).unflatten(2, (self.num_heads, -1))
-        return self.output(self.kernel(values, sizes, references[:, None, None, None] + offsets, weights))
+def _conv_norm(in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = False) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+    if conv.bias is None:
+        nn.init.kaiming_uniform_(conv.weight, a=1)
+    else:
+        nn.init.xavier_uniform_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.GroupNorm(NORM_GROUPS, out_channels))

@@ -14,12 +14,11 @@ from pem_lightning.models.pixel_decoder import PixelDecoder
 from pem_lightning.models.transformer_decoder import TransformerDecoder
 from pem_lightning.types import Predictions, UserError
 
-SIZE_DIVISOR = 32
-"""Images are padded to a multiple of the coarsest stride."""
+SIZE_DIVISOR = 32  # the coarsest stride
 
 
 def padded_size(height: int, width: int) -> tuple[int, int]:
-    """The size the network works at: each side rounded up to a multiple of 32."""
+    """Round both sides up to a multiple of 32."""
     return -(-height // SIZE_DIVISOR) * SIZE_DIVISOR, -(-width // SIZE_DIVISOR) * SIZE_DIVISOR
 
 
@@ -38,14 +37,10 @@ class PEM(nn.Module):
         self.transformer_decoder = transformer_decoder
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-        """Predict.
+        """Predict classes and masks, the masks at a quarter of the padded size.
 
         Args:
-            images: normalised (ImageNet's mean and deviation), of any size. They are padded with 0 at the right and the
-                bottom to a multiple of 32.
-
-        Returns:
-            Mask logits are at a quarter of the padded size.
+            images: normalised by ImageNet's mean and deviation, of any size; padded with 0 at the right and bottom.
         """
         height, width = images.shape[-2:]
         full_height, full_width = padded_size(height, width)
@@ -69,23 +64,23 @@ def build_pem(
     deformable: bool = True,
     **decoder: Any,
 ) -> PEM:
-    """Build PEM with random weights and the paper's sizes.
+    """Build PEM with random weights; the defaults are the paper's sizes.
 
     Args:
-        backbone: a name (resnet18/34/50/101, stdc1, stdc2) or a module.
-        num_classes: K, "no object" not counted.
-        num_queries: how many segments an image can have at most.
-        backbone_norm: "batch", or "frozen" for batch normalisation that does not learn. Only for a backbone by name.
-        kernel: of the deformable operators: "auto", "torch", "mmcv", of the convolutions also "torchvision".
+        backbone: resnet18, resnet34, resnet50, resnet101, stdc1, stdc2, or a module.
+        num_classes: K, without "no object".
+        num_queries: the largest number of segments of an image.
+        backbone_norm: "batch" or "frozen", for a backbone given by name.
+        kernel: of the deformable operators: "auto", "torch", "mmcv", for convolutions also "torchvision".
         pixel_decoder: "pem", or "msdeform" for Mask2Former's.
         pyramid_channels: of the pixel decoder's levels.
         mask_channels: of the mask features.
-        csm: False leaves context-based self-modulation out of PEM's pixel decoder.
-        deformable: False makes its deformable convolutions ordinary ones.
+        csm: False for the ablation without context-based self-modulation.
+        deformable: False for the ablation with ordinary convolutions in the pixel decoder.
         decoder: further arguments of `TransformerDecoder`, such as `num_layers`.
 
     Raises:
-        UserError: the backbone, the norm, the kernel or a variant is unknown, not installed, or goes with no other.
+        UserError: an unknown or impossible choice, or a kernel that is not installed.
     """
     if isinstance(backbone, str):
         backbone = build_backbone(backbone, backbone_norm)

@@ -1,7 +1,7 @@
 """PEM-CA: prototype-based masked cross-attention, the paper's contribution (section 3.2, figure 3).
 
-Dot-product attention mixes all features of a query's mask. Those features are much alike, so PEM-CA keeps, per query
-and head, only the one most similar to the query, its *prototype*, and lets the two interact by an element-wise product.
+Dot-product attention mixes all features inside a query's mask. Those are much alike, so PEM-CA keeps only the one most
+similar to the query, its *prototype*, for every query and head, and combines the two by an element-wise product.
 
 Legend: B batch, Q queries, C channels, M heads, D channels of a head, H W spatial, P positions (H * W).
 """
@@ -16,94 +16,22 @@ from torch import Tensor, nn
 from pem_lightning.models.layers import pointwise
 
 POSITIONS_AT_ONCE = 1024
-"""How many positions are compared with all queries at once on a CPU: what its caches hold."""
-
-
-def select_prototypes(
-    features: Float[Tensor, "B P C"],
-    queries: Float[Tensor, "B Q C"],
-    background: Bool[Tensor, "B Q P"] | None,
-    num_heads: int,
-) -> tuple[Float[Tensor, "B Q C"], Int64[Tensor, "B M Q"]]:
-    """Pick, per query and head, the most similar feature inside the query's mask (equations 2 and 3).
-
-    A query whose mask is empty takes position 0. Only where the masks of *all* queries of an image are empty, masking
-    is off for that image, as in the authors' code.
-
-    Args:
-        features: keys, normalised over the channels.
-        queries: normalised over the channels.
-        background: True where a position lies outside a query's mask; None for no masking.
-        num_heads: the heads share the channels out between them.
-
-    Returns:
-        The prototypes, and their positions.
-    """
-    keys = features.unflatten(2, (num_heads, -1))  # B P M D
-    positions = _most_similar(keys.detach(), queries.detach(), background)  # B M Q
-    index = positions.transpose(1, 2)[..., None].expand(-1, -1, -1, keys.shape[3])  # B Q M D
-    return keys.gather(1, index).flatten(2), positions
-
-
-@torch.no_grad()
-def _most_similar(
-    keys: Float[Tensor, "B P M D"], queries: Float[Tensor, "B Q C"], background: Bool[Tensor, "B Q P"] | None
-) -> Int64[Tensor, "B M Q"]:
-    """The first of the most similar positions, found in one pass that keeps the best so far."""
-    heads = queries.unflatten(2, keys.shape[2:]).transpose(1, 2)  # B M Q D
-    penalty = None if background is None else _penalty(background, keys.dtype)
-    step = POSITIONS_AT_ONCE if keys.device.type == "cpu" else keys.shape[1]
-    best = heads.new_full(heads.shape[:3], float("-inf"))
-    positions = torch.zeros_like(best, dtype=torch.int64)
-    for start in range(0, keys.shape[1], step):
-        part = slice(start, start + step)
-        similarity = heads @ keys[:, part].permute(0, 2, 3, 1)  # B M Q P
-        if penalty is not None:
-            similarity.add_(penalty[..., part])
-        highest, where = similarity.max(-1)
-        better = highest > best
-        best, positions = torch.where(better, highest, best), torch.where(better, where + start, positions)
-    return positions
-
-
-def _penalty(background: Bool[Tensor, "B Q P"], dtype: torch.dtype) -> Float[Tensor, "B 1 Q P"]:
-    """What is added to similarities: minus infinity in the background, but for images that are nothing else."""
-    background = background & ~background.flatten(1).all(1)[:, None, None]
-    penalty = torch.zeros(background.shape, dtype=dtype, device=background.device)
-    return penalty.masked_fill_(background, float("-inf"))[:, None]
-
-
-class PrototypeSelection(nn.Module):
-    """`select_prototypes` as a module without parameters, so that a hook can see what is chosen (see `recording`)."""
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-
-    def forward(
-        self,
-        features: Float[Tensor, "B P C"],
-        queries: Float[Tensor, "B Q C"],
-        background: Bool[Tensor, "B Q P"] | None,
-    ) -> tuple[Float[Tensor, "B Q C"], Int64[Tensor, "B M Q"]]:
-        """Select. Arguments and result are those of `select_prototypes`."""
-        return select_prototypes(features, queries, background, self.num_heads)
+"""Positions compared with all queries at once on a CPU, so that the similarities stay in its caches."""
 
 
 class PrototypeCrossAttention(nn.Module):
     """PEM-CA.
 
-    With K the projected features, Q the projected queries, both normalised, and K* the prototypes:
+    With K the projected features and Q the projected queries, both normalised over the channels:
 
-        output = W_out( alpha * normalise(W_interaction(K* x Q)) + K* ) + queries
+        K* = the feature of K inside the mask that is most similar to Q, for every head     (equations 2 and 3)
+        output = W_out( alpha * normalise(W_interaction(K* x Q)) + K* ) + queries           (equations 4 and 5)
 
-    where x is element-wise and `normalise` runs over the queries (equations 4 and 5). Its parts are methods, which
-    ablations replace one by one (see `attention_ablations`).
+    where x is element-wise and `normalise` runs over the queries. Ablations override `select` or `interact`.
     """
 
-    def __init__(self, channels: int = 256, num_heads: int = 8) -> None:
+    def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.selection = PrototypeSelection(num_heads)
         self.feature_norm = nn.BatchNorm2d(channels)
         self.feature_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
@@ -125,10 +53,9 @@ class PrototypeCrossAttention(nn.Module):
 
         Args:
             queries: the residual stream.
-            query_positions: learned position embeddings, added for attention only.
-            features: of one level of the pixel decoder, their position encoding added.
-            mask_logits: the queries' masks so far, at the level's size; a logit of exactly 0 is foreground. None for
-                the ablation without masks.
+            query_positions: learned embeddings, added for the attention only.
+            features: of one level, with position encoding.
+            mask_logits: the queries' masks at the level's size; 0 is foreground. None for no masking.
         """
         keys = pointwise(self.feature_linear, self.feature_conv(self.feature_norm(features)))
         keys = F.normalize(keys.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # B P C
@@ -142,10 +69,59 @@ class PrototypeCrossAttention(nn.Module):
         queries: Float[Tensor, "B Q C"],
         background: Bool[Tensor, "B Q P"] | None,
     ) -> Float[Tensor, "B Q C"]:
-        """Features -> what each query gets of them: its prototypes."""
+        """Pick the prototypes (equations 2 and 3)."""
         return self.selection(keys, queries, background)[0]
 
     def interact(self, prototypes: Float[Tensor, "B Q C"], queries: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
-        """Prototypes and projected queries -> update of the queries."""
+        """Combine prototypes and projected queries (equations 4 and 5)."""
         interaction = F.normalize(self.interaction(prototypes * queries), dim=1)
         return self.output(interaction * self.alpha + prototypes)
+
+
+class PrototypeSelection(nn.Module):
+    """The most similar feature inside a query's mask, for every query and head. A module so that hooks can watch it."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(
+        self,
+        features: Float[Tensor, "B P C"],
+        queries: Float[Tensor, "B Q C"],
+        background: Bool[Tensor, "B Q P"] | None,
+    ) -> tuple[Float[Tensor, "B Q C"], Int64[Tensor, "B M Q"]]:
+        """Return the prototypes and their positions.
+
+        `background` is True outside a query's mask. A query with an empty mask takes position 0; an image in which all
+        masks are empty is not masked, as in the authors' code.
+        """
+        keys = features.unflatten(2, (self.num_heads, -1))  # B P M D
+        positions = _most_similar(keys.detach(), queries.detach(), background)  # B M Q
+        index = positions.transpose(1, 2)[..., None].expand(-1, -1, -1, keys.shape[3])  # B Q M D
+        return keys.gather(1, index).flatten(2), positions
+
+
+@torch.no_grad()
+def _most_similar(
+    keys: Float[Tensor, "B P M D"], queries: Float[Tensor, "B Q C"], background: Bool[Tensor, "B Q P"] | None
+) -> Int64[Tensor, "B M Q"]:
+    """Find the first of the most similar positions, in one pass that keeps the best so far."""
+    heads = queries.unflatten(2, keys.shape[2:]).transpose(1, 2)  # B M Q D
+    penalty = None
+    if background is not None:
+        background = background & ~background.flatten(1).all(1)[:, None, None]
+        penalty = torch.zeros(background.shape, dtype=keys.dtype, device=keys.device)
+        penalty = penalty.masked_fill_(background, float("-inf"))[:, None]  # B 1 Q P
+    step = POSITIONS_AT_ONCE if keys.device.type == "cpu" else keys.shape[1]
+    best = heads.new_full(heads.shape[:3], float("-inf"))
+    positions = torch.zeros_like(best, dtype=torch.int64)
+    for start in range(0, keys.shape[1], step):
+        part = slice(start, start + step)
+        similarity = heads @ keys[:, part].permute(0, 2, 3, 1)  # B M Q P
+        if penalty is not None:
+            similarity.add_(penalty[..., part])
+        highest, where = similarity.max(-1)
+        better = highest > best
+        best, positions = torch.where(better, highest, best), torch.where(better, where + start, positions)
+    return positions

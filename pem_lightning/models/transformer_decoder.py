@@ -1,7 +1,7 @@
-"""The query decoder: layers of PEM-CA, self-attention and feed-forward, with a prediction after each.
+"""The transformer decoder: layers of PEM-CA, self-attention and feed-forward, and the prediction after each.
 
-The frame is Mask2Former's (Cheng et al., CVPR 2022): learned queries visit the pixel decoder's levels from coarse to
-fine, in turns, and the masks they predict decide where they look next.
+As in Mask2Former (Cheng et al., CVPR 2022), learned queries visit the pixel decoder's levels in turns, from coarse to
+fine, and the masks they predict decide where the next layer looks.
 
 Legend: B batch, Q queries, C channels, H W spatial, K classes.
 """
@@ -14,12 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pem_lightning.models.ablations import ATTENTIONS
-from pem_lightning.models.layers import MLP, sine_position_encoding
-from pem_lightning.models.prototype_attention import PrototypeCrossAttention
+from pem_lightning.models.layers import MLP, projection, sine_position_encoding
 from pem_lightning.types import MaskFactors, Predictions, UserError
 
-NUM_LEVELS = 3
-"""The decoder visits strides 32, 16 and 8."""
+NUM_LEVELS = 3  # strides 32, 16 and 8
 
 
 class SelfAttention(nn.Module):
@@ -55,15 +53,9 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """PEM-CA (or what an ablation puts in its place), then self-attention, then feed-forward."""
+    """PEM-CA (or an ablation's cross-attention), then self-attention, then feed-forward."""
 
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        hidden_channels: int,
-        cross_attention: type[nn.Module] = PrototypeCrossAttention,
-    ) -> None:
+    def __init__(self, channels: int, num_heads: int, hidden_channels: int, cross_attention: type[nn.Module]) -> None:
         super().__init__()
         self.cross_attention = cross_attention(channels, num_heads)
         self.self_attention = SelfAttention(channels, num_heads)
@@ -76,7 +68,7 @@ class DecoderLayer(nn.Module):
         features: Float[Tensor, "B C H W"],
         mask_logits: Float[Tensor, "B Q H W"] | None,
     ) -> Float[Tensor, "B Q C"]:
-        """Update the queries; arguments as of the cross-attention."""
+        """Update the queries; for the arguments see `PrototypeCrossAttention`."""
         queries = self.cross_attention(queries, query_positions, features, mask_logits)
         return self.feed_forward(self.self_attention(queries, query_positions))
 
@@ -87,30 +79,26 @@ class TransformerDecoder(nn.Module):
     Args:
         in_channels: of the pixel decoder's levels.
         mask_channels: of the mask features.
-        num_classes: K, "no object" not counted.
-        num_queries: how many segments an image can have at most.
-        channels: of the queries.
-        num_layers: the levels are visited in turns, 32, 16, 8, 32, ...
-        num_heads: of PEM-CA and of self-attention.
-        hidden_channels: of the feed-forward layers.
-        auxiliary: when to return the intermediate predictions that deep supervision needs: "training", "always" or
-            "never".
-        attention: "prototype" (PEM-CA); ablations: "mean" of the masked features instead of a prototype, "dot_product"
-            for Mask2Former's cross-attention.
-        masked: False for the ablation in which queries look at all of a level.
-        interaction: False for the ablation of PEM-CA's element-wise product.
+        num_classes: K, without "no object".
+        num_queries: Q.
+        channels: C, a multiple of 4 and of `num_heads`.
+        num_layers: layer i sees level i modulo 3.
+        auxiliary: when to return the layers' predictions for deep supervision: "training", "always" or "never".
+        attention: "prototype" (PEM-CA); ablations: "mean" of the masked features, Mask2Former's "dot_product".
+        masked: False for the ablation in which queries look at a whole level.
+        interaction: False for the ablation without PEM-CA's element-wise product.
 
     Raises:
-        UserError: there is no such attention, or nothing to leave out of it; no layer or no query.
+        UserError: a value is not offered.
     """
 
     def __init__(
         self,
-        in_channels: int = 128,
-        mask_channels: int = 256,
+        in_channels: int,
+        mask_channels: int,
         *,
         num_classes: int,
-        num_queries: int = 100,
+        num_queries: int,
         channels: int = 256,
         num_layers: int = 6,
         num_heads: int = 8,
@@ -121,24 +109,26 @@ class TransformerDecoder(nn.Module):
         interaction: bool = True,
     ) -> None:
         super().__init__()
-        _check_sizes(num_layers, num_queries, channels, num_heads)
+        for name, value in (("num_layers", num_layers), ("num_queries", num_queries)):
+            if value < 1:
+                raise UserError(f"{name}={value}: choose at least 1")
+        if channels % num_heads or channels % 4:
+            raise UserError(f"channels={channels}: choose a multiple of 4 and of num_heads={num_heads}")
         if auxiliary not in ("training", "always", "never"):
             raise UserError(f"auxiliary={auxiliary}: choose training, always or never")
-        if (attention, interaction) not in ATTENTIONS:
-            if (attention, True) in ATTENTIONS:
-                raise UserError(
-                    f"attention={attention} has no interaction to leave out: choose interaction=true with it"
-                )
+        if (attention, True) not in ATTENTIONS:
             raise UserError(f"attention={attention}: choose {', '.join(name for name, whole in ATTENTIONS if whole)}")
+        if (attention, interaction) not in ATTENTIONS:
+            raise UserError(f"attention={attention} has no interaction to leave out: choose interaction=true with it")
         self.channels = channels
         self.auxiliary = auxiliary
         self.attention = attention
         self.masked = masked
-        num_levels = min(NUM_LEVELS, num_layers)  # those that are visited
+        num_levels = min(NUM_LEVELS, num_layers)
         self.query_features = nn.Embedding(num_queries, channels)
         self.query_positions = nn.Embedding(num_queries, channels)
         self.level_embedding = nn.Embedding(num_levels, channels)
-        self.input_projections = nn.ModuleList(_projection(in_channels, channels) for _ in range(num_levels))
+        self.input_projections = nn.ModuleList(projection(in_channels, channels) for _ in range(num_levels))
         self.layers = nn.ModuleList(
             DecoderLayer(channels, num_heads, hidden_channels, ATTENTIONS[attention, interaction])
             for _ in range(num_layers)
@@ -150,21 +140,19 @@ class TransformerDecoder(nn.Module):
     def forward(
         self, mask_features: Float[Tensor, "B C_mask H W"], levels: list[Float[Tensor, "B C_in _ _"]]
     ) -> Predictions:
-        """Decode; the arguments are what `PixelDecoder` returns.
+        """Decode what the pixel decoder returns.
 
-        Layers look at the masks at their level's size only. Resizing commutes with the product of mask embeddings and
-        mask features, so without auxiliary predictions the features are resized, once per level, instead of all masks
-        after every layer.
+        A layer needs the masks at its level's size only. Resizing commutes with the product of mask embeddings and
+        features, so without auxiliary predictions the features are resized once per level, not the masks per layer.
         """
-        if not mask_features.is_cuda:  # the masks that follow inherit the format, which all their readers are faster in
+        if not mask_features.is_cuda:  # faster on CPUs, also for what reads the masks, which inherit the format
             mask_features = mask_features.contiguous(memory_format=torch.channels_last)
-        levels = levels[: len(self.input_projections)]
-        inputs = [self._project(i, level) for i, level in enumerate(levels)]
+        inputs = [self._project(i, level) for i, level in enumerate(levels[: len(self.input_projections)])]
         queries = self.query_features.weight.expand(len(mask_features), -1, -1)
         auxiliary: list[Predictions] = []
         wanted = self.auxiliary == "always" or (self.auxiliary == "training" and self.training)
         with torch.no_grad():
-            guides = [] if wanted or not self.masked else [_resize(mask_features, x.shape[-2:]) for x in inputs]
+            small = [] if wanted or not self.masked else [_resize(mask_features, x.shape[-2:]) for x in inputs]
         for i, layer in enumerate(self.layers):
             features, mask_logits = inputs[i % NUM_LEVELS], None
             if wanted:
@@ -173,55 +161,36 @@ class TransformerDecoder(nn.Module):
                 if self.masked and wanted:
                     mask_logits = _resize(auxiliary[-1].mask_logits, features.shape[-2:])
                 elif self.masked:
-                    mask_logits = _mask_logits(self._mask_embeddings(queries), guides[i % NUM_LEVELS])
+                    mask_logits = _mask_logits(self.mask_head(self.norm(queries)), small[i % NUM_LEVELS])
             queries = layer(queries, self.query_positions.weight, features, mask_logits)
         return self.predict(queries, mask_features)._replace(auxiliary=tuple(auxiliary))
 
     def _project(self, i: int, level: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C H W"]:
-        """What the layers see of a level: projected, level embedding and position encoding added."""
+        """Project a level and add its embedding and the position encoding."""
         x = self.input_projections[i](level)
-        if self.attention == "dot_product":  # which encodes positions itself, for values go without
+        if self.attention == "dot_product":  # encodes positions itself, in the keys only
             return x + self.level_embedding.weight[i, :, None, None].to(x.dtype)
         y_encoding, x_encoding = sine_position_encoding(x.shape[2], x.shape[3], self.channels, device=x.device)
         x = x + (self.level_embedding.weight[i, :, None, None] + y_encoding).to(x.dtype)
         return x.add_(x_encoding.to(x.dtype))
 
-    def _mask_embeddings(self, queries: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C_mask"]:
-        return self.mask_head(self.norm(queries))
-
     def predict(self, queries: Float[Tensor, "B Q C"], mask_features: Float[Tensor, "B C_mask H W"]) -> Predictions:
-        """What queries stand for, before any layer or after one: classes, and masks at the mask features' size."""
+        """Predict from the queries before or after any layer."""
         normed = self.norm(queries)
         embeddings = self.mask_head(normed)
-        # The losses look at matched queries only: their gradients take the factors' way, past the other masks.
+        # The losses look at matched queries only, whose gradients go through the factors.
         factors = MaskFactors(embeddings, mask_features) if torch.is_grad_enabled() else None
         return Predictions(self.class_head(normed), _mask_logits(embeddings, mask_features), mask_factors=factors)
 
 
-def _check_sizes(num_layers: int, num_queries: int, channels: int, num_heads: int) -> None:
-    for name, value in (("num_layers", num_layers), ("num_queries", num_queries)):
-        if value < 1:
-            raise UserError(f"{name}={value}: choose at least 1")
-    if channels % num_heads or channels % 4:
-        raise UserError(f"channels={channels}: choose a multiple of 4 and of num_heads={num_heads}")
-
-
 def _mask_logits(embeddings: Float[Tensor, "B Q C"], features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B Q H W"]:
-    """Product of every mask embedding with the features of every pixel."""
+    """Multiply every mask embedding with the features of every pixel."""
     if features.is_cuda and len(features) > 1:
         return (embeddings @ features.flatten(2)).unflatten(2, features.shape[-2:])
-    # As 1x1 convolutions: on CPUs more than twice as fast, if the features are channels-last.
+    # As 1x1 convolutions: more than twice as fast on CPUs if the features are channels-last.
     masks = [F.conv2d(x, e[:, :, None, None]) for x, e in zip(features.split(1), embeddings, strict=True)]
     return masks[0] if len(masks) == 1 else torch.cat(masks)
 
 
 def _resize(maps: Float[Tensor, "B C _ _"], size: torch.Size) -> Float[Tensor, "B C H W"]:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def _projection(in_channels: int, channels: int) -> nn.Conv2d:
-    projection = nn.Conv2d(in_channels, channels, 1)
-    nn.init.kaiming_uniform_(projection.weight, a=1)
-    assert projection.bias is not None
-    nn.init.zeros_(projection.bias)
-    return projection

@@ -1,26 +1,29 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pem_lightning.losses import choose_uncertain_points, sample_masks, sample_points
-from pem_lightning.losses.point_sampling import PIXELS_AT_ONCE, uniform
+from pem_lightning.losses.point_sampling import (
+    PIXELS_AT_ONCE,
+    choose_uncertain_points,
+    sample_masks,
+    sample_points,
+    uniform,
+)
 
 
-def pixel_centres(height: int, width: int) -> torch.Tensor:
+def pixel_centres(height, width):
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
-def test_pixel_centres_give_pixels() -> None:
+def test_pixel_centres_give_pixels():
     features = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     sampled = sample_points(features, pixel_centres(5, 7).expand(2, -1, -1))
     torch.testing.assert_close(sampled, features.flatten(2), rtol=0, atol=1e-5)
 
 
-def test_points_are_x_then_y_and_outside_is_zero() -> None:
+def test_points_are_x_then_y_and_outside_is_zero():
     features = torch.tensor([[[[8.0, 0.0], [4.0, 0.0]]]])
     points = torch.tensor([[[0.25, 0.75], [0.5, 0.25], [0.0, 0.0], [0.25, 0.5]]])
     expected = torch.tensor([[[4.0, 4.0, 2.0, 6.0]]])  # at the corner three of the four neighbours lie outside
@@ -35,7 +38,7 @@ def test_points_are_x_then_y_and_outside_is_zero() -> None:
     segments=st.integers(0, 6),
     at_once=st.sampled_from([1, 1000, 10**6]),
 )
-def test_masks_are_sampled_like_floats(seed: int, height: int, width: int, segments: int, at_once: int) -> None:
+def test_masks_are_sampled_like_floats(seed, height, width, segments, at_once):
     generator = torch.Generator().manual_seed(seed)
     masks = torch.rand(segments, height, width, generator=generator) < 0.5
     points = torch.rand(segments, 9, 2, generator=generator)
@@ -47,16 +50,16 @@ def test_masks_are_sampled_like_floats(seed: int, height: int, width: int, segme
 
 
 @pytest.mark.parametrize(("ratio", "num_uncertain"), [(0.0, 0), (0.75, 15), (1.0, 20)])
-def test_most_uncertain_candidates_come_first(ratio: float, num_uncertain: int) -> None:
+def test_most_uncertain_candidates_come_first(ratio, num_uncertain):
     torch.manual_seed(0)
     logits = torch.randn(3, 6, 10)
     draws = []
 
-    def rand(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    def rand(shape, device):
         draws.append(torch.rand(shape, device=device))
         return draws[-1]
 
-    points = choose_uncertain_points(logits, 20, importance_sample_ratio=ratio, rand=rand)
+    points = choose_uncertain_points(logits, 20, 3.0, ratio, rand)
     candidates, others = draws
     assert points.shape == (3, 20, 2)
     assert candidates.shape == (3, 60, 2)
@@ -66,20 +69,14 @@ def test_most_uncertain_candidates_come_first(ratio: float, num_uncertain: int) 
     assert torch.equal(chosen, certainty)
 
 
-def test_without_oversampling_every_candidate_is_taken() -> None:
+def test_without_oversampling_every_candidate_is_taken():
     candidates = torch.rand(2, 8, 2)
-    points = choose_uncertain_points(
-        torch.randn(2, 4, 4),
-        8,
-        oversample_ratio=1.0,
-        importance_sample_ratio=1.0,
-        rand=lambda shape, device: candidates[:, : shape[1]],
-    )
+    points = choose_uncertain_points(torch.randn(2, 4, 4), 8, 1.0, 1.0, lambda shape, device: candidates[:, : shape[1]])
     assert torch.equal(points.sort(dim=1).values, candidates.sort(dim=1).values)
 
 
-def test_points_carry_no_gradient() -> None:
-    assert not choose_uncertain_points(torch.randn(2, 4, 4, requires_grad=True), 8).requires_grad
+def test_points_carry_no_gradient():
+    assert not choose_uncertain_points(torch.randn(2, 4, 4, requires_grad=True), 8, 3.0, 0.75, uniform).requires_grad
 
 
 def test_random_numbers_are_uniform_and_follow_torchs_seed():

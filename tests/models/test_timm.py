@@ -13,7 +13,6 @@ from hydra.utils import instantiate
 from torch import nn
 
 from pem_lightning import build_pem
-from pem_lightning.benchmark.weights import checkpoint_weights
 from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.models.backbones.timm import TimmBackbone, import_timm
@@ -22,8 +21,7 @@ from pem_lightning.preprocess import IMAGE_MEAN, IMAGE_STD
 from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import UserError
 from tests.jobs import DRAWN, call
-from tests.models.randomize import randomize
-from tests.test_config import compose
+from tests.models.randomize import compose, randomize
 
 try:
     import_timm()
@@ -104,7 +102,6 @@ def timm(monkeypatch):
         return model
 
     module.create_model = create_model
-    module.list_models = lambda: list(MODELS)
     module.is_model = lambda name: name in MODELS
     module.list_pretrained = lambda pattern: ["conv.in1k", "conv.in22k"] if pattern == "conv.*" else []
     config = types.SimpleNamespace(fixed_input_size=False, hf_hub_id="timm/last.in1k", url="")
@@ -134,7 +131,7 @@ def test_the_four_strides_come_out_channels_first(timm, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "con"}, r"no model backbone\.name=con: did you mean conv\?"),
+        ({"name": "con"}, r"no model backbone\.name=con: choose one of timm\.list_models\(\)"),
         ({"name": "conv.in2k"}, r"no weights backbone\.name=conv\.in2k: choose one of conv, conv\.in1k, conv\.in22k"),
         ({"name": "vit"}, r"backbone\.name=vit has features of stride 16, but none of stride 4, 8, 32: choose"),
         ({"name": "conv", "norm": "nrm"}, r"unknown backbone norm 'nrm': choose batch or frozen"),
@@ -148,12 +145,9 @@ def test_mistakes_name_the_cure(timm, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_features_of_another_size_are_refused(timm):
+def test_sizes_that_do_not_fit_are_refused(timm):
     with pytest.raises(UserError, match=r"makes 16 x 15 features of an image of 64 x 64 where 16 x 16 are"):
         TimmBackbone("valid")(torch.randn(1, 3, 64, 64))
-
-
-def test_a_model_of_one_size_says_so(timm):
     with pytest.raises(UserError, match=r"images of 64 x 96 \(.*multiple of 7\): choose another$"):
         TimmBackbone("valid")(torch.randn(1, 3, 64, 96))
     timm.config.fixed_input_size = True
@@ -175,7 +169,7 @@ def test_pretrained_models_see_images_as_they_were_trained(timm):
     # A checkpoint carries it along.
     other = TimmBackbone("conv").eval()
     other.load_state_dict(backbone.state_dict())
-    assert torch.equal(other(pixels)[0], backbone(pixels)[0])
+    torch.testing.assert_close(other(pixels), backbone(pixels), rtol=0, atol=0)
     assert len(timm.downloads) == 1
 
 
@@ -199,41 +193,32 @@ def test_scales_do_not_decay(timm):
 
 
 def test_config_reaches_the_backbone(timm):
-    cfg = compose("train", "backbone=timm", "backbone.name=twice", "+backbone.options.output_fmt=NHWC")
+    cfg = compose("backbone=timm", "backbone.name=twice", "+backbone.options.output_fmt=NHWC")
     assert (cfg.backbone.pretrained, cfg.backbone.norm) == (False, "batch")
     with torch.device("meta"):
         network = instantiate(cfg.network, num_classes=3)
     assert (network.backbone.name, network.backbone.model.output_fmt) == ("twice", "NHWC")
 
 
-TINY = (
-    *DRAWN,
-    "dataset.datamodule.num_train=4",
-    "dataset.datamodule.num_val=2",
-    "recipe.max_steps=2",
-    "recipe.val_interval=2",
-    "recipe.checkpoint_interval=1",
-    "network.num_layers=1",
-    "network.num_queries=8",
-)
-
-
-def run_all_jobs(name, *choices):
-    arguments = (*TINY, "backbone=timm", f"backbone.name={name}", *choices, "hydra.run.dir=run")
-    assert call("train", *arguments) == 0
+def train_and_go_on(name, *choices):
+    """A step, saved, and one more; then an evaluation and a prediction."""
+    arguments = (
+        *(*DRAWN, "dataset.datamodule.num_train=2", "dataset.datamodule.num_val=1", "recipe.max_steps=1"),
+        *("network.num_layers=1", "network.num_queries=8", "network.channels=32", "network.pyramid_channels=32"),
+        *("backbone=timm", f"backbone.name={name}", *choices, "hydra.run.dir=run"),
+    )
     checkpoint = "run/checkpoints/last.ckpt"
-    assert call("evaluate", f"checkpoint={checkpoint}", "hydra.run.dir=evaluated") == 0
+    assert call("train", *arguments) == 0
+    assert call("train", *arguments, f"resume={checkpoint}", "recipe.max_steps=2") == 0
+    assert read_checkpoint(checkpoint).step == 2
     image = next(Path("drawn").rglob("*.png"))
     assert call("predict", f"checkpoint={checkpoint}", f"input={image}", "output=out", "hydra.run.dir=predicted") == 0
-    assert call("train", *arguments, f"resume={checkpoint}", "recipe.max_steps=4") == 0
-    assert read_checkpoint(checkpoint).step == 4
-    assert checkpoint_weights(checkpoint).backbone == name
 
 
 @pytest.mark.slow
 def test_pretrained_weights_are_fetched_once_in_a_runs_life(timm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_all_jobs("conv", "backbone.pretrained=true")
+    train_and_go_on("conv", "backbone.pretrained=true")
     assert timm.downloads == ["conv"]
 
 
@@ -277,20 +262,6 @@ def test_real_models_keep_the_promise(name):
 
 
 @needs_timm
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("convnext_tny", r"did you mean convnext_tiny"),
-        ("vit_small_patch16_224", r"features of stride 16, but none of stride 4, 8, 32"),
-        ("visformer_small", r"features of stride 8, 16, 32, but none of stride 4:"),
-    ],
-)
-def test_real_models_without_a_pyramid_are_refused(name, message):
-    with pytest.raises(UserError, match=message):
-        TimmBackbone(name)
-
-
-@needs_timm
 @pytest.mark.parametrize("name", ["coatnet_pico_rw_224", "maxvit_tiny_tf_224"])
 def test_real_models_of_one_size(name):
     with pytest.raises(UserError, match=r"does not take images of 64 x 96 .*img_size=\[64,96\]"):
@@ -318,6 +289,6 @@ def test_weights_of_a_file(tmp_path):
 
 @needs_timm
 @pytest.mark.slow
-def test_all_jobs_with_a_real_model(tmp_path, monkeypatch):
+def test_jobs_with_a_real_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_all_jobs("convnext_atto")
+    train_and_go_on("convnext_atto")

@@ -26,11 +26,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
 
 
 def build_backbone(name: str, norm: str = "batch") -> Backbone:
-    """Make a backbone with random weights.
-
-    Args:
-        name: one of `BACKBONES`.
-        norm: "batch" or "frozen" (batch normalisation that keeps its statistics and weights).
+    """Build one of `BACKBONES` with random weights; `norm` is one of `NORMS`.
 
     Raises:
         UserError: the name or the norm is unknown.
@@ -40,6 +36,3 @@ def build_backbone(name: str, norm: str = "batch") -> Backbone:
     if norm not in NORMS:
         raise UserError(f"unknown backbone norm {norm!r}: choose one of {', '.join(NORMS)}")
     return BACKBONES[name](norm=NORMS[norm])
-
-
-__all__ = ["BACKBONES", "NORMS", "STDC", "Backbone", "ResNet", "build_backbone"]

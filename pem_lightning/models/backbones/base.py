@@ -1,4 +1,4 @@
-"""The interface of every backbone."""
+"""The interface of every backbone (a file of its own, because the backbones and their list import it)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,17 @@ class Backbone(nn.Module, ABC):
     """A feature extractor.
 
     Attributes:
-        channels: channels of the feature maps at strides 4, 8, 16 and 32.
+        channels: of the feature maps at strides 4, 8, 16 and 32.
     """
 
     channels: tuple[int, int, int, int]
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Extract the features.
-
-        Args:
-            images: normalised, height and width divisible by 32.
-
-        Returns:
-            Four feature maps, of strides 4, 8, 16 and 32.
-        """
+        """Extract features at strides 4, 8, 16 and 32 from normalised images, whose sides are multiples of 32."""
 
     def load_pretrained(self, source: bool | str = True) -> None:
-        """Fill in pretrained weights: those of the backbone's library, or those of a file.
+        """Load the weights of the backbone's library (True) or of a file.
 
         Raises:
             UserError: there are none for this backbone.

@@ -28,7 +28,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(in_channels, width, stride, norm)
 
     def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H_out W_out"]:
-        """Residual transform."""
+        """Transform."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(out)).add_(self.downsample(x)), inplace=True)
 
@@ -51,7 +51,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(in_channels, out_channels, stride, norm)
 
     def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C_out H_out W_out"]:
-        """Residual transform."""
+        """Transform."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         return F.relu(self.bn3(self.conv3(out)).add_(self.downsample(x)), inplace=True)
@@ -69,7 +69,7 @@ STAGES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] =
     50: (Bottleneck, (3, 4, 6, 3)),
     101: (Bottleneck, (3, 4, 23, 3)),
 }
-"""Block and blocks per stage, by depth."""
+"""Depth -> block, and blocks per stage."""
 
 
 class ResNet(Backbone):
@@ -99,7 +99,7 @@ class ResNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Extract features at strides 4, 8, 16 and 32."""
+        """Extract features; see `Backbone`."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -1,6 +1,6 @@
 """Short-Term Dense Concatenate network (Fan et al., CVPR 2021, arXiv 2104.13188).
 
-Parameter names are those of the published checkpoints (`features.*`), so that they load as they are.
+Parameter names are those of the published checkpoints (`features.*`).
 """
 
 from __future__ import annotations
@@ -17,22 +17,16 @@ from pem_lightning.models.layers import ConvBNReLU, NormFactory
 
 
 class STDCBlock(nn.Module):
-    """A chain of four convolutions of shrinking width whose outputs are concatenated (the paper's figure 3).
+    """A chain of four convolutions of shrinking width whose outputs are concatenated (figure 3).
 
-    With stride 2 the first output is average-pooled, and a depthwise convolution takes the chain down.
+    With stride 2, average pooling halves the first output, and a depthwise convolution the rest of the chain.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> None:
         super().__init__()
         half, quarter, eighth = out_channels // 2, out_channels // 4, out_channels // 8
-        self.conv_list = nn.ModuleList(
-            [
-                ConvBNReLU(in_channels, half, 1, norm=norm),
-                ConvBNReLU(half, quarter, 3, norm=norm),
-                ConvBNReLU(quarter, eighth, 3, norm=norm),
-                ConvBNReLU(eighth, eighth, 3, norm=norm),
-            ]
-        )
+        widths = ((in_channels, half, 1), (half, quarter, 3), (quarter, eighth, 3), (eighth, eighth, 3))
+        self.conv_list = nn.ModuleList(ConvBNReLU(c_in, c_out, k, norm=norm) for c_in, c_out, k in widths)
         self.avd_layer: nn.Module = nn.Identity()
         self.skip: nn.Module = nn.Identity()
         if stride == 2:
@@ -62,14 +56,14 @@ class STDC(Backbone):
             features.append(STDCBlock(c_in, c_out, 2, norm))
             features.extend(STDCBlock(c_out, c_out, 1, norm) for _ in range(count - 1))
         self.features = nn.Sequential(*features)
-        # The two stem convolutions reach stride 4; every stage then ends one stride.
+        # The two convolutions of the stem reach stride 4; then every stage doubles the stride.
         self._stage_ends = frozenset(accumulate(blocks, initial=1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Extract features at strides 4, 8, 16 and 32."""
+        """Extract features; see `Backbone`."""
         x, outputs = images, []
         for i, block in enumerate(self.features):
             x = block(x)

@@ -1,8 +1,7 @@
-"""Every feature extractor of timm (PyTorch Image Models) that has a pyramid of strides 4, 8, 16 and 32."""
+"""Every feature extractor of timm (PyTorch Image Models) that has strides 4, 8, 16 and 32."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -20,17 +19,17 @@ STRIDES = (4, 8, 16, 32)
 class TimmBackbone(Backbone):
     """A network of timm without its classification head.
 
-    Pretrained weights expect the normalisation they were trained with, which for some is not ImageNet's. The difference
-    is a scale and a shift of the images; it is kept with the weights, so that images are always normalised alike.
+    Some pretrained weights expect other normalised images than ImageNet's. The scale and shift between the two are
+    saved with the weights, so that images are always normalised in the same way.
 
     Args:
-        name: of the model, with or without the tag of its weights: "convnext_tiny", "convnext_tiny.fb_in22k".
-        pretrained: see `load_pretrained`; False starts from random weights.
+        name: of the model, with or without a tag of weights: "convnext_tiny", "convnext_tiny.fb_in22k".
+        pretrained: False for random weights; else see `load_pretrained`.
         norm: "batch", or "frozen" for batch normalisations that keep their statistics and weights.
         options: further arguments of `timm.create_model`, such as `drop_path_rate` or `img_size`.
 
     Raises:
-        UserError: timm cannot be imported, the model or its weights are unknown, or it has no such pyramid.
+        UserError: timm does not load, the model or its weights are unknown, or it lacks a stride.
     """
 
     input_scale: Tensor
@@ -48,14 +47,19 @@ class TimmBackbone(Backbone):
             raise UserError(f"unknown backbone norm {norm!r}: choose batch or frozen")
         timm = import_timm()
         _check_name(timm, name)
-        self.name = name
-        self.frozen = norm == "frozen"
+        self.name, self.frozen = name, norm == "frozen"
         any_size = _any_size(timm, name)
         self._one_size = any_size is None
         self._arguments = {"features_only": True, **(any_size or {}), **(options or {})}
         with torch.device("meta"):
             levels = self._create(timm).feature_info
-        self._arguments["out_indices"] = _pyramid(name, levels)
+        deepest = dict(zip(levels.reduction(), levels.out_indices, strict=True))  # level of every stride
+        if missing := [stride for stride in STRIDES if stride not in deepest]:
+            raise UserError(
+                f"backbone.name={name} has features of stride {', '.join(map(str, deepest))}, but none of stride "
+                f"{', '.join(map(str, missing))}: choose a model with a pyramid, e.g. convnext_tiny"
+            )
+        self._arguments["out_indices"] = tuple(deepest[stride] for stride in STRIDES)
         self.model = self._create(timm)
         c4, c8, c16, c32 = self.model.feature_info.channels()
         self.channels = (c4, c8, c16, c32)
@@ -69,7 +73,7 @@ class TimmBackbone(Backbone):
             self.load_pretrained(pretrained)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Extract features at strides 4, 8, 16 and 32.
+        """Extract features; see `Backbone`.
 
         Raises:
             UserError: the model does not take images of this size.
@@ -80,10 +84,10 @@ class TimmBackbone(Backbone):
         except (AssertionError, RuntimeError) as error:  # timm and PyTorch refuse a size in many ways
             if not (self._one_size or isinstance(error, AssertionError)) or "memory" in str(error):
                 raise
-            cure = f"use one size everywhere and say +backbone.options.img_size=[{height},{width}]"
+            hint = f", or use one size everywhere and say +backbone.options.img_size=[{height},{width}]"
             raise UserError(
                 f"backbone.name={self.name} does not take images of {height} x {width} ({_first_line(error)}): "
-                f"choose another{', or ' + cure if self._one_size else ''}"
+                f"choose another{hint if self._one_size else ''}"
             ) from error
         if self._channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
@@ -96,25 +100,30 @@ class TimmBackbone(Backbone):
         return features
 
     def load_pretrained(self, source: bool | str = True) -> None:
-        """Fill in pretrained weights.
+        """Load pretrained weights.
 
         Args:
-            source: True downloads timm's into the cache of Hugging Face, unless they are there; or the path of a file
-                with them (.safetensors, .pth).
+            source: True for timm's, downloaded once into Hugging Face's cache; or a file (.safetensors, .pth).
 
         Raises:
-            UserError: they do not exist or cannot be had.
+            UserError: they do not exist or cannot be loaded.
         """
         timm = import_timm()
         file = {} if source is True else {"pretrained_cfg_overlay": {"file": str(source)}}
-        with torch.random.fork_rng(devices=[]):  # the same draw twice tells what was filled in
+        with torch.random.fork_rng(devices=[]):  # equal draws show which parameters the weights leave out
             torch.manual_seed(0)
             random = self._create(timm)
             torch.manual_seed(0)
             try:
                 model = self._create(timm, pretrained=True, **file)
             except Exception as error:  # timm, huggingface_hub and their HTTP client have no common error
-                raise UserError(self._no_weights(timm, error)) from error
+                config = timm.get_pretrained_cfg(self.name)
+                hub = config and config.hf_hub_id and f"model.safetensors of https://huggingface.co/{config.hf_hub_id}"
+                place = hub or (config and config.url)
+                hint = f"get {place} by hand and give backbone.pretrained=FILE" if place else "timm has none; use false"
+                raise UserError(
+                    f"no pretrained weights for backbone.name={self.name} ({_first_line(error)}): {hint}"
+                ) from error
         pairs = zip(model.named_parameters(), random.parameters(), strict=True)
         empty = [name for (name, p), q in pairs if p.ndim > 1 and torch.equal(p, q)]
         if file and empty:  # timm accepts any file
@@ -127,14 +136,11 @@ class TimmBackbone(Backbone):
         self.input_shift.copy_((imagenet_mean - mean) / std)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that shall not decay: all vectors (norms, biases, scales), and tables and tokens.
-
-        This is timm's own rule for its models.
-        """
+        """Names of parameters without weight decay by timm's rule: vectors (norms, biases, scales), tables, tokens."""
         return {n for n, p in self.named_parameters() if p.ndim <= 1 or not n.endswith("weight")}
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """Frozen batch normalisations stay in evaluation mode whatever is asked."""
+        """Set the mode; frozen batch normalisations stay in evaluation mode."""
         super().train(mode)
         if self.frozen:
             for batch_norm in self._batch_norms():
@@ -142,7 +148,7 @@ class TimmBackbone(Backbone):
         return self
 
     def _batch_norms(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
 
     def _create(self, timm: ModuleType, **extra: Any) -> Any:
         try:
@@ -153,14 +159,6 @@ class TimmBackbone(Backbone):
             raise UserError(
                 f"timm cannot make features of backbone.name={self.name} ({_first_line(error)}): choose another"
             ) from error
-
-    def _no_weights(self, timm: ModuleType, error: Exception) -> str:
-        start = f"no pretrained weights for backbone.name={self.name} ({_first_line(error)}): "
-        config = timm.get_pretrained_cfg(self.name)
-        if not (config and (config.hf_hub_id or config.url)):
-            return f"{start}timm has none; use backbone.pretrained=false"
-        hub = config.hf_hub_id and f"model.safetensors from https://huggingface.co/{config.hf_hub_id}"
-        return f"{start}get {hub or config.url} by hand and give backbone.pretrained=FILE"
 
 
 def import_timm() -> ModuleType:
@@ -182,16 +180,14 @@ def import_timm() -> ModuleType:
 def _check_name(timm: ModuleType, name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UserError(f"timm has no model backbone.name={name}: {hint}")
+        raise UserError(f"timm has no model backbone.name={name}: choose one of timm.list_models()")
     tagged = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tagged:
         raise UserError(f"timm has no weights backbone.name={name}: choose one of {', '.join([architecture, *tagged])}")
 
 
 def _any_size(timm: ModuleType, name: str) -> dict[str, bool] | None:
-    """What lets a model of one image size take others; None where its architecture cannot."""
+    """Arguments with which a model of one image size takes others; None if its architecture cannot."""
     config = timm.get_pretrained_cfg(name)
     if not config or not config.fixed_input_size:
         return {}
@@ -201,17 +197,6 @@ def _any_size(timm: ModuleType, name: str) -> dict[str, bool] | None:
     except TypeError:  # an architecture without this argument
         return None
     return {"strict_img_size": False}
-
-
-def _pyramid(name: str, levels: Any) -> tuple[int, ...]:
-    """The deepest level of every stride, as indices for timm."""
-    deepest = dict(zip(levels.reduction(), levels.out_indices, strict=True))
-    if missing := [stride for stride in STRIDES if stride not in deepest]:
-        raise UserError(
-            f"backbone.name={name} has features of stride {', '.join(map(str, deepest))}, but none of stride "
-            f"{', '.join(map(str, missing))}: choose a model with a pyramid, e.g. convnext_tiny"
-        )
-    return tuple(deepest[stride] for stride in STRIDES)
 
 
 def _first_line(error: Exception) -> str:

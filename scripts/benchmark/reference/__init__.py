@@ -1,7 +1,4 @@
-"""The authors' algorithm, step by step, without any shortcut: what the fast path is proven and timed against.
-
-Nothing here is used to train, evaluate or predict.
-"""
+"""The authors' algorithm, step by step and without any shortcut: what the fast path is tested and timed against."""
 
 from scripts.benchmark.reference.losses import SetLosses
 from scripts.benchmark.reference.network import predict

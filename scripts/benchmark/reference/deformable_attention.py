@@ -19,7 +19,7 @@ def ms_deform_attn(
     locations: Float[Tensor, "B Q M L P 2"],
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q M*D"]:
-    """Sample level by level, then weigh and add; see `networks.deformable_attention.ms_deform_attn_torch`."""
+    """Sample level by level, then weigh and add; for the arguments see `ms_deform_attn_torch`."""
     B, _, M, D = values.shape
     levels = values.split([height * width for height, width in sizes], dim=1)
     out = values.new_zeros(())

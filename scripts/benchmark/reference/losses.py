@@ -1,7 +1,7 @@
-"""Mask2Former's matching and losses as its authors describe and compute them: layer by layer, image by image.
+"""Mask2Former's matching and losses as its authors compute them: layer by layer, image by image.
 
-All target masks become floating-point maps at full resolution, anew in every layer, and are read by `grid_sample`. The
-host waits for the device once per image and layer. See `losses.SetCriterion` for what is computed.
+In every layer all target masks become floating-point maps at full resolution, which `grid_sample` reads. The host waits
+for the device once per image and layer.
 
 Legend: B batch, Q queries, K classes, N segments of an image, M matched pairs of a layer, H W spatial, P points.
 """
@@ -21,17 +21,12 @@ from pem_lightning.losses import UniformSource
 from pem_lightning.types import Predictions, Target
 
 Match = tuple[Tensor, Tensor]
-"""Indices of an image's matched queries, and of their segments."""
-
-
-def draw_uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """PyTorch's own random numbers."""
-    return torch.rand(shape, device=device)
+"""An image's matched queries, and their segments."""
 
 
 @dataclass(frozen=True)
 class SetLosses:
-    """The losses of a batch; the attributes are the arguments of `losses.SetCriterion`."""
+    """The losses of a batch; for the attributes see `pem_lightning.losses.SetCriterion`."""
 
     class_weight: float = 2.0
     mask_weight: float = 5.0
@@ -40,10 +35,10 @@ class SetLosses:
     num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_sample_ratio: float = 0.75
-    rand: UniformSource = draw_uniform
+    rand: UniformSource = lambda shape, device: torch.rand(shape, device=device)
 
     def __call__(self, predictions: Predictions, targets: Sequence[Target]) -> dict[str, Float[Tensor, ""]]:
-        """Weighted losses of all layers by name; see `losses.SetCriterion.forward`."""
+        """Compute the weighted losses of all layers by name."""
         device = predictions.mask_logits.device
         number = torch.tensor([sum(len(target.labels) for target in targets)], dtype=torch.float, device=device)
         num_masks = number.clamp(min=1).item()
@@ -59,7 +54,7 @@ class SetLosses:
 
     @torch.no_grad()
     def match(self, layer: Predictions, targets: Sequence[Target]) -> list[Match]:
-        """The least costly pairs of every image."""
+        """Find the cheapest pairs of every image."""
         matches = []
         for class_logits, mask_logits, target in zip(layer.class_logits, layer.mask_logits, targets, strict=True):
             class_cost = -class_logits.softmax(-1)[:, target.labels]
@@ -105,7 +100,7 @@ class SetLosses:
         return cross_entropy.sum() / num_masks, dice.sum() / num_masks
 
     def _choose_points(self, logits: Float[Tensor, "M h w"]) -> Float[Tensor, "M P 2"]:
-        """PointRend's: the most uncertain of many candidates, and some anywhere."""
+        """Choose the most uncertain of many candidates, and some points anywhere (PointRend)."""
         candidates = self.rand((len(logits), int(self.num_points * self.oversample_ratio), 2), logits.device)
         uncertainty = -_sample(logits, candidates).abs()
         num_uncertain = int(self.importance_sample_ratio * self.num_points)

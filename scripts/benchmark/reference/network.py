@@ -1,90 +1,66 @@
 """PEM's forward pass as the authors wrote it, on the weights of our network.
 
-All masks are predicted at a quarter of the image's size after every layer and then resized; every head sees its own
-copy of the mask; normalisation layers stay what they are. Deformable sampling is `grid_sample`, tap by tap.
+After every layer all masks are predicted at a quarter of the image's size and then resized, every head gets its own
+copy of the mask, and deformable sampling is `grid_sample`, tap by tap.
 
 Legend: B batch, Q queries, C channels, M heads, D channels of a head, H W spatial, P positions (H * W), T taps (9).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from pem_lightning.models.deformable_conv import DeformableConv
+from pem_lightning.models.layers import sine_position_encoding
 from pem_lightning.models.pem import PEM, padded_size
-from pem_lightning.models.pixel_decoder import ContextSelfModulation, DeformableUpsampling, PixelDecoder
+from pem_lightning.models.pixel_decoder import ContextSelfModulation
 from pem_lightning.models.prototype_attention import PrototypeCrossAttention
-from pem_lightning.models.transformer_decoder import (
-    NUM_LEVELS,
-    DecoderLayer,
-    TransformerDecoder,
-    sine_position_encoding,
-)
+from pem_lightning.models.transformer_decoder import NUM_LEVELS
 from pem_lightning.types import Predictions, UserError
 
 
-def predict(
-    network: PEM, images: Float[Tensor, "B 3 H W"], prototypes: list[Int64[Tensor, "B M Q"]] | None = None
-) -> Predictions:
-    """Run a network. Images and result are those of `PEM.forward`, auxiliary predictions included.
-
-    Args:
-        network: whose weights are used.
-        images: normalised.
-        prototypes: the positions of every layer's are appended to it.
+def predict(network: PEM, images: Float[Tensor, "B 3 H W"]) -> Predictions:
+    """Predict, with the auxiliary predictions, what `PEM.forward` does.
 
     Raises:
-        UserError: the network is an ablation, which the authors' algorithm does not describe.
+        UserError: the network is an ablation.
     """
-    _check_is_pem(network)
-    assert isinstance(network.pixel_decoder, PixelDecoder)
+    decoder: Any = network.transformer_decoder
+    attentions = {type(layer.cross_attention) for layer in decoder.layers}
+    parts = {type(module) for module in network.pixel_decoder.modules()}
+    whole = attentions == {PrototypeCrossAttention} and {ContextSelfModulation, DeformableConv} <= parts
+    if not (whole and decoder.masked):
+        raise UserError("the reference is the authors' algorithm, and this network an ablation of it")
     height, width = images.shape[-2:]
     full_height, full_width = padded_size(height, width)
     images = F.pad(images, (0, full_width - width, 0, full_height - height))
-    mask_features, levels = decode_pixels(network.pixel_decoder, network.backbone(images))
-    return decode_queries(network.transformer_decoder, mask_features, levels, prototypes)
+    mask_features, levels = _decode_pixels(network.pixel_decoder, network.backbone(images))
+    return _decode_queries(decoder, mask_features, levels)
 
 
-def _check_is_pem(network: PEM) -> None:
-    layers = network.transformer_decoder.layers
-    attentions = {type(layer.cross_attention) for layer in layers if isinstance(layer, DecoderLayer)}
-    parts = {type(module) for module in network.pixel_decoder.modules()}
-    whole = {PrototypeCrossAttention} == attentions and {ContextSelfModulation, DeformableConv} <= parts
-    if not (whole and network.transformer_decoder.masked):
-        raise UserError("the straightforward path is the authors' algorithm, and this network an ablation of it")
-
-
-def decode_pixels(
-    decoder: PixelDecoder, features: list[Float[Tensor, "B _ _ _"]]
+def _decode_pixels(
+    decoder: Any, features: list[Float[Tensor, "B _ _ _"]]
 ) -> tuple[Float[Tensor, "B C_mask H W"], list[Float[Tensor, "B C _ _"]]]:
-    """The pixel decoder; see `PixelDecoder.forward`."""
     coarse_to_fine = features[::-1]
     context = decoder.global_context(coarse_to_fine[0].mean(dim=(2, 3), keepdim=True))
     levels = []
-    for i, upsampling in enumerate(decoder.upsampling):
-        modulated = _modulate(decoder.csm[i], decoder.laterals[i](coarse_to_fine[i]))
-        level, context = _upsample(upsampling, modulated + context)
-        levels.append(level)
+    for i, module in enumerate(decoder.upsampling):
+        x = _modulate(decoder.csm[i], decoder.laterals[i](coarse_to_fine[i])) + context
+        offsets, mask = module.deform.offset(x).split((18, 9), dim=1)
+        x = F.relu(module.deform_norm(deform_conv(x, offsets, mask.sigmoid(), module.deform.weight)))
+        context = F.relu(module.upsample_norm(module.upsample(x)))
+        levels.append(x)
     finest = _modulate(decoder.csm[-1], decoder.laterals[-1](coarse_to_fine[-1])) + context
     return decoder.mask_projection(finest), levels
 
 
-def _modulate(csm: nn.Module, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    assert isinstance(csm, ContextSelfModulation)
+def _modulate(csm: Any, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     return x + x * csm.mlp(x.mean(dim=(2, 3), keepdim=True)).sigmoid().sigmoid()
-
-
-def _upsample(
-    module: nn.Module, x: Float[Tensor, "B C H W"]
-) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C double_H double_W"]]:
-    assert isinstance(module, DeformableUpsampling)
-    assert isinstance(module.deform, DeformableConv)
-    offsets, mask = module.deform.offset(x).split((18, 9), dim=1)
-    x = F.relu(module.deform_norm(deform_conv(x, offsets, mask.sigmoid(), module.deform.weight)))
-    return x, F.relu(module.upsample_norm(module.upsample(x)))
 
 
 def deform_conv(
@@ -93,10 +69,7 @@ def deform_conv(
     mask: Float[Tensor, "B T H W"],
     weight: Float[Tensor, "C_out C_in 3 3"],
 ) -> Float[Tensor, "B C_out H W"]:
-    """Modulated deformable convolution on PyTorch's own bilinear sampling, tap by tap, then one matrix product.
-
-    Positions, and with them all that is sampled, are at least float32 under autocast, too.
-    """
+    """Modulated deformable convolution: `grid_sample` tap by tap, in at least float32, then one matrix product."""
     B, C, H, W = x.shape
     x, offsets, mask = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, offsets, mask))
     rows = torch.arange(H, dtype=x.dtype, device=x.device)[:, None]
@@ -111,17 +84,15 @@ def deform_conv(
     return out.view(B, -1, H, W)
 
 
-def decode_queries(
-    decoder: TransformerDecoder,
-    mask_features: Float[Tensor, "B C_mask H W"],
-    levels: list[Float[Tensor, "B C_in _ _"]],
-    prototypes: list[Int64[Tensor, "B M Q"]] | None = None,
+def _decode_queries(
+    decoder: Any, mask_features: Float[Tensor, "B C_mask H W"], levels: list[Float[Tensor, "B C_in _ _"]]
 ) -> Predictions:
-    """The transformer decoder; see `TransformerDecoder.forward`, and `predict`."""
     inputs, positions = [], []
-    visited = levels[: len(decoder.input_projections)]
     for level, projection, embedding in zip(
-        visited, decoder.input_projections, decoder.level_embedding.weight, strict=True
+        levels[: len(decoder.input_projections)],
+        decoder.input_projections,
+        decoder.level_embedding.weight,
+        strict=True,
     ):
         inputs.append(projection(level) + embedding[:, None, None])
         y, x = sine_position_encoding(level.shape[2], level.shape[3], decoder.channels, device=level.device)
@@ -130,17 +101,10 @@ def decode_queries(
     queries = decoder.query_features.weight.expand(len(mask_features), -1, -1)
     predictions = [_predict(decoder, queries, mask_features)]
     for i, layer in enumerate(decoder.layers):
-        assert isinstance(layer, DecoderLayer)
-        assert isinstance(layer.cross_attention, PrototypeCrossAttention)
         features = inputs[i % NUM_LEVELS]
-        mask_logits = F.interpolate(
-            predictions[-1].mask_logits, features.shape[-2:], mode="bilinear", align_corners=False
-        )
-        queries, chosen = _attend(
-            layer.cross_attention, queries, query_positions, features, positions[i % NUM_LEVELS], mask_logits
-        )
-        if prototypes is not None:
-            prototypes.append(chosen)
+        masks = F.interpolate(predictions[-1].mask_logits, features.shape[-2:], mode="bilinear", align_corners=False)
+        features = features + positions[i % NUM_LEVELS]
+        queries = _attend(layer.cross_attention, queries, query_positions, features, masks)
         queries = layer.feed_forward(layer.self_attention(queries, query_positions))
         predictions.append(_predict(decoder, queries, mask_features))
     *auxiliary, final = predictions
@@ -148,7 +112,7 @@ def decode_queries(
 
 
 def _predict(
-    decoder: TransformerDecoder, queries: Float[Tensor, "B Q C"], mask_features: Float[Tensor, "B C_mask H W"]
+    decoder: Any, queries: Float[Tensor, "B Q C"], mask_features: Float[Tensor, "B C_mask H W"]
 ) -> Predictions:
     normed = decoder.norm(queries)
     mask_logits = torch.einsum("bqc,bchw->bqhw", decoder.mask_head(normed), mask_features)
@@ -156,30 +120,23 @@ def _predict(
 
 
 def _attend(
-    module: PrototypeCrossAttention,
+    module: Any,
     queries: Float[Tensor, "B Q C"],
     query_positions: Float[Tensor, "Q C"],
     features: Float[Tensor, "B C H W"],
-    feature_positions: Float[Tensor, "C H W"],
     mask_logits: Float[Tensor, "B Q H W"],
-) -> tuple[Float[Tensor, "B Q C"], Int64[Tensor, "B M Q"]]:
-    """PEM-CA with the similarity of every pair of query and position, per head; also the prototypes' positions."""
+) -> Float[Tensor, "B Q C"]:
+    """PEM-CA with the similarity of every pair of query and position, per head."""
     B, C, H, W = features.shape
-    M = module.num_heads
-    keys = module.feature_conv(module.feature_norm(features + feature_positions))
-    keys = F.normalize(F.linear(keys.flatten(2).mT, *_linear(module.feature_linear)), dim=-1)
+    M = module.selection.num_heads
+    keys = module.feature_linear(module.feature_conv(module.feature_norm(features)).flatten(2).mT)
     projected = F.normalize(module.query_linear(module.query_norm(queries + query_positions)), dim=-1)
-    keys_of_heads = keys.view(B, H * W, M, C // M).transpose(1, 2)  # B M P D
+    keys_of_heads = F.normalize(keys, dim=-1).view(B, H * W, M, C // M).transpose(1, 2)  # B M P D
     queries_of_heads = projected.view(B, -1, M, C // M).transpose(1, 2)  # B M Q D
     background = (mask_logits.flatten(2) < 0)[:, None].repeat(1, M, 1, 1)  # B M Q P
     background &= ~background.flatten(1).all(1)[:, None, None, None]
     similarity = (queries_of_heads @ keys_of_heads.mT).masked_fill(background, float("-inf"))  # B M Q P
-    chosen = similarity.argmax(-1)
-    index = chosen[..., None].expand(-1, -1, -1, C // M)  # B M Q D
+    index = similarity.argmax(-1)[..., None].expand(-1, -1, -1, C // M)  # B M Q D
     prototypes = keys_of_heads.gather(2, index).transpose(1, 2).flatten(2)  # B Q C
     interaction = F.normalize(module.interaction(prototypes * projected), dim=1)
-    return module.output(interaction * module.alpha + prototypes) + queries, chosen
-
-
-def _linear(layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    return layer.weight, layer.bias
+    return module.output(interaction * module.alpha + prototypes) + queries

@@ -1,4 +1,4 @@
-"""MaskFormer's post-processing as it is usually written: every mask at full resolution, segment after segment.
+"""MaskFormer's post-processing as it is usually written: all masks at full resolution, segment after segment.
 
 Legend: Q queries, K classes, M masks, H W spatial, h w spatial at a quarter of the padded size.
 """
@@ -26,7 +26,7 @@ def semantic(
     output_size: Size,
     resize_first: bool,
 ) -> Float[Tensor, "K H W"]:
-    """Scores of all classes at all pixels; see `inference.postprocess.semantic`."""
+    """Scores of all classes at all pixels; for the arguments see `inference.postprocess.semantic`."""
     masks = _crop(_resize(mask_logits, padded_size), image_size)
     if resize_first:
         masks = _resize(masks, output_size)
@@ -45,7 +45,7 @@ def panoptic(
     object_mask_threshold: float = 0.8,
     overlap_threshold: float = 0.8,
 ) -> tuple[Int32[Tensor, "H W"], list[Segment]]:
-    """The id map and its segments; see `inference.postprocess.panoptic`."""
+    """The id map and its segments; for the arguments see `inference.postprocess.panoptic`."""
     masks = _resize(_crop(_resize(mask_logits, padded_size), image_size), output_size).sigmoid()
     scores, labels = class_logits.softmax(-1).max(-1)
     kept = (labels != class_logits.shape[-1] - 1) & (scores > object_mask_threshold)

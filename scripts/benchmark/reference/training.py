@@ -1,4 +1,4 @@
-"""What surrounds network and losses in a training step, as the authors' framework does it.
+"""Preparation of a batch and the optimiser, as the authors' framework has them.
 
 Legend: B batch, N segments, H W spatial.
 """
@@ -21,7 +21,7 @@ from pem_lightning.types import Target
 def prepare(
     images: Sequence[UInt8[Tensor, "3 _ _"]], targets: Sequence[Target]
 ) -> tuple[Float[Tensor, "B 3 H W"], list[Target]]:
-    """Normalise and pad image by image, mask stack by mask stack; see `preprocess.pad_batch`."""
+    """Normalise and pad one image after the other; see `pad_batch`."""
     mean, std = (torch.tensor(x, device=images[0].device).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
     normalised = [(image - mean) / std for image in images]
     height, width = padded_size(max(x.shape[1] for x in images), max(x.shape[2] for x in images))
@@ -37,12 +37,7 @@ def prepare(
 
 
 def build_optimizer(network: nn.Module, **groups: Any) -> torch.optim.AdamW:
-    """AdamW with a group of its own for every parameter, and PyTorch's defaults.
-
-    Args:
-        network: to be trained.
-        groups: learning rate and weight decay; see `optim.parameter_groups`.
-    """
+    """AdamW with one group per parameter and PyTorch's defaults; for `groups` see `parameter_groups`."""
     singles = [
         {**group, "params": [parameter]}
         for group in parameter_groups(network, **groups)

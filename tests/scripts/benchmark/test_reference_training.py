@@ -1,31 +1,25 @@
-"""The straightforward training step against the authors' numbers, and ours against it: losses and all gradients."""
+"""The reference's training step against the authors' numbers, and ours against it: losses and all gradients."""
 
 import json
+from math import prod
 
 import numpy as np
 import pytest
 import torch
 
 from pem_lightning import build_pem, checkpoints
-from pem_lightning.benchmark.training.draws import SharedDraws
 from pem_lightning.losses import SetCriterion
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import Predictions, Target
-from scripts.benchmark import reference as straightforward
-from tests.models.randomize import randomize
+from scripts.benchmark import reference as plain
+from tests.models.randomize import build_tiny, randomize
 
 
-class Tape:
-    """Random numbers in the order in which the authors drew them."""
-
-    def __init__(self, draws):
-        self.draws = list(draws)
-
-    def __call__(self, shape, device):
-        draw = self.draws.pop(0)
-        assert draw.shape == shape
-        return draw
+def freeze_statistics(network):
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
 
 
 @pytest.mark.slow
@@ -38,28 +32,23 @@ def test_equals_the_authors_step(reference, official_weights):
     for i in range(2):
         masks = np.unpackbits(arrays[f"masks_{i}"], axis=-1, count=arrays[f"masks_{i}_shape"][-1]).astype(bool)
         targets.append(Target(torch.from_numpy(arrays[f"labels_{i}"]), torch.from_numpy(masks)))
-    tape = Tape(torch.from_numpy(arrays[f"rand_{i:02d}"]) for i in range(len(expected["tape_shapes"])))
+    draws = [torch.from_numpy(arrays[f"rand_{i:02d}"]) for i in range(len(expected["tape_shapes"]))]
+    rest = iter(draws)
     network = build_pem("resnet50", num_classes=19).train()
     network.load_state_dict(checkpoints.from_official(official_weights("city_pan_r50", seed=1)), strict=True)
     freeze_statistics(network)
 
-    batch, padded = straightforward.prepare(images, targets)
-    criterion = straightforward.SetLosses(num_points=expected["TRAIN_NUM_POINTS"], rand=tape)
-    losses = criterion(straightforward.predict(network, batch), padded)
+    batch, padded = plain.prepare(images, targets)
+    criterion = plain.SetLosses(num_points=expected["TRAIN_NUM_POINTS"], rand=lambda shape, device: next(rest))
+    losses = criterion(plain.predict(network, batch), padded)
     torch.stack(list(losses.values())).sum().backward()
 
-    assert tape.draws == []
+    assert next(rest, None) is None
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(expected["losses_weighted"], rel=1e-5)
     parameters = dict(network.named_parameters())
     for key, norm in expected["grad_norms"].items():
         gradient = parameters[checkpoints.rename_official_key(key)].grad
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6), key
-
-
-def freeze_statistics(network):
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
 
 
 def draw_targets(counts, size, num_classes):
@@ -74,29 +63,41 @@ def draw_targets(counts, size, num_classes):
     return targets
 
 
+def shared_draws():
+    """Equal numbers for the n-th row of so many points, whether rows are drawn one by one or all at once."""
+    streams = {}
+
+    def rand(shape, device):
+        stream = streams.setdefault(shape[-2], torch.Generator().manual_seed(shape[-2]))
+        rows = [torch.rand(shape[-2:], generator=stream) for _ in range(prod(shape[:-2]))]
+        return torch.stack(rows).view(shape) if rows else torch.empty(shape)
+
+    return rand
+
+
 @pytest.mark.parametrize("counts", [(3, 5), (0, 2), (0, 0)])
 def test_one_function_with_ours_in_float64(counts):
     torch.manual_seed(0)
-    network = randomize(build_pem("stdc1", num_classes=5, num_queries=12, num_layers=2)).double().train()
+    network = randomize(build_tiny(num_layers=2, num_queries=12)).double().train()
     freeze_statistics(network)
     images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8).unbind()
     images = [images[0], images[1][:, :60, :70]]
     targets = draw_targets(counts, (64, 96), 5)
     targets[1] = Target(targets[1].labels, targets[1].masks[:, :60, :70])
     settings = {"num_points": 200, "no_object_weight": 0.2, "class_weight": 1.5}
-
+    paths = [
+        (
+            plain.prepare,
+            lambda images: plain.predict(network, images),
+            plain.SetLosses(rand=shared_draws(), **settings),
+        ),
+        (pad_batch, network, SetCriterion(5, rand=shared_draws(), **settings)),
+    ]
     gradients, losses = [], []
-    for path in ("straightforward", "ours"):
+    for prepare, predict, criterion in paths:
         network.zero_grad(set_to_none=True)
-        if path == "ours":
-            batch, padded = pad_batch(images, targets)
-            criterion = SetCriterion(5, rand=SharedDraws(3), **settings)
-            predictions = network(batch.double())
-        else:
-            batch, padded = straightforward.prepare(images, targets)
-            criterion = straightforward.SetLosses(rand=SharedDraws(3), **settings)
-            predictions = straightforward.predict(network, batch.double())
-        found = criterion(predictions, padded)
+        batch, padded = prepare(images, targets)
+        found = criterion(predict(batch.double()), padded)
         torch.stack(list(found.values())).sum().backward()
         losses.append({name: loss.item() for name, loss in found.items()})
         gradients.append({name: p.grad for name, p in network.named_parameters()})
@@ -116,7 +117,7 @@ def test_batches_are_prepared_alike():
     images = [torch.randint(256, (3, *size), dtype=torch.uint8, generator=draw) for size in ((40, 70), (33, 90))]
     targets = draw_targets((2, 3), (40, 90), 4)
     targets = [Target(t.labels, t.masks[:, : x.shape[1], : x.shape[2]]) for t, x in zip(targets, images, strict=True)]
-    (expected, masks), (batch, padded) = straightforward.prepare(images, targets), pad_batch(images, targets)
+    (expected, masks), (batch, padded) = plain.prepare(images, targets), pad_batch(images, targets)
     assert batch.shape == (2, 3, 64, 96)
     torch.testing.assert_close(batch, expected)
     for a, b in zip(padded, masks, strict=True):
@@ -125,9 +126,9 @@ def test_batches_are_prepared_alike():
 
 
 def test_the_optimiser_has_a_group_per_parameter_and_the_recipes_values():
-    network = build_pem("stdc1", num_classes=5, num_layers=1)
+    network = build_tiny(num_layers=1)
     values = {"lr": 1e-3, "weight_decay": 0.05, "backbone_lr_multiplier": 0.1}
-    groups = straightforward.build_optimizer(network, **values).param_groups
+    groups = plain.build_optimizer(network, **values).param_groups
     assert [len(group["params"]) for group in groups] == [1] * len(list(network.parameters()))
     assert {group["foreach"] for group in groups} == {group["fused"] for group in groups} == {None}
     expected = {p: (g["lr"], g["weight_decay"]) for g in parameter_groups(network, **values) for p in g["params"]}
@@ -136,5 +137,5 @@ def test_the_optimiser_has_a_group_per_parameter_and_the_recipes_values():
 
 def test_predictions_without_auxiliary_ones_have_three_losses():
     predictions = Predictions(torch.randn(1, 4, 6), torch.randn(1, 4, 8, 8))
-    losses = straightforward.SetLosses(num_points=16)(predictions, draw_targets((2,), (32, 32), 5))
+    losses = plain.SetLosses(num_points=16)(predictions, draw_targets((2,), (32, 32), 5))
     assert list(losses) == ["loss_ce", "loss_mask", "loss_dice"]

@@ -1,4 +1,4 @@
-"""The fast path against the authors' algorithm written plainly: in float64 they are one function."""
+"""The fast path against the reference, the authors' algorithm written plainly: in float64 they are one function."""
 
 import json
 
@@ -14,8 +14,9 @@ from pem_lightning.inference.postprocess import panoptic, semantic, semantic_map
 from pem_lightning.models.pem import padded_size
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import Predictions
-from scripts.benchmark import reference as straightforward
-from tests.models.randomize import randomize
+from scripts.benchmark import reference as plain
+from scripts.benchmark.reference.deformable_attention import ms_deform_attn
+from tests.models.randomize import build_tiny, randomize
 
 CASES = ["city_pan_r50_96x160", "city_pan_r50_90x150", "city_pan_stdc1_96x160", "city_pan_stdc1_90x150"]
 THINGS = frozenset(range(11, 19))
@@ -23,55 +24,56 @@ THINGS = frozenset(range(11, 19))
 
 @pytest.fixture(scope="module")
 def networks(official_weights):
-    """The authors' two networks with the reference weights, in float64."""
+    """The authors' two networks with the reference weights."""
 
     def load(name, backbone):
         model = build_pem(backbone, num_classes=19).eval()
         model.load_state_dict(checkpoints.from_official(official_weights(name, seed=1)), strict=True)
-        return model.double()
+        return model
 
     return {name: load(name, bb) for name, bb in (("city_pan_r50", "resnet50"), ("city_pan_stdc1", "stdc1"))}
 
 
-def assert_same_predictions(actual, expected, atol=1e-9):
+def assert_same_predictions(actual, expected):
     assert actual.mask_logits.dtype == torch.float64
-    torch.testing.assert_close(actual.class_logits, expected.class_logits, rtol=0, atol=atol)
-    torch.testing.assert_close(actual.mask_logits, expected.mask_logits, rtol=0, atol=atol)
+    torch.testing.assert_close(actual.class_logits, expected.class_logits, rtol=0, atol=1e-9)
+    torch.testing.assert_close(actual.mask_logits, expected.mask_logits, rtol=0, atol=1e-9)
 
 
 def assert_same_results(predictions, image_size, output_size, resize_first, thresholds=(0.8, 0.8)):
-    class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]
-    padded = tuple(4 * side for side in mask_logits.shape[1:])
+    logits = predictions.class_logits[0], predictions.mask_logits[0]
+    padded = tuple(4 * side for side in logits[1].shape[1:])
     at = {"padded_size": padded, "image_size": image_size, "output_size": output_size}
-    expected = straightforward.semantic(class_logits, mask_logits, **at, resize_first=resize_first)
-    scores = semantic(class_logits, mask_logits, **at, resize_first=resize_first)
+    expected = plain.semantic(*logits, **at, resize_first=resize_first)
+    scores = semantic(*logits, **at, resize_first=resize_first)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-9)
-    class_map = semantic_map(class_logits, mask_logits, **at, resize_first=resize_first)
-    assert torch.equal(class_map, expected.argmax(0).int())
-    options = {
-        "thing_classes": THINGS,
-        "object_mask_threshold": thresholds[0],
-        "overlap_threshold": thresholds[1],
-    }
-    id_map, segments = panoptic(class_logits, mask_logits, **at, **options)
-    expected_map, expected_segments = straightforward.panoptic(class_logits, mask_logits, **at, **options)
+    assert torch.equal(semantic_map(*logits, **at, resize_first=resize_first), expected.argmax(0).int())
+    options = {"thing_classes": THINGS, "object_mask_threshold": thresholds[0], "overlap_threshold": thresholds[1]}
+    id_map, segments = panoptic(*logits, **at, **options)
+    expected_map, expected_segments = plain.panoptic(*logits, **at, **options)
     assert segments == expected_segments
     assert torch.equal(id_map, expected_map)
     return len(segments)
 
 
+def test_the_reference_is_the_authors_network(networks, reference):
+    """In float32, against the authors' own numbers, so that the comparisons below mean something."""
+    expected = np.load(reference / "pem" / "city_pan_stdc1_96x160.npz")
+    with torch.no_grad():
+        out = plain.predict(networks["city_pan_stdc1"].float(), normalize(torch.from_numpy(expected["image"]))[None])
+    torch.testing.assert_close(out.class_logits[0], torch.from_numpy(expected["pred_logits"]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.mask_logits[0], torch.from_numpy(expected["pred_masks"]), rtol=0, atol=1e-3)
+    assert len(out.auxiliary) == 6
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_on_every_reference_case(case, networks, reference):
-    network = networks[case.rsplit("_", 1)[0]]
+    network = networks[case.rsplit("_", 1)[0]].double()
     image = normalize(torch.from_numpy(np.load(reference / "pem" / f"{case}.npz")["image"]))[None].double()
     settings_ = json.loads((reference / "pem" / f"{case}.json").read_text())
     with torch.no_grad():
-        expected, plain, fast = (
-            straightforward.predict(network, image),
-            network(image),
-            OptimizedNetwork(network)(image),
-        )
-    assert_same_predictions(plain, expected)
+        expected, ours, fast = plain.predict(network, image), network(image), OptimizedNetwork(network)(image)
+    assert_same_predictions(ours, expected)
     assert_same_predictions(fast, expected)
     image_size = tuple(image.shape[-2:])
     output_size = tuple(settings_["output_hw"] or image_size)
@@ -82,31 +84,30 @@ def test_on_every_reference_case(case, networks, reference):
         assert assert_same_results(fast, image_size, output_size, resize_first, thresholds) > 0
 
 
-def test_the_straightforward_path_is_the_authors(official_weights, reference):
-    """In float32, against the authors' own numbers, so that the comparisons above mean something."""
-    network = build_pem("stdc1", num_classes=19).eval()
-    network.load_state_dict(checkpoints.from_official(official_weights("city_pan_stdc1", seed=1)), strict=True)
-    expected = np.load(reference / "pem" / "city_pan_stdc1_96x160.npz")
-    with torch.no_grad():
-        out = straightforward.predict(network, normalize(torch.from_numpy(expected["image"]))[None])
-    torch.testing.assert_close(out.class_logits[0], torch.from_numpy(expected["pred_logits"]), rtol=0, atol=1e-4)
-    torch.testing.assert_close(out.mask_logits[0], torch.from_numpy(expected["pred_masks"]), rtol=0, atol=1e-3)
-    assert len(out.auxiliary) == 6
-
-
 @settings(max_examples=6, deadline=None)
 @given(st.integers(1, 130), st.integers(1, 130), st.integers(1, 2), st.integers(0, 10**6))
 def test_network_on_random_sizes(height, width, batch, seed):
     torch.manual_seed(seed)
-    network = randomize(build_pem("stdc1", num_classes=5, num_queries=9, num_layers=4)).double().eval()
+    network = randomize(build_tiny(num_layers=4)).double().eval()
     images = torch.randn(batch, 3, height, width, dtype=torch.float64)
     with torch.no_grad():
-        expected = straightforward.predict(network, images)
+        expected = plain.predict(network, images)
         assert_same_predictions(network(images), expected)
         assert_same_predictions(OptimizedNetwork(network)(images), expected)
 
 
-@settings(max_examples=60, deadline=None)
+def test_an_image_with_only_empty_masks():
+    torch.manual_seed(0)
+    network = build_tiny().double().eval()
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        last = network.transformer_decoder.mask_head.layers[-1]
+        last.weight.zero_()
+        last.bias.fill_(-1.0)  # mask features are never negative: all masks are empty
+        assert_same_predictions(network(images), plain.predict(network, images))
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 70),
     st.integers(1, 90),
@@ -130,12 +131,17 @@ def test_postprocessing_on_random_sizes(height, width, output_size, resize_first
     assert_same_results(predictions, (height, width), output_size or (height, width), resize_first, (0.2, 0.3))
 
 
-def test_an_image_with_only_empty_masks():
-    torch.manual_seed(0)
-    network = build_pem("stdc1", num_classes=5, num_queries=4).double().eval()
-    decoder = network.transformer_decoder
-    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    with torch.no_grad():
-        decoder.mask_head.layers[-1].weight.zero_()
-        decoder.mask_head.layers[-1].bias.fill_(-1.0)  # mask features are never negative: all masks are empty
-        assert_same_predictions(network(images), straightforward.predict(network, images))
+def test_deformable_attention_reads_whole_positions_as_they_are():
+    """Two levels of 2 x 3 and 1 x 1 positions, values that name them."""
+    values = torch.arange(7.0).view(1, 7, 1, 1) + torch.tensor([0.0, 100.0]).view(2, 1, 1, 1)  # [2, 7, 1, 1]
+    locations = torch.tensor([[(2.5 / 3, 0.25)], [(0.5, 0.5)]]).expand(2, 1, 1, 2, 1, 2)
+    weights = torch.tensor([0.75, 0.25]).view(1, 1, 1, 2, 1).expand(2, -1, -1, -1, -1)
+    out = ms_deform_attn(values, [(2, 3), (1, 1)], locations, weights)
+    torch.testing.assert_close(out.flatten(), torch.tensor([0.75 * 2 + 0.25 * 6, 100 + 0.75 * 2 + 0.25 * 6]))
+
+
+def test_deformable_attention_sees_nothing_outside_and_heads_do_not_mix():
+    values = torch.ones(1, 4, 2, 1) * torch.tensor([1.0, 5.0])[:, None]
+    locations = torch.tensor([(0.5, 0.5), (2.0, 0.5)]).view(1, 1, 2, 1, 1, 2)
+    out = ms_deform_attn(values, [(2, 2)], locations, torch.ones(1, 1, 2, 1, 1))
+    torch.testing.assert_close(out, torch.tensor([[[1.0, 0.0]]]))
