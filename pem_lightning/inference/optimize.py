@@ -75,12 +75,12 @@ class OptimizedNetwork(nn.Module):
 def fuse_batch_norms(network: nn.Module) -> nn.Module:
     """Copy a network for inference: in evaluation mode, frozen, batch normalisations fused into their convolutions.
 
-    Fused are the pairs that a module names in `foldable`, and PyTorch's own layers that follow one another in an
+    Fused are the pairs that a module names in `fusable`, and PyTorch's own layers that follow one another in an
     `nn.Sequential`; subclasses (timm has some) do more than convolve or normalise. The state dict has other keys.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for parent in list(network.modules()):
-        pairs = list(getattr(parent, "foldable", ()))
+        pairs = list(getattr(parent, "fusable", ()))
         if isinstance(parent, nn.Sequential):
             for (name, child), (next_name, follower) in pairwise(parent.named_children()):
                 if type(child) is nn.Conv2d and type(follower) in NORMS:

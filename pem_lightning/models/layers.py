@@ -41,7 +41,7 @@ class FrozenBatchNorm2d(nn.Module):
 class ConvBNReLU(nn.Module):
     """Convolution without bias that keeps the size at stride 1, batch normalisation, ReLU."""
 
-    foldable = (("conv", "bn"),)
+    fusable = (("conv", "bn"),)
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class ContextSelfModulation(nn.Module):
 class DeformableUpsampling(nn.Module):
     """A deformable convolution (an ordinary one in an ablation), then a transposed one that doubles the size."""
 
-    foldable = (("deform", "deform_norm"), ("upsample", "upsample_norm"))
+    fusable = (("deform", "deform_norm"), ("upsample", "upsample_norm"))
 
     def __init__(self, channels: int, kernel: str = "auto", *, deformable: bool = True) -> None:
         super().__init__()

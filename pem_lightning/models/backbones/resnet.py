@@ -17,7 +17,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (depths 18 and 34)."""
 
     expansion = 1
-    foldable = (("conv1", "bn1"), ("conv2", "bn2"))
+    fusable = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(self, in_channels: int, width: int, stride: int, norm: NormFactory) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Bottleneck(nn.Module):
     """1x1 down, 3x3, 1x1 up and a shortcut (depths 50 and 101)."""
 
     expansion = 4
-    foldable = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    fusable = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(self, in_channels: int, width: int, stride: int, norm: NormFactory) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ STAGES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] =
 class ResNet(Backbone):
     """ResNet-18, -34, -50 or -101 without its classification head."""
 
-    foldable = (("conv1", "bn1"),)
+    fusable = (("conv1", "bn1"),)
 
     def __init__(self, depth: int = 50, norm: NormFactory = nn.BatchNorm2d) -> None:
         super().__init__()
