@@ -31,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         report, times = COMMANDS[options.command].run(options)
-        report = f"`python -m scripts.benchmark {shlex.join(sys.argv[1:] if arguments is None else arguments)}`\n\n{report}"
+        report = (
+            f"`python -m scripts.benchmark {shlex.join(sys.argv[1:] if arguments is None else arguments)}`\n\n{report}"
+        )
         if options.output:
             write_file(options.output / f"{options.command}.md", report)
             if times:
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m scripts.benchmark", description=__doc__.splitlines()[0])
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]
@@ -54,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.add_argument("--rounds", type=common.positive, default=5, help="measurements")
         command.add_argument("--warmup", type=int, default=1, help="rounds before them")
-        command.add_argument("--device", type=common.parse_device, default="auto", help="cpu, cuda or auto")
+        command.add_argument("--device", choices=devices, default=devices[-1], help="where networks run")
         command.add_argument("--threads", type=common.positive, help="of PyTorch on the CPU")
         command.add_argument("--output", type=Path, help="folder for the tables and a picture")
     return parser

@@ -30,7 +30,7 @@ EOMT = {
 BASELINES = ("mask2former_r50", *SEGFORMER, *EOMT)
 
 
-def build_baseline(name: str, precision: str, size: tuple[int, int], device: torch.device) -> Baseline:
+def build_baseline(name: str, precision: str, size: tuple[int, int], device: str) -> Baseline:
     """Make one of `BASELINES` for images of a size, in evaluation mode.
 
     Raises:

@@ -6,6 +6,7 @@ import argparse
 import gc
 import io
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ Times = dict[str, list[float]]
 
 
 def time_in_turns(
-    tasks: Mapping[str, Callable[[Lap], object]], rounds: int, warmup: int = 1, device: str | torch.device = "cpu"
+    tasks: Mapping[str, Callable[[Lap], object]], rounds: int, warmup: int = 1, device: str = "cpu"
 ) -> dict[str, Times]:
     """Run every task once per round; the next round starts with the next task, so that none is always first.
 
@@ -51,15 +52,15 @@ def time_in_turns(
         say("warming up" if turn < 0 else f"round {turn + 1} of {rounds}")
         first = (turn + warmup) % len(names)
         for name in names[first:] + names[:first]:
-            for stage, seconds in time_once(tasks[name], torch.device(device)).items():
+            for stage, seconds in time_once(tasks[name], device).items():
                 if turn >= 0:
                     times[name].setdefault(stage, []).append(seconds)
     return times
 
 
-def time_once(task: Callable[[Lap], object], device: torch.device) -> dict[str, float]:
+def time_once(task: Callable[[Lap], object], device: str) -> dict[str, float]:
     """Seconds of a task's stages, and `TOTAL`. On a GPU by events in the stream: no stage waits for the host."""
-    cuda = device.type == "cuda"
+    cuda = device == "cuda"
     marks: list[tuple[str, Any]] = []
 
     def lap(stage: str) -> None:
@@ -78,7 +79,7 @@ def time_once(task: Callable[[Lap], object], device: torch.device) -> dict[str, 
     finally:
         gc.enable()
     if cuda:
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
     seconds: dict[str, float] = {}
     for (_, start), (stage, end) in [*pairwise(marks), (marks[0], marks[-1])]:
         taken = start.elapsed_time(end) / 1000 if cuda else end - start
@@ -97,20 +98,21 @@ def ratios(numerator: Times, denominator: Times, stage: str = TOTAL) -> list[flo
     return [a / b for a, b in zip(numerator[stage], denominator[stage], strict=True)]
 
 
-def peak_memory(job: Callable[..., object], *arguments: Any, device: torch.device) -> str:
-    """The most MiB that a fresh process holds while it runs a job: resident on a CPU, allocated on a GPU."""
+def added_memory(job: Callable[..., object], *arguments: Any) -> str:
+    """The most MiB that a job adds to a fresh process: allocated on a GPU, or else resident."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        peak = pool.submit(_run_and_measure, job, arguments, device, torch.get_num_threads()).result()
-    return f"{peak:.0f}"
+        return f"{pool.submit(_run_and_measure, job, arguments, torch.get_num_threads()).result():.0f}"
 
 
-def _run_and_measure(
-    job: Callable[..., object], arguments: tuple[Any, ...], device: torch.device, threads: int
-) -> float:
+def _run_and_measure(job: Callable[..., object], arguments: tuple[Any, ...], threads: int) -> float:
     torch.set_num_threads(threads)
+    before = _peak()
     job(*arguments)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+    return torch.cuda.max_memory_allocated() / 2**20 or _peak() - before
+
+
+def _peak() -> float:
+    """Of this process, so far, in MiB."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux hands `ru_maxrss` down from the parent
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
@@ -149,9 +151,9 @@ def choose_threshold(class_logits: Float[Tensor, "Q _"]) -> float:
     return float(nn.functional.pad(scores, (0, 2))[count - 1 : count + 1].mean())
 
 
-def other_library(device: torch.device) -> AbstractContextManager[Any]:
+def other_library(device: str) -> AbstractContextManager[Any]:
     """A context with another library behind the convolutions, which shows what rounding alone does."""
-    if device.type == "cuda":
+    if device == "cuda":
         return torch.backends.cudnn.flags(enabled=False)
     return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
 
@@ -171,15 +173,6 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def parse_device(text: str) -> torch.device:
-    """An option of cpu, cuda or auto."""
-    if text not in ("cpu", "cuda", "auto"):
-        raise argparse.ArgumentTypeError(f"{text}: choose cpu, cuda or auto")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("cuda, but torch finds no GPU here: choose cpu or auto")
-    return torch.device("cuda" if text != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def say(line: str) -> None:
     """Tell what is going on."""
     print(line, file=sys.stderr, flush=True)
@@ -187,10 +180,9 @@ def say(line: str) -> None:
 
 def describe(facts: str, options: argparse.Namespace) -> str:
     """The head of a report: what times depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
-    processor = names[0].split(":")[1].strip() if names else "CPU"
-    device = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else processor
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    processor = cpuinfo.split("model name")[-1].splitlines()[0].strip("\t :") if cpuinfo else platform.processor()
+    device = torch.cuda.get_device_name() if options.device == "cuda" else processor
     load = f", load before {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{facts}. {device}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}, torch {torch.__version__}, "

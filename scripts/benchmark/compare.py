@@ -81,12 +81,18 @@ def write_inputs(folder: Path, options: argparse.Namespace) -> None:
     settings = {"batch": 2, "segments": 15, "size": options.training_size, "device": "cpu"}
     crops, targets = training.draw_batch(argparse.Namespace(**settings))
     torch.save((crops, [tuple(target) for target in targets]), folder / "batch.pt")
-    data.write_images(folder / "cityscapes", 4, *options.size)
+    data.write_images(folder / "cityscapes", 8, *options.size)
 
 
 def start(root: Path, folder: str) -> subprocess.Popen[str]:
     """A process that runs work of a checkout."""
-    command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(root), folder, str(torch.get_num_threads())]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("worker.py")),
+        str(root),
+        folder,
+        str(torch.get_num_threads()),
+    ]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -76,11 +76,11 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
         baseline = times.get(f"{subject[0]} {REFERENCE}")
         speedup = common.quartiles(common.ratios(baseline, times[name])) if baseline else ""
         stages = " / ".join(f"{np.median(times[name][stage]):.3g}" for stage in ("network", "results"))
-        memory = common.peak_memory(run_once, *subject, options, device=options.device) if options.memory else ""
+        memory = common.added_memory(run_once, *subject, options) if options.memory else ""
         gmacs = f"{pipeline.gmacs(images):.1f}"
         rows.append((name, common.quartiles(times[name][TOTAL]), speedup, stages, memory, gmacs))
     facts = f"Inference, {images.shape[2]}x{images.shape[3]}, batch {len(images)}"
-    columns = ("", "s", "times as fast", "network / results, s", "peak MiB", "GMACs")
+    columns = ("", "s", "times as fast", "network / results, s", "added MiB", "GMACs")
     parts = [common.describe(facts, options), common.table(columns, rows)]
     parts += [f"{name}: {p.note}." for name, p in pipelines.items() if isinstance(p, Baseline)]
     if differences:
@@ -107,7 +107,7 @@ def segment(pipeline: PEMPipeline | Baseline, images: Float[Tensor, "B 3 H W"], 
 
 
 def run_once(name: str, precision: str, options: argparse.Namespace) -> None:
-    """What peak memory is measured of."""
+    """What memory is measured of."""
     segment(build(name, precision, options), load_images(options))
 
 
@@ -161,9 +161,7 @@ class Reference(nn.Module):
 
 
 @cache
-def load_weights(
-    backbone: str, checkpoint: Path | None, device: torch.device
-) -> tuple[PEM, frozenset[int], dict[str, Any]]:
+def load_weights(backbone: str, checkpoint: Path | None, device: str) -> tuple[PEM, frozenset[int], dict[str, Any]]:
     """Network, countable classes and settings of post-processing: of a checkpoint, or random ones for Cityscapes."""
     if checkpoint is None:
         settings = {"resize_first": True, "overlap_threshold": 0.0}  # masks of random networks lie across one another
@@ -192,9 +190,7 @@ def load_images(options: argparse.Namespace) -> Float[Tensor, "B 3 H W"]:
 
 
 @torch.no_grad()
-def compare(
-    pipelines: dict[str, PEMPipeline | Baseline], images: Float[Tensor, "B 3 H W"]
-) -> list[tuple[str, ...]]:
+def compare(pipelines: dict[str, PEMPipeline | Baseline], images: Float[Tensor, "B 3 H W"]) -> list[tuple[str, ...]]:
     """How far our paths are from the reference, and the reference from itself where only rounding differs."""
 
     def observe(pipeline: PEMPipeline) -> tuple[Predictions, list[Maps]]:
@@ -209,7 +205,7 @@ def compare(
         common.say(f"comparing {name}")
         if pipeline.is_reference:  # the first of its backbone
             expected = observe(pipeline)
-            with common.other_library(images.device):
+            with common.other_library(images.device.type):
                 rows.append((f"{name}, other convolutions", *difference(observe(pipeline), expected)))
         else:
             rows.append((name, *difference(observe(pipeline), expected)))

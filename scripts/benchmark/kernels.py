@@ -41,23 +41,32 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     problems = [(problem, conv) for problem in conv_problems(levels, options)]
     problems.append((attention_problem(levels, options), attention))
     rows = []
-    for (label, compute, tensors), kernels in problems:
+    for problem, kernels in problems:
         for name, kernel in kernels.items():
-            common.say(f"{label}: {name}")
-            with torch.no_grad():
-                forward = measure(lambda: compute(kernel), options.rounds)
-            both = measure(lambda: torch.autograd.grad(compute(kernel).sum(), tensors), options.rounds)
-            rows.append((label, name, forward, both))
+            common.say(f"{problem[0]}: {name}")
+            rows.append((problem[0], name, *measure(problem, kernel, options.rounds)))
     facts = f"Kernels of deformable operators, {height}x{width}, batch {options.batch}"
     columns = ("operator", "kernel", "forward, ms (IQR)", "with backward, ms (IQR)")
     return f"{common.describe(facts, options)}\n\n{common.table(columns, rows)}\n", {}
 
 
-def measure(work: Callable[[], object], rounds: int) -> str:
-    """Median and interquartile range of at least a fifth of a second per round."""
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    found = timer.blocked_autorange(min_run_time=0.2 * rounds)
-    return f"{1000 * found.median:.3g} ({1000 * found.iqr:.2g})"
+def measure(problem: Problem, kernel: Kernel, rounds: int) -> list[str]:
+    """Median and interquartile range, forward and with backward, of at least a fifth of a second per round."""
+    _, compute, tensors = problem
+
+    def forward() -> None:
+        with torch.no_grad():
+            compute(kernel)
+
+    def both() -> None:
+        torch.autograd.grad(compute(kernel).sum(), tensors)
+
+    found = []
+    for work in (forward, both):
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        times = timer.blocked_autorange(min_run_time=0.2 * rounds)
+        found.append(f"{1000 * times.median:.3g} ({1000 * times.iqr:.2g})")
+    return found
 
 
 def installed(definition: Kernel, get_kernel: Callable[[str], Kernel], *libraries: str) -> dict[str, Kernel]:

@@ -66,14 +66,15 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     for (backbone, precision, _), (name, found) in zip(names, times.items(), strict=True):
         baseline = times[f"{backbone} {precision} reference"]
         cells = [
-            f"{1000 * np.median(found[stage]):.3g}: {np.median(common.ratios(found, baseline, stage)):.2f}" for stage in STAGES
+            f"{1000 * np.median(found[stage]):.3g}: {np.median(common.ratios(found, baseline, stage)):.2f}"
+            for stage in STAGES
         ]
-        memory = common.peak_memory(run_twice, *name.split(), options, device=options.device) if options.memory else ""
+        memory = common.added_memory(run_twice, *name.split(), options) if options.memory else ""
         share = common.quartiles(common.ratios(found, baseline))
         rows.append((name, common.quartiles(found[TOTAL], scale=1000), share, *cells, memory))
     size = f"{options.batch} x {options.size[0]}x{options.size[1]}"
     facts = f"Training step, {size}, {options.segments} segments per image, {options.num_points} points"
-    columns = ("ms: share of the reference's", "step", "share", *STAGES, "peak MiB")
+    columns = ("ms: share of the reference's", "step", "share", *STAGES, "added MiB")
     parts = [common.describe(facts, options), common.table(columns, rows)]
     if differences:
         columns = ("relative difference from the reference", "loss", "largest of a loss", "gradients")
@@ -95,7 +96,7 @@ class Step:
     def __init__(self, backbone: str, precision: str, path: str, options: argparse.Namespace, **rand: Any) -> None:
         config, device = paper_config(), options.device
         self.network = copy.deepcopy(random_network(backbone)).to(device).train()
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision != "float32")
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision != "float32")
         self.clip = float(config.recipe.gradient_clip)
         self.is_reference = path == "reference"
         self.prepare = reference.prepare if self.is_reference else pad_batch
@@ -106,7 +107,7 @@ class Step:
             rates = {k: groups[k] for k in ("lr", "weight_decay", "backbone_lr_multiplier")}
             self.optimizer = reference.build_optimizer(self.network, **rates)
         else:
-            channels_last = prefers_channels_last(self.network, device, mixed=precision != "float32")
+            channels_last = prefers_channels_last(self.network, torch.device(device), mixed=precision != "float32")
             self.layout = torch.channels_last if channels_last else torch.contiguous_format
             self.network.to(memory_format=self.layout)  # type: ignore[call-overload]
             self.criterion = instantiate(config.criterion, common.NUM_CLASSES, **losses).to(device)
@@ -156,16 +157,18 @@ def draw_batch(options: argparse.Namespace) -> Batch:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (options.batch, 3, height, width), dtype=torch.uint8, generator=draw)
     targets = []
-    for _ in images:
+    for _ in range(options.batch):
         coarse = torch.randn(1, count, -(-height // 32), -(-width // 32), generator=draw)
-        masks = F.interpolate(coarse, (height, width), mode="bicubic")[0].argmax(0) == torch.arange(count)[:, None, None]
+        masks = (
+            F.interpolate(coarse, (height, width), mode="bicubic")[0].argmax(0) == torch.arange(count)[:, None, None]
+        )
         labels = torch.randint(common.NUM_CLASSES, (count,), generator=draw)
         targets.append(Target(labels.to(options.device), masks.to(options.device)))
     return list(images.to(options.device)), targets
 
 
 def run_twice(backbone: str, precision: str, path: str, options: argparse.Namespace) -> None:
-    """What peak memory is measured of: in the second step the optimiser's state is there from the start."""
+    """What memory is measured of: in the second step the optimiser's state is there from the start."""
     step, batch = Step(backbone, precision, path, options), draw_batch(options)
     step.run(batch)
     step.run(batch)
@@ -182,7 +185,7 @@ class SharedDraws:
         self.seed = seed
         self._streams: dict[int, torch.Generator] = {}
 
-    def __call__(self, shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "*rows P 2"]:
+    def __call__(self, shape: tuple[int, ...], device: str) -> Float[Tensor, "*rows P 2"]:
         """Draw row by row, on the CPU."""
         points = shape[-2]
         stream = self._streams.setdefault(points, torch.Generator().manual_seed(self.seed + points))
@@ -207,6 +210,7 @@ def compare(backbone: str, batch: Batch, options: argparse.Namespace) -> list[tu
                 module.eval()
         losses, total = step.forward(batch)
         total.backward()
+        losses = {name: loss.detach() for name, loss in losses.items()}
         return losses, {name: p.grad for name, p in step.network.named_parameters() if p.grad is not None}
 
     expected = find("reference")

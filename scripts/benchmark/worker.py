@@ -20,8 +20,8 @@ from typing import Any
 ROOT, FOLDER = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
 sys.path[0] = str(ROOT)
 
-import pem_lightning  # noqa: I001  # first: it sets how torch takes memory
-import torch
+import pem_lightning  # noqa: E402, I001  # before torch: it sets how memory is taken
+import torch  # noqa: E402
 
 Work = Callable[[], Iterable[torch.Tensor]]
 THINGS = frozenset(range(11, 19))
@@ -83,7 +83,7 @@ def training(backbone: str) -> Work:
 
 
 def loader() -> Work:
-    """Four augmented samples and their targets, loaded in this process."""
+    """Eight augmented samples and their targets, loaded in this process."""
     data = locate("CityscapesDataModule")(FOLDER / "cityscapes", batch_size=4, num_workers=0)
     data.setup("fit")
     batches = data.train_dataloader()

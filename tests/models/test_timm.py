@@ -13,7 +13,6 @@ from hydra.utils import instantiate
 from torch import nn
 
 from pem_lightning import build_pem
-from pem_lightning.benchmark.weights import checkpoint_weights
 from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.models.backbones.timm import TimmBackbone, import_timm
@@ -227,7 +226,6 @@ def run_all_jobs(name, *choices):
     assert call("predict", f"checkpoint={checkpoint}", f"input={image}", "output=out", "hydra.run.dir=predicted") == 0
     assert call("train", *arguments, f"resume={checkpoint}", "recipe.max_steps=4") == 0
     assert read_checkpoint(checkpoint).step == 4
-    assert checkpoint_weights(checkpoint).backbone == name
 
 
 @pytest.mark.slow

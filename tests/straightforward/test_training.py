@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from pem_lightning import build_pem, checkpoints
-from pem_lightning.benchmark.training.draws import SharedDraws
 from pem_lightning.losses import SetCriterion
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import Predictions, Target
 from scripts.benchmark import reference as straightforward
+from scripts.benchmark.training import SharedDraws
 from tests.models.randomize import randomize
 
 
