@@ -45,16 +45,22 @@ def time_in_turns(
     """Run every task once per round; the next round starts with the next task, so that none is always first.
 
     A slow second or a hot processor then meets all tasks, and ratios within a round are free of the machine's drift.
+    Garbage is collected between rounds only.
     """
     times: dict[str, Times] = {name: {} for name in tasks}
     names = list(tasks)
     for turn in range(-warmup, rounds):
         say("warming up" if turn < 0 else f"round {turn + 1} of {rounds}")
         first = (turn + warmup) % len(names)
-        for name in names[first:] + names[:first]:
-            for stage, seconds in time_once(tasks[name], device).items():
-                if turn >= 0:
-                    times[name].setdefault(stage, []).append(seconds)
+        gc.collect()
+        gc.disable()
+        try:
+            for name in names[first:] + names[:first]:
+                for stage, seconds in time_once(tasks[name], device).items():
+                    if turn >= 0:
+                        times[name].setdefault(stage, []).append(seconds)
+        finally:
+            gc.enable()
     return times
 
 
@@ -70,14 +76,9 @@ def time_once(task: Callable[[Lap], object], device: str) -> dict[str, float]:
         else:
             marks.append((stage, time.perf_counter()))
 
-    gc.collect()
-    gc.disable()
-    try:
-        lap("start")
-        task(lap)
-        lap(TOTAL)
-    finally:
-        gc.enable()
+    lap("start")
+    task(lap)
+    lap(TOTAL)
     if cuda:
         torch.cuda.synchronize()
     seconds: dict[str, float] = {}
