@@ -45,14 +45,13 @@ def time_in_turns(
     """Run every task once per round; the next round starts with the next task, so that none is always first.
 
     A slow second or a hot processor then meets all tasks, and ratios within a round are free of the machine's drift.
-    Garbage is collected between rounds only.
+    Garbage is not collected meanwhile.
     """
     times: dict[str, Times] = {name: {} for name in tasks}
     names = list(tasks)
     for turn in range(-warmup, rounds):
         say("warming up" if turn < 0 else f"round {turn + 1} of {rounds}")
         first = (turn + warmup) % len(names)
-        gc.collect()
         gc.disable()
         try:
             for name in names[first:] + names[:first]:
@@ -90,8 +89,13 @@ def time_once(task: Callable[[Lap], object], device: str) -> dict[str, float]:
 
 def quartiles(values: Sequence[float], scale: float = 1.0) -> str:
     """Median, and quartiles in brackets."""
-    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)) * scale
-    return f"{median:.3g} ({low:.3g} to {high:.3g})"
+    low, median, high = (number(scale * value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
+    return f"{median} ({low} to {high})"
+
+
+def number(value: float) -> str:
+    """With three digits or more."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def ratios(numerator: Times, denominator: Times, stage: str = TOTAL) -> list[float]:
@@ -206,7 +210,7 @@ def draw(times: Mapping[str, Times], title: str) -> bytes:
         widths = np.array([1000 * np.median(one.get(stage, 0.0)) for one in times.values()])
         bars = axes.barh(list(times), widths, left=starts, height=0.62, label=stage)
         starts += widths
-    axes.bar_label(bars, [f"{1000 * np.median(one[TOTAL]):.3g} ms" for one in times.values()], padding=4)
+    axes.bar_label(bars, [f"{number(1000 * np.median(one[TOTAL]))} ms" for one in times.values()], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("milliseconds, medians")

@@ -65,7 +65,7 @@ def measure(problem: Problem, kernel: Kernel, rounds: int) -> list[str]:
     for work in (forward, both):
         timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
         times = timer.blocked_autorange(min_run_time=0.2 * rounds)
-        found.append(f"{1000 * times.median:.3g} ({1000 * times.iqr:.2g})")
+        found.append(f"{common.number(1000 * times.median)} ({common.number(1000 * times.iqr)})")
     return found
 
 

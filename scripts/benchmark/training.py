@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     for (backbone, precision, _), (name, found) in zip(names, times.items(), strict=True):
         baseline = times[f"{backbone} {precision} reference"]
         cells = [
-            f"{1000 * np.median(found[stage]):.3g}: {np.median(common.ratios(found, baseline, stage)):.2f}"
+            f"{common.number(1000 * np.median(found[stage]))}: {np.median(common.ratios(found, baseline, stage)):.2f}"
             for stage in STAGES
         ]
         memory = common.added_memory(run_twice, *name.split(), options) if options.memory else ""
