@@ -91,7 +91,11 @@ def conv_problems(levels: list[tuple[int, int]], options: argparse.Namespace) ->
             torch.randn(CHANNELS, CHANNELS, 3, 3, generator=draw) / (9 * CHANNELS) ** 0.5,
         ]
         tensors = [t.to(options.device).requires_grad_() for t in tensors]
-        yield f"convolution {height}x{width}", lambda kernel, tensors=tensors: kernel(*tensors), tensors
+
+        def compute(kernel: Kernel, tensors: list[Tensor] = tensors) -> Tensor:
+            return kernel(*tensors)
+
+        yield f"convolution {height}x{width}", compute, tensors
 
 
 def attention_problem(levels: list[tuple[int, int]], options: argparse.Namespace) -> Problem:
