@@ -1,10 +1,7 @@
-"""Builds mmcv with its operators for the torch that is installed, and installs it. What `make mmcv` does.
+"""Builds and installs mmcv with its operators for the installed torch, which stays as it is. What `make mmcv` does.
 
-    python scripts/build_mmcv.py
-
-For CUDA where torch finds a GPU, else for the CPU. torch stays as it is. MAX_JOBS limits the compilers that run at
-once. Exit code 0: mmcv works, 2: something is missing, or the build has failed,
-130: stopped.
+For CUDA where torch finds a GPU, else for the CPU. MAX_JOBS limits the compilers that run at once. Exit code 0: mmcv
+works, 2: something is missing or the build failed, 130: stopped.
 """
 
 from __future__ import annotations
@@ -24,8 +21,8 @@ import torch
 from pem_lightning.types import UserError
 
 MMCV = "mmcv==2.2.0"
-BUILD_TOOLS = ("setuptools<81", "wheel", "ninja")  # mmcv's setup.py needs the pkg_resources of older ones
-# mmengine is installed without what it requires, for that includes a second OpenCV, which would spoil the first.
+BUILD_TOOLS = ("setuptools<81", "wheel", "ninja")  # mmcv's setup.py needs pkg_resources
+# mmengine is installed without its requirements, which include a second OpenCV.
 REQUIREMENTS = ("addict", "packaging", "platformdirs", "termcolor", "yapf")
 MEMORY_PER_JOB = 2 * 2**30
 
@@ -40,7 +37,8 @@ def main() -> int:
     try:
         check_tools(cuda)
         what = f"{MMCV} with operators for {device} and torch {torch.__version__}"
-        print(f"Building {what}: {duration(cuda)}", flush=True)
+        duration = "20 to 40 minutes" if cuda else "some 10 minutes on two cores"
+        print(f"Building {what}: this takes {duration}", flush=True)
         start = time.monotonic()
         build(cuda)
         version, problem = installed(cuda)
@@ -58,7 +56,7 @@ def main() -> int:
 
 
 def installed(cuda: bool) -> tuple[str, str]:
-    """The version of an mmcv whose operators load here, or "", and what is wrong with it. Asked in a fresh process."""
+    """In a fresh process: the version of an mmcv whose operators load, or "" and what is wrong with it."""
     script = "import mmcv, mmcv.ops; print(mmcv.__version__, mmcv.ops.get_compiling_cuda_version())"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     if result.returncode:
@@ -69,13 +67,8 @@ def installed(cuda: bool) -> tuple[str, str]:
     return version, ""
 
 
-def duration(cuda: bool) -> str:
-    """How long it will take, in words."""
-    return "this takes 20 to 40 minutes" if cuda else "this takes some 10 minutes on two cores"
-
-
 def check_tools(cuda: bool) -> None:
-    """Look for all that compiling needs, before anything is downloaded."""
+    """Look for what compiling needs, before anything is downloaded."""
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         raise UserError(f"mmcv needs a C++ compiler, and there is no {compiler}: install it (Debian: apt install g++)")
@@ -95,9 +88,9 @@ def build(cuda: bool) -> None:
     environment = {"MMCV_WITH_OPS": "1", "FORCE_CUDA": str(int(cuda)), "MAX_JOBS": str(jobs()), **os.environ}
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     for arguments in (
-        [*BUILD_TOOLS, *REQUIREMENTS, f"torch=={torch.__version__}"],  # torch is named so that it stays what it is
+        [*BUILD_TOOLS, *REQUIREMENTS, f"torch=={torch.__version__}"],  # named, so that it stays
         ["--no-deps", "mmengine"],
-        # Without the cache: a wheel in it may be for another torch, or without CUDA.
+        # A wheel in the cache may be for another torch, or without CUDA.
         ["--no-deps", "--no-build-isolation", "--no-cache-dir", "--force-reinstall", "--no-binary", "mmcv", MMCV],
     ):
         if subprocess.run([*pip, *arguments], env=environment).returncode:

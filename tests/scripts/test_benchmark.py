@@ -1,6 +1,9 @@
-import importlib.util
-import json
+import argparse
+import gc
+import runpy
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,184 +13,272 @@ from PIL import Image
 
 from pem_lightning import build_pem
 from pem_lightning.checkpoints import CHECKPOINT_KEY
-from pem_lightning.data.cityscapes import CITYSCAPES
+from pem_lightning.data import CITYSCAPES
+from pem_lightning.models.deformable_conv import DeformableConv
+from pem_lightning.types import UserError
+from scripts.benchmark import baselines, common, compare, inference, training
+from scripts.benchmark.__main__ import main
+from scripts.benchmark.training import SharedDraws, Step
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
-TINY = ("--size", "64x96", "--rounds", "2", "--warmup", "0", "--backbones", "stdc1", "--device", "cpu")
-QUICK = ("--small-ceilings", "--no-memory")
-
-
-@pytest.fixture
-def main():
-    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    yield module.main
-    torch.set_num_threads(threads)
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+SMALL = ("--backbones", "stdc1", "--size", "64x96", "--device", "cpu", "--rounds", "1", "--warmup", "0")
+SHAPE = {"size": (64, 96), "batch": 2, "device": "cpu"}
+TRAINING = argparse.Namespace(**SHAPE, segments=4, num_points=64)
+INFERENCE = argparse.Namespace(**SHAPE, checkpoint=None, image=None, compile=None)
 
 
-def read(folder):
-    return json.loads((folder / "benchmark.json").read_text())
+@pytest.fixture(autouse=True)
+def _built_once(monkeypatch):
+    """Random networks take a second each."""
+    monkeypatch.setattr(common, "random_network", training.random_network)
 
 
-@pytest.mark.slow
-def test_everything_is_measured_and_written(main, tmp_path, capsys):
-    arguments = [*TINY, *QUICK, "--contestants", "straightforward,library,fast", "--threads", "1", "--kernels"]
-    assert main([*arguments, "--precisions", "float32,bfloat16", "--output", str(tmp_path)]) == 0
-    result, table = read(tmp_path), (tmp_path / "benchmark.md").read_text()
-    rows = {row["name"]: row for row in result["contestants"]}
-    assert list(rows) == ["stdc1 straightforward", "stdc1 library", "stdc1 fast float32", "stdc1 fast bfloat16"]
-    for name, row in rows.items():
-        spread = row["latency_ms"]
-        assert 0 < spread["min"] <= spread["low"] <= spread["median"] <= spread["high"] <= spread["max"]
-        assert len(row["rounds_ms"]) == 2
-        assert list(row["stages_ms"]) == ["backbone", "pixel decoder", "transformer decoder", "post-processing"]
-        assert list(row["tasks_ms"]) == ["semantic", "panoptic"]
-        assert row["gmacs"] > 0
-        assert row["roofline"]["gbytes"] > 0
-        assert row["parameters_m"] == pytest.approx(16.96, abs=0.02)
-        assert row["kept_queries"] > 0
-        assert name in table
-    quotients = np.divide(rows["stdc1 straightforward"]["rounds_ms"], rows["stdc1 fast float32"]["rounds_ms"])
-    assert rows["stdc1 fast float32"]["speedup"]["median"] == pytest.approx(np.median(quotients))
-    assert result["environment"]["command"].startswith("python scripts/benchmark.py --size 64x96")
-    assert result["environment"]["threads"] == 1
-    compared = [row["name"] for row in result["equality"]]
-    assert compared == ["stdc1 straightforward without oneDNN", *list(rows)[1:]]
-    for section in result["kernels"]:
-        assert {row["kernel"] for row in section["rows"]} >= {"torch", "grid_sample"}
-    kernels = ("Deformable convolution", "Multi-scale deformable attention")
-    for section in ("Latency", "Stages", "Roofline", "Equality", *kernels):
-        assert f"## {section}" in table
-    assert "## Peak memory" not in table
-    assert table in capsys.readouterr().out
-    with Image.open(tmp_path / "benchmark.png") as picture:
+def test_tasks_take_turns_and_none_is_always_first():
+    order = []
+    tasks = {name: lambda _, name=name: order.append((name, gc.isenabled())) for name in "abc"}
+    times = common.time_in_turns(tasks, rounds=2, warmup=1)
+    assert "".join(name for name, _ in order) == "abc" + "bca" + "cab"
+    assert not any(enabled for _, enabled in order)
+    assert gc.isenabled()
+    assert {name: len(one["total"]) for name, one in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_stages_add_up():
+    def task(lap):
+        time.sleep(0.01)
+        lap("first")
+        for _ in range(2):
+            time.sleep(0.002)
+            lap("second")
+
+    found = common.time_once(task, "cpu")
+    assert list(found) == ["first", "second", "total"]
+    assert found["first"] >= 0.01
+    assert found["second"] >= 0.004
+    assert found["total"] == pytest.approx(found["first"] + found["second"], abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_events_see_the_work_that_the_host_does_not_wait_for():
+    a = torch.randn(4096, 4096, device="cuda")
+
+    def task(lap):
+        for _ in range(20):
+            a @ a
+        lap("products")
+
+    common.time_once(task, "cuda")
+    assert common.time_once(task, "cuda")["products"] > 20 * 2 * 4096**3 / 2e15  # no GPU does two petaflops
+
+
+def test_ratios_are_taken_within_a_round():
+    assert common.ratios({"total": [8.0, 2.0, 4.0]}, {"total": [4.0, 1.0, 2.0]}) == [2, 2, 2]
+    assert common.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == "3 (2 to 4)"
+
+
+def test_memory_is_that_of_a_fresh_process():
+    assert float(common.added_memory(torch.ones, 64, 2**18)) == pytest.approx(64, abs=16)
+
+
+def test_random_weights_behave_like_trained_ones():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    network = common.random_network("stdc1")
+    training.random_network.cache_clear()
+    again = common.random_network("stdc1").state_dict()
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(a, again[name]) for name, a in network.state_dict().items())
+    assert not network.training
+    images = inference.load_images(INFERENCE)
+    with torch.no_grad():
+        assert all(0.1 < float(f.std()) < 10 for f in network.backbone(images))
+        assert 1 < float(network(images).mask_logits.abs().max()) < 1000
+    offsets = [m.offset.weight for m in network.modules() if isinstance(m, DeformableConv)]
+    assert all(w.abs().min() > 0 for w in offsets)
+
+
+def test_the_threshold_keeps_queries():
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    scores, labels = logits.softmax(-1).max(-1)
+
+    def kept():
+        return int(((labels != 5) & (scores > common.choose_threshold(logits))).sum())
+
+    assert kept() == common.KEPT_QUERIES
+    scores, labels = logits[:9].softmax(-1).max(-1)
+    logits = logits[:9]
+    assert kept() == int((labels != 5).sum())
+    assert common.choose_threshold(torch.tensor([[0.0, 9.0]])) == 0
+
+
+def test_differences_are_counted_by_class():
+    maps = inference.Maps(torch.tensor([[0, 1]]), torch.tensor([[0, 2]], dtype=torch.int32), [7, 11])
+    assert inference.panoptic_classes(maps).tolist() == [[-1, 11]]
+    others = inference.Maps(torch.tensor([[0, 2]]), torch.tensor([[0, 1]], dtype=torch.int32), [11])
+    logits = torch.ones(1, 1, 2), torch.ones(1, 1, 1, 2)
+    found = inference.difference((logits, [maps]), ((logits[0] * 2, logits[1]), [others]))
+    assert found == ["1 (50 %)", "0 (0 %)", "1.0e+00 of 2.0", "0.0e+00 of 1.0"]
+
+
+def test_both_steps_learn_by_the_recipe():
+    recipe = training.paper_config().recipe
+    steps = [Step("stdc1", "float32", path, TRAINING) for path in ("reference", "ours")]
+    rates = []
+    for step in steps:
+        names = {parameter: name for name, parameter in step.network.named_parameters()}
+        before = {name: p.detach().clone() for p, name in names.items()}
+        rates.append({names[p]: (g["lr"], g["weight_decay"]) for g in step.optimizer.param_groups for p in g["params"]})
+        laps = []
+        step.run(training.draw_batch(TRAINING), laps.append)
+        assert tuple(laps) == training.STAGES
+        assert not any(torch.equal(before[name], p) for p, name in names.items())
+    assert rates[0] == rates[1]
+    assert max(rates[0].values()) == (recipe.optimizer.lr, recipe.parameter_groups.weight_decay)
+    weights = ("class_weight", "mask_weight", "dice_weight", "num_points", "importance_sample_ratio")
+    assert all(getattr(steps[0].criterion, name) == getattr(steps[1].criterion, name) for name in weights)
+
+
+def test_segments_fill_the_image():
+    _, targets = training.draw_batch(TRAINING)
+    assert [target.masks.shape for target in targets] == [(4, 64, 96)] * 2
+    assert all(target.masks.sum(0).eq(1).all() for target in targets)
+
+
+def test_rows_are_the_same_in_whatever_order_they_are_drawn():
+    by_image, at_once = SharedDraws(1), SharedDraws(1)
+    parts = []
+    for _ in range(2):  # layers
+        points = [by_image((1, 8, 2), CPU) for _ in range(3)]
+        parts.append((torch.cat(points), by_image((4, 24, 2), CPU)))
+    assert torch.equal(at_once((2, 3, 8, 2), CPU), torch.stack([points for points, _ in parts]))
+    assert torch.equal(at_once((8, 24, 2), CPU), torch.cat([rows for _, rows in parts]))
+    assert not torch.equal(SharedDraws(1)((2, 8, 2), CPU), SharedDraws(2)((2, 8, 2), CPU))
+    assert SharedDraws()((0, 8, 2), CPU).shape == (0, 8, 2)
+
+
+def test_what_computes_something_else_is_not_timed(monkeypatch):
+    class FakeStep:
+        def __init__(self, backbone, precision, path, options, rand):
+            self.network = torch.nn.Linear(1, 1, bias=False)
+            self.factor = 1.0 if path == "reference" else 1.1
+
+        def forward(self, batch):
+            loss = self.factor + 0 * self.network.weight.sum()
+            return {"loss": loss}, loss
+
+    monkeypatch.setattr(training, "Step", FakeStep)
+    with pytest.raises(UserError, match=r"our losses of stdc1 differ from the reference's by 10.0%"):
+        training.compare("stdc1", None, TRAINING)
+
+
+def test_differences_are_relative():
+    expected = {"a": torch.tensor(2.0), "b": torch.tensor(2.0)}, {"w": torch.tensor([3.0, 4.0]), "v": torch.zeros(1)}
+    actual = {"a": torch.tensor(2.1), "b": torch.tensor(1.9)}, {"w": torch.tensor([4.0, 3.0]), "v": torch.zeros(1)}
+    assert training.difference(actual, expected) == pytest.approx((0, 0.05, 2**0.5 / 5), abs=1e-6)
+    assert training.difference((expected[0], {"w": expected[1]["w"]}), expected)[2] == float("inf")
+
+
+def test_inference_is_reported(tmp_path, capsys):
+    arguments = ["inference", *SMALL, "--no-memory", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    report = (tmp_path / "inference.md").read_text()
+    assert report in capsys.readouterr().out
+    assert report.startswith("`python -m scripts.benchmark inference --backbones stdc1")
+    first = [line.split(" | ")[0] for line in report.splitlines() if line.startswith("| stdc1")]
+    paths = ["| stdc1 reference", "| stdc1 float32"]
+    assert first == [*paths, "| stdc1 reference, other convolutions", *paths[1:]]
+    with Image.open(tmp_path / "inference.png") as picture:
         assert picture.width > 800
 
 
-@pytest.mark.slow
-def test_memory_is_measured_in_a_process_of_its_own(main, tmp_path):
-    assert main([*TINY, "--small-ceilings", "--contestants", "fast", "--output", str(tmp_path)]) == 0
-    (row,) = read(tmp_path)["contestants"]
-    memory = row["memory"]
-    assert memory["increase"] == memory["peak"] - memory["base"]
-    assert memory["increase"] > 4 * 16.9e6 / 2**20  # the weights at least
-    assert "## Peak memory" in (tmp_path / "benchmark.md").read_text()
+def test_training_is_reported(capsys):
+    arguments = ["training", *SMALL, "--segments", "4", "--num-points", "64"]
+    assert main([*arguments, "--no-memory"]) == 0
+    report = capsys.readouterr().out
+    start = [line for line in report.splitlines() if line.startswith("| stdc1")]
+    assert [line.split(" | ")[0] for line in start][:2] == ["| stdc1 float32 reference", "| stdc1 float32 ours"]
+    ours = start[3].split(" | ")
+    assert ours[0] == "| stdc1 ours"
+    assert float(ours[1]) < 1e-5
+    assert float(ours[3].rstrip(" |")) < 0.1  # a prototype that rounding moved shows
 
 
-def test_the_child_process_measures_one_contestant(main, capsys):
-    one = [*TINY, "--contestants", "library"]
-    assert main([*one, "--measure-memory", "stdc1 library", "--threshold", "0.1"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("memory: ")
-    assert set(json.loads(out.removeprefix("memory: "))) == {"base", "peak"}
-    assert main([*one, "--measure-memory", "nobody"]) == 2
-    assert "choose of stdc1 library" in capsys.readouterr().err
+def test_kernels_and_data_are_reported(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert main(["kernels", "--size", "64x64", "--rounds", "1"]) == 0
+    assert "| convolution 2x2 | grid_sample |" in capsys.readouterr().out
+    assert main(["data", "--size", "64x128", "--images", "4", "--workers", "0", "--rounds", "1"]) == 0
+    assert "| cache, whole augmentation |" in capsys.readouterr().out
 
 
-def test_peers_are_skipped_visibly_where_their_library_is_missing(main, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    arguments = [*TINY, *QUICK, "--no-equality", "--contestants", "library", "--peers", "segformer_b0,eomt_small"]
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
-    assert len(said) == 1  # one line for the library, not one per peer
-    assert "requirements-bench.txt" in said[0]
-    result = read(tmp_path)
-    assert set(result["skipped"]) == {"segformer_b0 float32", "eomt_small float32"}
-    assert [row["name"] for row in result["contestants"]] == ["stdc1 library"]
-    assert "## Skipped" in (tmp_path / "benchmark.md").read_text()
-
-
-def test_peers_take_part(main, tmp_path):
-    pytest.importorskip("transformers", reason="peers need transformers (requirements-bench.txt)")
-    arguments = [*TINY, *QUICK, "--contestants", "library", "--peers", "segformer_b0"]
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
-    _, row = read(tmp_path)["contestants"]
-    assert row["kind"] == "segformer"
-    assert row["tasks"] == ["semantic"]
-    assert list(row["stages_ms"]) == ["network", "post-processing"]
-    assert row["semantic_only_ms"]["median"] == pytest.approx(row["latency_ms"]["median"], rel=0.05)
-    assert row["speedup"] is None
-
-
-@pytest.mark.slow
-def test_a_training_step_is_measured(main, tmp_path, capsys):
-    arguments = ["--train", *TINY, "--segments", "3", "--num-points", "64", "--no-memory"]
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
-    result, table = read(tmp_path), (tmp_path / "benchmark.md").read_text()
-    straight, ours = result["steps"]
-    assert (straight["name"], ours["name"]) == ("stdc1 straightforward float32", "stdc1 ours float32")
-    quotients = np.divide(ours["rounds_ms"], straight["rounds_ms"])
-    assert ours["ratio"]["median"] == pytest.approx(np.median(quotients))
-    assert result["settings"]["batch"] == 2
-    assert [row["name"] for row in result["equality"]] == [f"{straight['name']} without oneDNN", ours["name"]]
-    assert table in capsys.readouterr().out
-    with Image.open(tmp_path / "benchmark.png") as picture:
-        assert picture.width > 800
-
-
-def test_the_child_process_measures_a_training_step(main, capsys):
-    one = ["--train", *TINY, "--segments", "3", "--num-points", "64"]
-    assert main([*one, "--measure-memory", "stdc1 ours float32"]) == 0
-    assert set(json.loads(capsys.readouterr().out.removeprefix("memory: "))) == {"base", "peak"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--train", "--kernels"], "error: --kernels does not go with --train"),
-        (["--train", "--image", "x.png"], "error: --image does not go with --train"),
-        (["--num-points", "9"], "error: --num-points goes with --train only"),
-        (["--train", "--batch", "1"], "error: --batch 1: training needs 2 or more"),
-        (["--train", "--contestants", ""], "error: nobody takes part"),
-    ],
-)
-def test_mistakes_with_training_end_in_one_line(main, arguments, message, tmp_path, capsys):
-    assert main([*arguments, "--size", "64x96", "--output", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(message)
-    assert list(tmp_path.iterdir()) == []
-
-
-def write_checkpoint(path, settings):
+def test_a_checkpoint_and_a_photograph(tmp_path, capsys):
+    settings = {"backbone": "stdc1", "num_queries": 10, "num_layers": 1}
     network = build_pem(**settings, num_classes=CITYSCAPES.num_classes)
-    config = {
-        "network": {"_target_": "pem_lightning.build_pem", **settings},
-        "task": {"inference": {"resize_first": True, "object_mask_threshold": 0.05, "overlap_threshold": 0.1}},
-    }
+    thresholds = {"resize_first": True, "object_mask_threshold": 0.05, "overlap_threshold": 0.1}
+    config = {"network": {"_target_": "pem_lightning.build_pem", **settings}, "task": {"inference": thresholds}}
     ours = {"config": config, "overrides": [], "dataset_info": CITYSCAPES.to_dict()}
     state = {f"network.{name}": value for name, value in network.state_dict().items()}
-    torch.save({"global_step": 7, CHECKPOINT_KEY: ours, "state_dict": state}, path)
-
-
-def test_a_checkpoint_and_a_photograph(main, tmp_path, capsys):
-    write_checkpoint(tmp_path / "last.ckpt", {"backbone": "stdc1", "num_queries": 10, "num_layers": 2})
+    torch.save({"global_step": 7, CHECKPOINT_KEY: ours, "state_dict": state}, tmp_path / "last.ckpt")
     Image.fromarray(np.full((40, 60, 3), 120, np.uint8)).save(tmp_path / "photo.png")
-    given = ["--checkpoint", str(tmp_path / "last.ckpt"), "--image", str(tmp_path / "photo.png"), *QUICK]
-    size = ["--size", "64x96", "--rounds", "1", "--output", str(tmp_path), "--device", "cpu"]
-    assert main([*given, *size, "--contestants", "straightforward,fast"]) == 0
-    for row in read(tmp_path)["contestants"]:
-        assert row["weights"] == "last.ckpt, step 7 on cityscapes"
-        assert row["threshold"] == 0.05
-        assert row["kept_queries"] <= 10
-    assert main([*given, *size, "--backbones", "stdc1"]) == 2
-    assert "leave it out" in capsys.readouterr().err
+    given = ["--checkpoint", str(tmp_path / "last.ckpt"), "--image", str(tmp_path / "photo.png"), "--no-memory"]
+    assert main(["inference", *SMALL[2:], *given]) == 0
+    assert "| last float32 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--size", "1024"], "error: --size 1024: give height x width in pixels, such as 1024x2048"),
-        (["--backbones", "resnet99"], "error: --backbones resnet99: choose of"),
-        (["--checkpoint", "none.ckpt"], "error: checkpoint none.ckpt does not exist"),
-        (["--image", "none.png"], "error: --image none.png does not exist: check the path"),
-        (["--contestants", ""], "error: nobody takes part: --contestants and --peers are empty"),
-    ],
-)
-def test_mistakes_end_in_one_line(main, arguments, message, tmp_path, capsys):
-    size = [] if "--size" in arguments else ["--size", "64x96"]
-    assert main([*size, *arguments, "--output", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(message)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.slow
+def test_another_checkout_is_timed_in_turns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "BACKBONES", ("stdc1",))
+    shutil.copytree(ROOT / "pem_lightning", tmp_path / "pem_lightning", ignore=shutil.ignore_patterns("__pycache__"))
+    options = ("--size", "64x64", "--training-size", "64x64", "--rounds", "1")
+    assert main(["compare", str(tmp_path), *options]) == 0
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith("| yes |")]
+    assert rows == ["| inference stdc1 float32", "| inference stdc1 bfloat16", "| training stdc1", "| loader"]
+
+
+def test_mistakes_end_in_one_line(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is no checkout of this project")
+    assert main(["training", *SMALL, "--batch", "1"]) == 2
+    assert capsys.readouterr().err == "error: --batch 1: training needs 2 or more, for normalisation over the batch\n"
+    for wrong in (["--size", "1024"], ["--rounds", "0"], ["--backbones", "resnet99"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["inference", *wrong])
+
+
+def test_it_starts_from_its_folder(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--help"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "scripts" / "benchmark"), run_name="__main__")
+    assert "{inference,training,data,kernels,compare}" in capsys.readouterr().out
+
+
+def test_a_missing_library_is_named_with_the_cure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"needs transformers: .*requirements-bench.txt"):
+        baselines.build_baseline("segformer_b0", "float32", (64, 96), "cpu")
+
+
+@pytest.mark.parametrize("name", ["segformer_b0", "eomt_small", "mask2former_r50"])
+def test_baselines_make_maps_of_the_images_size(name):
+    pytest.importorskip("transformers", reason="baselines need transformers (requirements-bench.txt)")
+    baseline = baselines.build_baseline(name, "float32", (64, 96), "cpu")
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps = baseline.postprocess(baseline.predict(images), (64, 96))
+    assert [m.shape for m in maps[:2]] == [(64, 96)] * 2
+    assert baseline.gmacs(images) > 0.1
+    if name == "mask2former_r50":
+        assert [m["segmentation"].shape for m in maps[2:]] == [(64, 96)] * 2
+        assert sum(p.numel() for p in baseline.network.parameters()) / 1e6 == pytest.approx(44.0, abs=0.1)
+
+
+def test_eomt_looks_at_overlapping_windows():
+    pytest.importorskip("transformers", reason="baselines need transformers (requirements-bench.txt)")
+    baseline = baselines.build_baseline("eomt_small", "float32", (32, 80), "cpu")
+    assert baseline.starts == [0, 24, 48]
+    with pytest.raises(UserError, match="multiple of 16, not 90"):
+        baselines.build_baseline("eomt_small", "float32", (90, 150), "cpu")

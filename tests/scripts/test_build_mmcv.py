@@ -1,25 +1,16 @@
 """`make mmcv` up to the compiler itself, which takes minutes."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-
-@pytest.fixture
-def script():
-    path = Path(__file__).parents[2] / "scripts" / "build_mmcv.py"
-    spec = importlib.util.spec_from_file_location("build_mmcv", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import build_mmcv
 
 
 @pytest.fixture
-def calls(script, monkeypatch):
+def calls(monkeypatch):
     """What is run instead of being run: arguments and environments."""
     seen = []
 
@@ -27,23 +18,23 @@ def calls(script, monkeypatch):
         seen.append((command, env))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(build_mmcv.subprocess, "run", run)
     return seen
 
 
-def test_nothing_is_built_twice(script, monkeypatch, capsys, calls):
-    monkeypatch.setattr(script, "installed", lambda cuda: ("2.2.0", ""))
-    assert script.main() == 0
+def test_nothing_is_built_twice(monkeypatch, capsys, calls):
+    monkeypatch.setattr(build_mmcv, "installed", lambda cuda: ("2.2.0", ""))
+    assert build_mmcv.main() == 0
     assert "is already installed" in capsys.readouterr().out
     assert calls == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for operators for CPUs")
-def test_it_builds_what_is_missing(script, monkeypatch, capsys, calls):
+def test_it_builds_what_is_missing(monkeypatch, capsys, calls):
     answers = iter([("", "No module named 'mmcv'"), ("2.2.0", "")])
-    monkeypatch.setattr(script, "installed", lambda cuda: next(answers))
-    monkeypatch.setattr(script, "check_tools", lambda cuda: None)
-    assert script.main() == 0
+    monkeypatch.setattr(build_mmcv, "installed", lambda cuda: next(answers))
+    monkeypatch.setattr(build_mmcv, "check_tools", lambda cuda: None)
+    assert build_mmcv.main() == 0
     announced, done = capsys.readouterr().out.splitlines()
     assert announced.startswith("Building mmcv==2.2.0 with operators for the CPU and torch 2.")
     assert "minutes" in announced
@@ -57,35 +48,35 @@ def test_it_builds_what_is_missing(script, monkeypatch, capsys, calls):
     assert int(environment["MAX_JOBS"]) >= 1
 
 
-def test_a_missing_compiler_is_said_before_anything_is_downloaded(script, monkeypatch, capsys, calls):
-    monkeypatch.setattr(script, "installed", lambda cuda: ("", "No module named 'mmcv'"))
+def test_a_missing_compiler_is_said_before_anything_is_downloaded(monkeypatch, capsys, calls):
+    monkeypatch.setattr(build_mmcv, "installed", lambda cuda: ("", "No module named 'mmcv'"))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert script.main() == 2
+    assert build_mmcv.main() == 2
     expected = "error: mmcv needs a C++ compiler, and there is no g++: install it (Debian: apt install g++)\n"
     assert capsys.readouterr().err == expected
     assert calls == []
 
 
-def test_a_failed_installation_is_named(script, monkeypatch, capsys):
-    monkeypatch.setattr(script, "installed", lambda cuda: ("", "No module named 'mmcv'"))
-    monkeypatch.setattr(script, "check_tools", lambda cuda: None)
-    monkeypatch.setattr(script, "build", lambda cuda: None)
-    assert script.main() == 2
+def test_a_failed_installation_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(build_mmcv, "installed", lambda cuda: ("", "No module named 'mmcv'"))
+    monkeypatch.setattr(build_mmcv, "check_tools", lambda cuda: None)
+    monkeypatch.setattr(build_mmcv, "build", lambda cuda: None)
+    assert build_mmcv.main() == 2
     assert capsys.readouterr().err == "error: mmcv is built but does not load: No module named 'mmcv'\n"
     monkeypatch.undo()
-    monkeypatch.setattr(script, "installed", lambda cuda: ("", ""))
-    monkeypatch.setattr(script, "check_tools", lambda cuda: None)
-    monkeypatch.setattr(script.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
-    assert script.main() == 2
+    monkeypatch.setattr(build_mmcv, "installed", lambda cuda: ("", ""))
+    monkeypatch.setattr(build_mmcv, "check_tools", lambda cuda: None)
+    monkeypatch.setattr(build_mmcv.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    assert build_mmcv.main() == 2
     assert capsys.readouterr().err.startswith("error: pip install setuptools<81 wheel ninja addict")
 
 
-def test_a_broken_mmcv_counts_as_missing(script, tmp_path, monkeypatch):
+def test_a_broken_mmcv_counts_as_missing(tmp_path, monkeypatch):
     (tmp_path / "mmcv").mkdir()
     (tmp_path / "mmcv" / "__init__.py").write_text("__version__ = '2.2.0'\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert script.installed(cuda=False) == ("", "ModuleNotFoundError: No module named 'mmcv.ops'")
+    assert build_mmcv.installed(cuda=False) == ("", "ModuleNotFoundError: No module named 'mmcv.ops'")
     (tmp_path / "mmcv" / "ops.py").write_text("def get_compiling_cuda_version(): return 'not available'\n")
-    assert script.installed(cuda=False) == ("2.2.0", "")
-    assert script.installed(cuda=True) == ("", "it is built without CUDA")
+    assert build_mmcv.installed(cuda=False) == ("2.2.0", "")
+    assert build_mmcv.installed(cuda=True) == ("", "it is built without CUDA")

@@ -1,0 +1,237 @@
+"""One step of the paper's training, ours beside the reference: uint8 images and boolean masks to updated weights.
+
+Losses and gradients are compared first; then both learn from one batch, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from functools import cache
+from math import prod
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from jaxtyping import Float
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from pem_lightning.cli.build import prefers_channels_last
+from pem_lightning.cli.errors import CONF
+from pem_lightning.models.backbones import BACKBONES
+from pem_lightning.preprocess import pad_batch
+from pem_lightning.types import Predictions, Target, UserError
+from scripts.benchmark import common, reference
+from scripts.benchmark.common import TOTAL, Lap, Times
+
+STAGES = ("data preparation", "forward", "matching and losses", "backward", "clipping and optimiser")
+LARGEST_DIFFERENCE = 0.01
+"""Relative, of the sum of the losses in float32; rounding stays far below it."""
+
+Batch = tuple[list[Tensor], list[Target]]
+Found = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Losses, and gradients by parameter."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["stdc1", "resnet50"], help="of PEM")
+    parser.add_argument("--precisions", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of both")
+    parser.add_argument("--size", type=common.parse_size, default=(256, 512), help="HEIGHTxWIDTH of the images")
+    parser.add_argument("--batch", type=common.positive, default=2, help="images at once, 2 or more")
+    parser.add_argument("--segments", type=common.positive, default=15, help="of every image")
+    parser.add_argument("--num-points", type=common.positive, default=12544, help="at which masks are compared")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="in fresh processes")
+    parser.add_argument("--equality", action=argparse.BooleanOptionalAction, default=True, help="with the reference")
+
+
+def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
+    """Compare, then time in turns; returns a report and the times.
+
+    Raises:
+        UserError: our losses are not the reference's.
+    """
+    if options.batch < 2:
+        raise UserError(f"--batch {options.batch}: training needs 2 or more, for normalisation over the batch")
+    batch = draw_batch(options)
+    differences = [row for b in options.backbones for row in compare(b, batch, options)] if options.equality else []
+    names = [(b, p, path) for b in options.backbones for p in options.precisions for path in ("reference", "ours")]
+    steps = {" ".join(name): Step(*name, options) for name in names}
+    tasks = {name: lambda lap, step=step: step.run(batch, lap) for name, step in steps.items()}
+    times = common.time_in_turns(tasks, options.rounds, options.warmup, options.device)
+    rows = []
+    for (backbone, precision, _), (name, found) in zip(names, times.items(), strict=True):
+        baseline = times[f"{backbone} {precision} reference"]
+        cells = [
+            f"{common.number(1000 * np.median(found[stage]))}: {np.median(common.ratios(found, baseline, stage)):.2f}"
+            for stage in STAGES
+        ]
+        memory = common.added_memory(run_twice, *name.split(), options) if options.memory else ""
+        share = common.quartiles(common.ratios(found, baseline))
+        rows.append((name, common.quartiles(found[TOTAL], scale=1000), share, *cells, memory))
+    size = f"{options.batch} x {options.size[0]}x{options.size[1]}"
+    facts = f"Training step, {size}, {options.segments} segments per image, {options.num_points} points"
+    columns = ("ms: share of the reference's", "step", "share", *STAGES, "added MiB")
+    parts = [common.describe(facts, options), common.table(columns, rows)]
+    if differences:
+        columns = ("relative difference from the reference", "loss", "largest of a loss", "gradients")
+        parts.append(common.table(columns, differences))
+    return "\n\n".join(parts) + "\n", times
+
+
+class Step:
+    """A random network that is trained by the paper's recipe for Cityscapes.
+
+    Args:
+        backbone: of the network.
+        precision: "float32", or that of autocast.
+        path: "reference" or "ours".
+        options: of the command.
+        rand: source of all random points; by default PyTorch's.
+    """
+
+    def __init__(self, backbone: str, precision: str, path: str, options: argparse.Namespace, **rand: Any) -> None:
+        config, device = paper_config(), options.device
+        self.network = copy.deepcopy(random_network(backbone)).to(device).train()
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision != "float32")
+        self.clip = float(config.recipe.gradient_clip)
+        self.is_reference = path == "reference"
+        self.prepare = reference.prepare if self.is_reference else pad_batch
+        groups, losses = config.recipe.parameter_groups, {"num_points": options.num_points, **rand}
+        if self.is_reference:
+            weights = {k: v for k, v in config.criterion.items() if k not in ("_target_", "num_points")}
+            self.criterion = reference.SetLosses(**weights, **losses)
+            rates = {k: groups[k] for k in ("lr", "weight_decay", "backbone_lr_multiplier")}
+            self.optimizer = reference.build_optimizer(self.network, **rates)
+        else:
+            channels_last = prefers_channels_last(self.network, torch.device(device), mixed=precision != "float32")
+            self.layout = torch.channels_last if channels_last else torch.contiguous_format
+            self.network.to(memory_format=self.layout)  # type: ignore[call-overload]
+            self.criterion = instantiate(config.criterion, common.NUM_CLASSES, **losses).to(device)
+            self.optimizer = instantiate(config.recipe.optimizer)(instantiate(groups)(self.network))
+
+    def predict(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
+        """Run the network."""
+        if self.is_reference:
+            return reference.predict(self.network, images)
+        return self.network(images.contiguous(memory_format=self.layout))
+
+    def forward(self, batch: Batch, lap: Lap = lambda _: None) -> tuple[dict[str, Tensor], Tensor]:
+        """The first three stages; returns the weighted losses, and their sum."""
+        with self.autocast:
+            images, targets = self.prepare(*batch)
+            lap(STAGES[0])
+            predictions = self.predict(images)
+            lap(STAGES[1])
+            losses = self.criterion(predictions, targets)
+            total = torch.stack(list(losses.values())).sum()
+            lap(STAGES[2])
+        return losses, total
+
+    def run(self, batch: Batch, lap: Lap = lambda _: None) -> None:
+        """All stages."""
+        self.forward(batch, lap)[1].backward()
+        lap(STAGES[3])
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        lap(STAGES[4])
+
+
+random_network = cache(common.random_network)
+
+
+@cache
+def paper_config() -> DictConfig:
+    """The experiment as it is shipped for Cityscapes."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("train", overrides=["dataset=cityscapes", "task=panoptic"])
+
+
+def draw_batch(options: argparse.Namespace) -> Batch:
+    """Images of noise; the segments of each fill it and do not overlap."""
+    count, (height, width) = options.segments, options.size
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (options.batch, 3, height, width), dtype=torch.uint8, generator=draw)
+    targets = []
+    for _ in range(options.batch):
+        coarse = torch.randn(1, count, -(-height // 32), -(-width // 32), generator=draw)
+        masks = (
+            F.interpolate(coarse, (height, width), mode="bicubic")[0].argmax(0) == torch.arange(count)[:, None, None]
+        )
+        labels = torch.randint(common.NUM_CLASSES, (count,), generator=draw)
+        targets.append(Target(labels.to(options.device), masks.to(options.device)))
+    return list(images.to(options.device)), targets
+
+
+def run_twice(backbone: str, precision: str, path: str, options: argparse.Namespace) -> None:
+    """What memory is measured of: in the second step the optimiser's state is there from the start."""
+    step, batch = Step(backbone, precision, path, options), draw_batch(options)
+    step.run(batch)
+    step.run(batch)
+
+
+class SharedDraws:
+    """A `losses.UniformSource` whose n-th row of so many points has the same numbers, in whatever order they are drawn.
+
+    The reference matches layer by layer and image by image, ours in one pass. Rows of matching, of candidates and of
+    other points differ in length, so every length has a stream of its own.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._streams: dict[int, torch.Generator] = {}
+
+    def __call__(self, shape: tuple[int, ...], device: str) -> Float[Tensor, "*rows P 2"]:
+        """Draw row by row, on the CPU."""
+        points = shape[-2]
+        stream = self._streams.setdefault(points, torch.Generator().manual_seed(self.seed + points))
+        rows = [torch.rand(shape[-2:], generator=stream) for _ in range(prod(shape[:-2]))]
+        return torch.stack(rows).view(shape).to(device) if rows else torch.empty(shape, device=device)
+
+
+def compare(backbone: str, batch: Batch, options: argparse.Namespace) -> list[tuple[str, ...]]:
+    """How far our losses and gradients are from the reference's, and those from themselves where only rounding differs.
+
+    Normalisation takes running statistics: with those of a small batch, rounding alone grows to a percent.
+
+    Raises:
+        UserError: ours are others.
+    """
+    common.say(f"comparing losses and gradients of {backbone}")
+
+    def find(path: str) -> Found:
+        step = Step(backbone, "float32", path, options, rand=SharedDraws())
+        for module in step.network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        losses, total = step.forward(batch)
+        total.backward()
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        return losses, {name: p.grad for name, p in step.network.named_parameters() if p.grad is not None}
+
+    expected = find("reference")
+    with common.other_library(options.device):
+        rounding = difference(find("reference"), expected)
+    ours = difference(find("ours"), expected)
+    if not ours[0] <= LARGEST_DIFFERENCE:  # NaN is no equality
+        raise UserError(
+            f"our losses of {backbone} differ from the reference's by {ours[0]:.1%}, so times would say nothing "
+            "(--no-equality measures them all the same)"
+        )
+    rows = {f"{backbone} reference, other convolutions": rounding, f"{backbone} ours": ours}
+    return [(name, *(f"{value:.1e}" for value in values)) for name, values in rows.items()]
+
+
+def difference(actual: Found, expected: Found) -> tuple[float, float, float]:
+    """Relative: of the sum of the losses, of the loss that differs most, and the norm of the gradients' difference."""
+    (losses, gradients), (expected_losses, expected_gradients) = actual, expected
+    of_sum = abs(float(sum(losses.values()) / sum(expected_losses.values())) - 1)
+    largest = max(abs(float(loss / expected_losses[name]) - 1) for name, loss in losses.items())
+    if gradients.keys() != expected_gradients.keys():
+        return of_sum, largest, float("inf")
+    apart = torch.stack([(g - expected_gradients[name]).norm() for name, g in gradients.items()]).norm()
+    return of_sum, largest, float(apart / torch.stack([g.norm() for g in expected_gradients.values()]).norm())
