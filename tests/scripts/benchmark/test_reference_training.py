@@ -13,7 +13,6 @@ from pem_lightning.preprocess import pad_batch
 from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import Predictions, Target
 from scripts.benchmark import reference as plain
-from scripts.benchmark.training import SharedDraws
 from tests.models.randomize import build_tiny, randomize
 
 
