@@ -25,7 +25,7 @@ from pem_lightning.callbacks.loggers import Panel, record_panel, record_picture
 from pem_lightning.callbacks.shown import Shown, draw_panel, draw_pictures, shown
 from pem_lightning.files import write_or_warn
 from pem_lightning.inference.results import encode_png
-from pem_lightning.training.distributed import gather
+from pem_lightning.training.distributed import all_gather
 from pem_lightning.training.module import PEMModule
 from pem_lightning.types import Batch, DatasetInfo
 
@@ -217,7 +217,7 @@ class WorstImages(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the worst of all processes; each draws its own of them."""
-        keys = sorted(key for part in gather([entry[:2] for entry in self._worst]) for key in part)
+        keys = sorted(key for part in all_gather([entry[:2] for entry in self._worst]) for key in part)
         digits = max(2, len(str(self.num_images)))
         for score, name, what in self._worst:
             rank = keys.index((score, name)) + 1

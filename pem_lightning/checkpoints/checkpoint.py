@@ -65,18 +65,23 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def parse_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     """Find our own in what a checkpoint's file holds."""
     ours, state = content[CHECKPOINT_KEY], content["state_dict"]
-    raw = {k.removeprefix(_NETWORK_PREFIX): v for k, v in state.items() if k.startswith(_NETWORK_PREFIX)}
-    averaged = ours.get("averaged")
+    network, raw = _network_weights(state), _network_weights(content.get("current_model_state", {})) or None
+    if "averaged" in ours:  # an older checkpoint
+        network, raw = ours["averaged"]["weights"], network
     return Checkpoint(
         path=path,
         step=content["global_step"],
         config=ours["config"],
         overrides=ours["overrides"],
         info=DatasetInfo.from_dict(ours["dataset_info"]),
-        network=raw if averaged is None else averaged["weights"],
-        raw=None if averaged is None else raw,
+        network=network,
+        raw=raw,
         resumable="optimizer_states" in content,
     )
+
+
+def _network_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(_NETWORK_PREFIX): v for k, v in state.items() if k.startswith(_NETWORK_PREFIX)}
 
 
 def load_network(network: nn.Module, checkpoint: Checkpoint) -> None:

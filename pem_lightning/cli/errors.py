@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.types import UserError
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 _NOT_TAKEN_OVER = ("resume", "weights", "output_dir", "hydra", "sweep", "trainer", "logger", "callbacks")
 """Choices of a training run that say nothing about evaluating or using its result."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch.nn.functional as F
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 

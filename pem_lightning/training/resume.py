@@ -1,4 +1,4 @@
-"""A resumed training repeats what the interrupted one would have done."""
+"""A training that is stopped, or killed at any moment, goes on as if nothing had happened: no bit differs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from pem_lightning.files import replace_file
 from pem_lightning.metrics.evaluator import from_plain, to_plain
 from pem_lightning.training.distributed import SharedFlag
 from pem_lightning.training.module import PEMModule
-from pem_lightning.training.signals import LAST, PREVIOUS, Interrupted, StopSignals, requeue, resume_command
+from pem_lightning.training.signals import Interrupted, StopSignals, requeue
 from pem_lightning.types import UserError
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+PREVIOUS = "last-previous.ckpt"
+"""The one before, in case the last is damaged."""
+_NEXT = "last-next.ckpt"
+"""Written, but not the last yet; a killed run leaves it behind."""
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed every generator (Python's, NumPy's, PyTorch's of the CPU and of all GPUs) for one step of one process.
+    """Seed Python's, NumPy's and PyTorch's generators for one step of one process.
 
     What a step draws depends on these three numbers alone. So no generator's state has to be kept, and neither a
-    validation, nor a picture, nor another number of loading processes changes the training.
-
-    Args:
-        seed: of the run.
-        step: number of steps before this one.
-        rank: number of the process.
+    validation, nor a picture, nor another number of loader workers changes the training.
     """
     words = np.random.SeedSequence((seed, step, rank)).generate_state(3, np.uint64)
     random.seed(int(words[0]))
@@ -45,19 +48,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 class ExactResume(Callback):
     """Adds what Lightning does not do when it restores a training with an endless loader (see `EndlessSampler`).
 
-    Lightning brings back weights, averages, optimiser, schedule, loss scale, the best scores, and the number of steps.
-    It loses a validation that was due or under way, counts steps differently by the moment at which a checkpoint was
-    made, and forgets the best scores of a folder that was moved.
+    Lightning loses a validation that was due or under way, counts steps differently by the moment at which a checkpoint
+    was made, and forgets the best scores of a folder that was moved.
     """
 
     def __init__(self) -> None:
         self._seed = 0
-        self._world_size = 1
         self._validation_due = False
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the number of processes."""
-        self._world_size = trainer.world_size
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the seed that `lightning.seed_everything` set in the first process."""
@@ -76,14 +73,13 @@ class ExactResume(Callback):
         """Note that it does not any more; Lightning makes its checkpoints after this."""
         self._validation_due = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whether a validation is due before the next step, and what random numbers depend on."""
-        return {"validation_due": self._validation_due, "world_size": self._world_size}
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the last validation's numbers, which the end of the run reports; leave out a validation's progress."""
-        state = checkpoint["callbacks"][self.state_key]
-        state["evaluation"] = to_plain(cast(PEMModule, pl_module).evaluation)
+        checkpoint["callbacks"][self.state_key] = {
+            "validation_due": self._validation_due,
+            "world_size": trainer.world_size,
+            "evaluation": to_plain(cast(PEMModule, pl_module).evaluation),
+        }
         checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = _progress(0, 0, 0, 0)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -91,14 +87,14 @@ class ExactResume(Callback):
         callbacks = checkpoint["callbacks"]
         state = callbacks.get(self.state_key, {})
         cast(PEMModule, pl_module).evaluation = from_plain(state.get("evaluation"))
-        due = state.get("validation_due", False)
         if state.get("world_size", trainer.world_size) != trainer.world_size:
             rank_zero_warn(
                 f"{state['world_size']} devices were used before, {trainer.world_size} are now: the same images in the "
                 "same steps, but not the same random points, and sums are rounded otherwise"
             )
         if trainer.max_epochs == -1:
-            _set_progress(checkpoint["loops"]["fit_loop"], due, trainer.val_check_interval)
+            loops, due = checkpoint["loops"]["fit_loop"], state.get("validation_due", False)
+            _set_progress(loops, due, trainer.val_check_interval)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in callbacks and callback.dirpath:
                 callbacks[callback.state_key] = _moved(callbacks[callback.state_key], str(callback.dirpath))
@@ -131,35 +127,23 @@ def _progress(total_started: int, total_completed: int, started: int, completed:
 
 def _moved(state: dict[str, Any], folder: str) -> dict[str, Any]:
     """What a `ModelCheckpoint` knows, with its files where they are now, if they are there."""
-    old, best = state["dirpath"], state["best_model_path"]
-    if old == folder or not (Path(folder) / Path(best).name).is_file():
+    if not (Path(folder) / Path(state["best_model_path"]).name).is_file():
         return state
 
     def move(path: str) -> str:
         return str(Path(folder) / Path(path).name) if path else path
 
-    return {
-        **state,
-        "dirpath": folder,
-        "best_model_path": move(best),
-        "kth_best_model_path": move(state["kth_best_model_path"]),
-        "last_model_path": move(state["last_model_path"]),
-        "best_k_models": {move(path): score for path, score in state["best_k_models"].items()},
-    }
-
-
-log = logging.getLogger(__name__)
-
-_NEXT = "last-next.ckpt"
-"""A file that is not the newest yet; a killed run leaves it behind."""
+    paths = {key: move(state[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+    best = {move(path): score for path, score in state["best_k_models"].items()}
+    return {**state, **paths, "dirpath": folder, "best_k_models": best}
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` and, in case that is damaged, the one before as `last-previous.ckpt`.
+    """Keeps `last.ckpt` and the one before, `last-previous.ckpt`.
 
     It saves between two steps, when the step before is in the logs and its validation is over; also before and after a
     validation, because that takes long; and at the end. When a signal asks to stop (see `StopSignals`), it saves and
-    raises `Interrupted`; a validation is given up for that on a single device.
+    raises `Interrupted`; a single device gives up a validation for that.
 
     Args:
         dirpath: folder for the files.
@@ -173,14 +157,13 @@ class LastCheckpoint(Checkpoint):
         self._stop = SharedFlag()
         self._saved_step = 0
         self._validated = False  # since the last save
-        self._last_is_ours = False
+        self._last_is_ours = False  # and not of another training in the same folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals; look where this run comes from."""
         self._signals.install()
         self._saved_step = trainer.global_step
-        resumed = trainer.ckpt_path
-        self._last_is_ours = resumed is not None and _same(Path(resumed), self.dirpath / LAST)
+        self._last_is_ours = self._resumed_from(trainer, LAST)
         if trainer.is_global_zero:
             (self.dirpath / _NEXT).unlink(missing_ok=True)
 
@@ -202,15 +185,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and trainer.global_step not in (self._saved_step, trainer.max_steps):
             self._save(trainer)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Give the validation up if a signal came and it is saved that it is due.
 
         Raises:
@@ -225,7 +200,7 @@ class LastCheckpoint(Checkpoint):
         self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, before anything is done to the weights."""
+        """Save the end, before `EMA` puts the averaged weights into the network."""
         if trainer.fit_loop.done and (trainer.global_step != self._saved_step or self._validated):
             self._save(trainer, publish=False)
 
@@ -249,6 +224,9 @@ class LastCheckpoint(Checkpoint):
         self._stop.tell(torch.full((), self._signals.received is not None, device=pl_module.device))
         return stop
 
+    def _resumed_from(self, trainer: Trainer, name: str) -> bool:
+        return trainer.ckpt_path is not None and Path(trainer.ckpt_path).absolute() == (self.dirpath / name).absolute()
+
     def _save(self, trainer: Trainer, publish: bool = True) -> None:
         for logger in trainer.loggers:
             logger.save()  # a killed run keeps its curves up to here
@@ -258,14 +236,14 @@ class LastCheckpoint(Checkpoint):
             self._publish(trainer)
 
     def _publish(self, trainer: Trainer) -> None:
-        """Rename: the newest becomes the one before, the next the newest. There is a whole one at every moment."""
+        """Rename: the last becomes the previous, the next the last. There is a whole one at every moment."""
         last, previous, following = (self.dirpath / name for name in (LAST, PREVIOUS, _NEXT))
         if not trainer.is_global_zero or not following.exists():
             return  # nothing was saved, or it could not be written, which was said
         try:
             if self._last_is_ours:
                 _link(last, previous)
-            elif not (trainer.ckpt_path is not None and _same(Path(trainer.ckpt_path), previous)):
+            elif not self._resumed_from(trainer, PREVIOUS):
                 previous.unlink(missing_ok=True)  # of another training
             following.replace(last)
             self._last_is_ours = True
@@ -277,17 +255,10 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             if number == signal.SIGUSR1:
                 log.warning("%s", requeue())
-            log.warning(
-                "stopped by %s at step %d; to go on: %s",
-                signal.Signals(number).name,
-                trainer.global_step,
-                resume_command(self.dirpath / LAST),
-            )
+            stopped, step = signal.Signals(number).name, trainer.global_step
+            hint = f"python train.py resume={self.dirpath / LAST}"
+            log.warning("stopped by %s at step %d; to go on: %s", stopped, step, hint)
         raise Interrupted(number)
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.absolute() == b.absolute()
 
 
 def _link(source: Path, target: Path) -> None:
@@ -305,10 +276,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the old file, waits for the disk, and only then takes the old one's place.
 
     (Lightning's own writes into the system's temporary folder first. From there to another disk the file is copied,
-    which a kill leaves half done.)
-
-    A checkpoint that cannot be written does not end the training, which may find room for the next one: the old file
-    stays, and a warning says so.
+    which a kill leaves half done.) A checkpoint that cannot be written does not end the training, which may find room
+    for the next one: the old file stays, and a warning says so.
     """
 
     def __init__(self) -> None:
