@@ -33,6 +33,18 @@ TINY = (
 )
 """Arguments of train.py for a run of seconds on them."""
 
+TINIEST = (
+    *TINY,
+    "backbone.module={_target_:tests.small_training.TinyBackbone}",
+    "dataset.datamodule.num_val=2",
+    "logger=csv",
+    "callbacks.throughput=null",
+    "callbacks.panels=null",
+    "callbacks.curves=null",
+    "callbacks.confusion=null",
+)
+"""The same with a backbone of four convolutions, and without pictures."""
+
 
 def call(job: str, *arguments: str) -> int:
     """Run a job as its entry point does; returns the exit code."""
