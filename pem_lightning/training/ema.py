@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pem_lightning.types import UserError
@@ -57,14 +56,11 @@ class EMA(WeightAveraging):
         average: Any = self._average_model
         count = int(average.n_averaged)
         decay = min(self.decay, (1 + count) / (10 + count))
-        pairs = list(zip(_tensors(average.module), _tensors(pl_module), strict=True))
+        tensors = (chain(module.parameters(), module.buffers()) for module in (average.module, pl_module))
+        pairs = list(zip(*tensors, strict=True))
         averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
         get_ema_multi_avg_fn(decay)(averages, values, count)
         for target, value in pairs:
             if not target.is_floating_point():
                 target.copy_(value)
         average.n_averaged += 1
-
-
-def _tensors(module: nn.Module) -> chain[Tensor]:
-    return chain(module.parameters(), module.buffers())

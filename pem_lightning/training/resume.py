@@ -46,10 +46,10 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 class ExactResume(Callback):
-    """Adds what Lightning does not do when it restores a training with an endless loader (see `EndlessSampler`).
+    """Adds what Lightning loses when it restores a training with an endless loader (see `EndlessSampler`).
 
-    Lightning loses a validation that was due or under way, counts steps differently by the moment at which a checkpoint
-    was made, and forgets the best scores of a folder that was moved.
+    That is a validation that was due or under way, a count of steps that does not depend on the moment at which the
+    checkpoint was made, and the best scores of a folder that was moved.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class ExactResume(Callback):
             "world_size": trainer.world_size,
             "evaluation": to_plain(cast(PEMModule, pl_module).evaluation),
         }
-        checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = _progress(0, 0, 0, 0)
+        checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = _progress(0, 0)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put what Lightning is about to read into the one form that it restarts from correctly."""
@@ -104,25 +104,22 @@ def _set_progress(loops: dict[str, Any], validation_due: bool, validation_interv
     """Say "in the middle of the only epoch, so many steps are complete", at whatever moment the checkpoint was made."""
     steps = loops["epoch_loop.batch_progress"]["total"]["processed"]
     validated = steps > 0 and isinstance(validation_interval, int) and steps % validation_interval == 0
-    loops["epoch_progress"] = _progress(1, 0, 1, 0)
-    loops["epoch_loop.batch_progress"] = _progress(steps, steps, steps, steps)
+    loops["epoch_progress"] = _progress(1, 0)
+    loops["epoch_loop.batch_progress"] = _progress(steps, steps)
     # After a step with validation, Lightning passes by the end of that step once more and counts it there.
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - validated
     # A validation that has begun is begun anew.
-    loops["epoch_loop.val_loop.batch_progress"] = _progress(int(validation_due), 0, 0, 0)
+    loops["epoch_loop.val_loop.batch_progress"] = {**_progress(0, 0), "total": _counters(int(validation_due), 0)}
 
 
-def _progress(total_started: int, total_completed: int, started: int, completed: int) -> dict[str, Any]:
-    """Lightning's counters, over all epochs and in this one."""
+def _progress(started: int, completed: int) -> dict[str, Any]:
+    """Lightning's counters, over all epochs and in this one, which are the same for an only epoch."""
+    counters = _counters(started, completed)
+    return {"total": counters, "current": dict(counters), "is_last_batch": False}
 
-    def counters(started: int, completed: int) -> dict[str, int]:
-        return {"ready": started, "started": started, "processed": completed, "completed": completed}
 
-    return {
-        "total": counters(total_started, total_completed),
-        "current": counters(started, completed),
-        "is_last_batch": False,
-    }
+def _counters(started: int, completed: int) -> dict[str, int]:
+    return {"ready": started, "started": started, "processed": completed, "completed": completed}
 
 
 def _moved(state: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -168,11 +165,7 @@ class LastCheckpoint(Checkpoint):
             (self.dirpath / _NEXT).unlink(missing_ok=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save if it is time, stop if someone asks for it.
-
-        Raises:
-            Interrupted: a signal came.
-        """
+        """Save if it is time, stop if a signal asks for it."""
         step, stop = trainer.global_step, self._stop_is_agreed(trainer, pl_module)
         due = stop or self._validated or step % self.every_n_train_steps == 0
         if due and step > 0 and (step != self._saved_step or self._validated):
@@ -186,11 +179,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Give the validation up if a signal came and it is saved that it is due.
-
-        Raises:
-            Interrupted: so it is.
-        """
+        """Give the validation up if a signal came and it is saved that it is due."""
         # Several processes do not get to the same image at the same time: they finish.
         if self._signals.received and trainer.world_size == 1 and trainer.global_step == self._saved_step:
             self._leave(trainer)
@@ -287,16 +276,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write, or warn."""
         path = Path(path)
         try:
-            _write(checkpoint, path)
-        except OSError as error:
-            self._failed[path] = error.strerror or str(error)
-            log.warning(
-                "CANNOT WRITE %s (%s): training goes on, the old file is kept, and the next save tries again",
-                path,
-                self._failed[path],
-            )
-        else:
+            with replace_file(path, durable=True) as file:
+                torch.save(checkpoint, file)
             self._failed.pop(path, None)
+        except (OSError, RuntimeError) as error:
+            # PyTorch complains about the state in which the disk's own error left its writer.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            reason = self._failed[path] = cause.strerror or str(cause)
+            again = "training goes on, the old file is kept, and the next save tries again"
+            log.warning("CANNOT WRITE %s (%s): %s", path, reason, again)
 
     def check(self) -> None:
         """Look back at the end of a training.
@@ -306,13 +296,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         for path, reason in self._failed.items():
             raise UserError(f"the last state of {path} could not be written ({reason}): make room, and resume")
-
-
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    try:
-        with replace_file(path, durable=True) as file:
-            torch.save(checkpoint, file)
-    except RuntimeError as error:  # PyTorch complains about the state in which the disk's own error left its writer
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
