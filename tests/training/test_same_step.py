@@ -29,7 +29,7 @@ def steps(tmp_path_factory):
         for n, names in cases.items()
     ]
     for process in running:
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
