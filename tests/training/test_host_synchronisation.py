@@ -17,6 +17,7 @@ from pem_lightning import build_pem
 from pem_lightning.losses import SetCriterion
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.types import Target
+from tests.small_training import TinyBackbone
 
 
 class Crossings(TorchDispatchMode):
@@ -71,7 +72,8 @@ def crossings():
 def test_one_synchronisation_per_step(crossings, monkeypatch, pixel_decoder):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which knows no meta device
     with torch.device("meta"):
-        network = build_pem("stdc1", num_classes=5, num_queries=10, num_layers=2, pixel_decoder=pixel_decoder).train()
+        backbone = "stdc1" if pixel_decoder == "pem" else TinyBackbone()
+        network = build_pem(backbone, num_classes=5, num_queries=10, num_layers=2, pixel_decoder=pixel_decoder).train()
         criterion = SetCriterion(5, num_points=64)
         images = [torch.zeros(3, 64, 96, dtype=torch.uint8) for _ in range(2)]
 
