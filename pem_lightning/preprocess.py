@@ -1,4 +1,4 @@
-"""From uint8 images to what the network takes. Normalised first, then padded with 0, as the authors do.
+"""From uint8 images to the network's input: normalised first, then padded with 0, as the authors do.
 
 Legend: B batch, N segments, H W spatial.
 """
@@ -17,13 +17,12 @@ from pem_lightning.models.pem import padded_size
 from pem_lightning.types import Target
 
 IMAGE_MEAN = (123.675, 116.280, 103.530)
-"""ImageNet's mean over RGB values of 0 to 255."""
+"""ImageNet's mean of RGB values in 0 to 255."""
 IMAGE_STD = (58.395, 57.120, 57.375)
-"""ImageNet's standard deviation, likewise."""
 
 
 def normalize(image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
-    """Bring an RGB image to mean 0 and deviation 1 over ImageNet."""
+    """Bring an RGB image to mean 0 and standard deviation 1 over ImageNet."""
     mean, std = _statistics(image.device)
     return (image - mean) / std
 
@@ -36,23 +35,21 @@ def _statistics(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Ten
 
 
 def common_size(images: Sequence[UInt8[Tensor, "3 _ _"]]) -> tuple[int, int]:
-    """The size that all images fit into: a multiple of 32."""
+    """The smallest height and width that all images fit into and that 32 divides."""
     return padded_size(max(x.shape[1] for x in images), max(x.shape[2] for x in images))
 
 
 def pad_batch(
     images: Sequence[UInt8[Tensor, "3 _ _"]], targets: Sequence[Target], size: tuple[int, int] | None = None
 ) -> tuple[Float[Tensor, "B 3 H W"], list[Target]]:
-    """Normalise images and bring them, and their masks, to one size at right and bottom.
-
-    Padding is background of every mask.
+    """Normalise images, and pad them and their masks at the right and bottom; padding is background of every mask.
 
     Args:
         images: of any sizes.
         targets: one per image.
-        size: height and width; None for that of `common_size`.
+        size: height and width; by default `common_size`.
     """
-    height, width = common_size(images) if size is None else size
+    height, width = size or common_size(images)
 
     def pad(x: Tensor) -> Tensor:
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))

@@ -23,11 +23,27 @@ TINY = (
     "dataset.datamodule.num_val=3",
     "network.num_layers=2",
     "network.num_queries=20",
+    "network.channels=32",
+    "network.hidden_channels=32",
+    "network.mask_channels=32",
+    "network.pyramid_channels=32",
     "task.inference.object_mask_threshold=0.05",
     "task.inference.overlap_threshold=0.05",
     "trainer.log_every_n_steps=1",
 )
 """Arguments of train.py for a run of seconds on them."""
+
+TINIEST = (
+    *TINY,
+    "backbone.module={_target_:tests.small_training.TinyBackbone}",
+    "dataset.datamodule.num_val=2",
+    "logger=csv",
+    "callbacks.throughput=null",
+    "callbacks.panels=null",
+    "callbacks.curves=null",
+    "callbacks.confusion=null",
+)
+"""The same with a backbone of four convolutions, and without pictures."""
 
 
 def call(job: str, *arguments: str) -> int:

@@ -1,4 +1,4 @@
-"""A training of milliseconds, for what does not depend on the network."""
+"""Networks of few weights, and a training of milliseconds, for what does not depend on the network."""
 
 import torch
 from lightning import Trainer
@@ -8,11 +8,30 @@ from torch.utils.data import DataLoader
 from pem_lightning.data.cityscapes import CITYSCAPES
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.losses import SetCriterion
+from pem_lightning.models.backbones import Backbone
 from pem_lightning.training.module import PEMModule
 from pem_lightning.training.optim import cosine_schedule, parameter_groups
 from pem_lightning.types import Batch, Predictions, Target
 
 CLIP = 0.01
+
+
+class TinyBackbone(Backbone):
+    """Four convolutions."""
+
+    channels = (8, 8, 16, 16)
+
+    def __init__(self):
+        super().__init__()
+        sizes = [(3, 8, 4), (8, 8, 2), (8, 16, 2), (16, 16, 2)]
+        stages = [(nn.Conv2d(a, b, 5, stride, 2), nn.BatchNorm2d(b), nn.ReLU()) for a, b, stride in sizes]
+        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in stages)
+
+    def forward(self, images):
+        features = [images]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return features[1:]
 
 
 class Small(nn.Module):
@@ -48,7 +67,7 @@ class Step(torch.optim.AdamW):
         return torch.stack(gradients).norm().item() if gradients else 0.0
 
 
-def train(plugins=(), fused=False, steps=3, compile=None, channels_last=False, **settings):
+def train(plugins=(), fused=False, steps=3, compile=None, channels_last=False, ckpt_path=None, **settings):
     """Train it on four images in two micro-batches; returns module, trainer and the losses."""
     torch.manual_seed(0)
     module = PEMModule(
@@ -80,5 +99,5 @@ def train(plugins=(), fused=False, steps=3, compile=None, channels_last=False, *
     # Noise: where all points are equally uncertain, rounding would choose.
     images = list(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     targets = [Target(torch.tensor([i]), torch.arange(1024).view(1, 32, 32) > 200 * i) for i in range(4)]
-    trainer.fit(module, DataLoader([0] * steps, collate_fn=lambda _: Batch(images, targets, [])))
+    trainer.fit(module, DataLoader([0] * steps, collate_fn=lambda _: Batch(images, targets, [])), ckpt_path=ckpt_path)
     return module, trainer, losses

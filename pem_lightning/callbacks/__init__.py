@@ -4,11 +4,9 @@ from pem_lightning.callbacks.guards import NonFiniteLoss
 from pem_lightning.callbacks.progress import Throughput, progress_bar
 from pem_lightning.callbacks.results import Results, SavePredictions
 from pem_lightning.callbacks.visualization import ConfusionMatrix, Curves, PredictionPanels, WorstImages
-from pem_lightning.callbacks.weight_averaging import AverageWeights
 from pem_lightning.training.resume import ExactResume, LastCheckpoint
 
 __all__ = [
-    "AverageWeights",
     "ConfusionMatrix",
     "Curves",
     "ExactResume",

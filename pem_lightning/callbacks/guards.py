@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.files import write_or_warn
-from pem_lightning.training.distributed import SharedFlag, gather
+from pem_lightning.training.distributed import SharedFlag, all_gather
 from pem_lightning.types import Batch, UserError
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class NonFiniteLoss(Callback):
         self.bad_steps += 1
         step = trainer.global_step
         path = self._dump(trainer, batch, step)
-        files = [name for part in gather(_files(trainer, batch)) for name in part]
+        files = [name for part in all_gather(_files(trainer, batch)) for name in part]
         message = f"the loss of step {step} is not finite (images {', '.join(files)})"
         if self.bad_steps > self.max_bad_steps:
             raise UserError(

@@ -24,7 +24,7 @@ from pem_lightning.data import SegmentationDataModule
 from pem_lightning.files import check_writable, id_to_rgb, write_file
 from pem_lightning.inference.results import coco_instance, encode_png, official_class_map, segments_info
 from pem_lightning.metrics.evaluator import Evaluation
-from pem_lightning.training.distributed import gather
+from pem_lightning.training.distributed import all_gather
 from pem_lightning.training.module import PEMModule
 from pem_lightning.types import Batch, DatasetInfo
 
@@ -269,7 +269,7 @@ class SavePredictions(Callback):
         """
         if self.directory is None:
             return
-        parts, self._entries = gather(self._entries), []
+        parts, self._entries = all_gather(self._entries), []
         if not trainer.is_global_zero:
             return
         task = cast(PEMModule, pl_module).inference.task

@@ -29,7 +29,7 @@ from pem_lightning.files import write_or_warn
 from pem_lightning.inference.postprocess import Result
 from pem_lightning.inference.results import encode_png, stack_instances
 from pem_lightning.inference.visualize import index_map, overlay_panoptic, side_by_side
-from pem_lightning.training.distributed import gather
+from pem_lightning.training.distributed import all_gather
 from pem_lightning.training.module import PEMModule
 from pem_lightning.types import VOID_ID, Batch, DatasetInfo, Sample, Segment
 
@@ -174,7 +174,7 @@ class WorstImages(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rank the images of all processes; each process draws its own."""
-        keys = sorted(key for part in gather([entry[:2] for entry in self._worst]) for key in part)
+        keys = sorted(key for part in all_gather([entry[:2] for entry in self._worst]) for key in part)
         digits = max(2, len(str(self.num_images)))
         for score, name, panel in self._worst:
             rank = keys.index((score, name)) + 1

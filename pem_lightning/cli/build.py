@@ -49,9 +49,9 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     if cfg.trainer.precision == "auto":
         settings["precision"] = "16-mixed" if on_gpu else "32-true"
     plugins = [*instantiate(cfg.trainer.get("plugins") or []), AtomicCheckpointIO()]
-    if cfg.trainer.sync_batchnorm:  # Lightning applies it when there are several processes
-        plugins.append(PlainSyncBatchNorm(cpu=not on_gpu))
-    settings["sync_batchnorm"] = False  # Lightning's own kind, which knows no frozen ones
+    settings["sync_batchnorm"] = on_gpu and bool(cfg.trainer.sync_batchnorm)  # which PyTorch has on GPUs only
+    if settings["sync_batchnorm"]:  # Lightning applies it when there are several processes
+        plugins.append(PlainSyncBatchNorm())
     loggers = _instantiate_all(cfg.logger)
     callbacks = [ExactResume(), *_instantiate_all(cfg.callbacks)]
     try:

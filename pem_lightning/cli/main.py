@@ -45,7 +45,7 @@ from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.segment_files import segment_files
 from pem_lightning.models.backbones import Backbone
 from pem_lightning.models.flops import count_parameters
-from pem_lightning.training.batch_split import split_batch
+from pem_lightning.training.distributed import split_batch
 from pem_lightning.training.resume import AtomicCheckpointIO
 from pem_lightning.types import DatasetInfo, UserError
 

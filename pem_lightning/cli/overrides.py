@@ -17,7 +17,7 @@ from pem_lightning.callbacks.visualization import log_files
 from pem_lightning.checkpoints import Checkpoint, read_checkpoint
 from pem_lightning.cli.errors import is_override, key_of, renamed
 from pem_lightning.files import remove_leftovers, write_file
-from pem_lightning.training.signals import LAST, PREVIOUS
+from pem_lightning.training.resume import LAST, PREVIOUS
 from pem_lightning.types import UserError
 
 _NOT_TAKEN_OVER = ("resume", "output_dir", "hydra", "sweep")

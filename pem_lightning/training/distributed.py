@@ -1,42 +1,105 @@
-"""Between the processes of a training: one per device, over all nodes."""
+"""Several devices, one process each: how they share a step's images, and what they tell one another."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import Tensor, nn
 
+from pem_lightning.types import Batch, UserError
+
+MIN_MICRO_BATCH = 2
+"""Context-based self-modulation normalises one value per image and channel over the batch."""
+
+
+class BatchSplit(NamedTuple):
+    """One device's share of a step: images, and the equal micro-batches that they run through the network in."""
+
+    per_device: int
+    micro_batches: int
+
+
+def split_batch(global_batch_size: int, devices: int, micro_batch_size: int | None = None) -> BatchSplit:
+    """Share a step's images equally between devices, and on each between as few equal micro-batches as fit.
+
+    Args:
+        global_batch_size: images of one step.
+        devices: number of processes over all nodes.
+        micro_batch_size: largest micro-batch; None for no limit.
+
+    Raises:
+        UserError: there is no such split; the message names the nearest settings that have one.
+    """
+    images, limit = global_batch_size, micro_batch_size
+    if limit is not None and limit < MIN_MICRO_BATCH:
+        raise UserError(
+            f"recipe.micro_batch_size={limit}: choose at least {MIN_MICRO_BATCH}, which batch normalisation needs"
+        )
+    split = _find_split(images, devices, limit)
+    if split is not None:
+        return split
+    share, rest = divmod(images, devices)
+    where = "1 device" if devices == 1 else f"{devices} devices"
+    sizes = _nearest(images, 2 * images + 4 * devices, lambda n: _find_split(n, devices, limit))
+    hints = [f"recipe.global_batch_size={sizes}"]
+    if counts := _nearest(devices, images, lambda n: _find_split(images, n, limit)):
+        hints.append(f"{counts} device{'' if counts == '1' else 's'}")
+    if rest:
+        problem = f"cannot be shared out equally between {where}"
+    elif share < MIN_MICRO_BATCH:
+        problem = f"is too small for {where}: batch normalisation needs {MIN_MICRO_BATCH} images on each"
+    else:
+        problem = f"leaves {share} images on {where}, which have no equal parts of {MIN_MICRO_BATCH} to {limit}"
+        larger = _nearest(limit or 0, share, lambda n: _find_split(images, devices, n))
+        hints.append(f"recipe.micro_batch_size={larger}")
+    raise UserError(f"recipe.global_batch_size={images} {problem}; nearest that can: {', or '.join(hints)}")
+
+
+def _find_split(images: int, devices: int, limit: int | None) -> BatchSplit | None:
+    share, rest = divmod(images, devices)
+    if rest:
+        return None
+    for parts in range(1, share // MIN_MICRO_BATCH + 1):
+        if share % parts == 0 and (limit is None or share // parts <= limit):
+            return BatchSplit(share, parts)
+    return None
+
+
+def _nearest(number: int, largest: int, fits: Callable[[int], object]) -> str:
+    """The nearest numbers below and above one that fit: "30 or 33"."""
+    below = next((n for n in range(number - 1, 0, -1) if fits(n)), None)
+    above = next((n for n in range(number + 1, largest + 1) if fits(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)
+
+
+def micro_batches_of(batch: Batch, count: int) -> Iterator[Batch]:
+    """Cut a device's training batch into equal parts, in order; `count` divides the number of images."""
+    length = len(batch.images) // count
+    for start in range(0, len(batch.images), length):
+        part = slice(start, start + length)
+        yield Batch(batch.images[part], batch.targets[part], [], batch.names[part])
+
 
 def is_distributed() -> bool:
-    """Whether there are several processes that can talk to one another."""
+    """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized()
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Average a tensor over all processes, in one collective that the host does not wait for.
-
-    Args:
-        values: of the same shape in every process; changed in place.
-
-    Returns:
-        The mean; with one process the values themselves.
-    """
+    """Average a tensor over all processes in place, in one collective that the host does not wait for."""
     if is_distributed():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
 
 
-def gather(value: Any) -> list[Any]:
-    """The values of all processes by rank, on every one of them. All must call it.
-
-    Args:
-        value: small plain data.
-    """
+def all_gather(value: Any) -> list[Any]:
+    """The small plain values of all processes by rank, on each of them. All must call it."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -45,20 +108,16 @@ def gather(value: Any) -> list[Any]:
 
 
 class SharedFlag:
-    """Is up for all processes once one of them has raised it.
+    """Is up for all processes once one has raised it.
 
-    `tell` only queues work on the device, and `read` waits for that work, but for nothing that was queued after it.
+    `tell` only queues work on the device; `read` waits for that work, but for nothing that was queued after it.
     """
 
     def __init__(self) -> None:
         self._told: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def tell(self, up: Bool[Tensor, ""]) -> None:
-        """Say this process's part; all processes must do so equally often.
-
-        Args:
-            up: on the device on which the processes meet.
-        """
+        """Say this process's part, a tensor on its device. All processes must do so equally often."""
         number = up.detach().to(torch.float32)
         if is_distributed():
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -79,86 +138,17 @@ class SharedFlag:
         return any(bool(number) for number, _ in told)
 
 
-_CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-class SyncBatchNormCPU(nn.BatchNorm2d):
-    """What `nn.SyncBatchNorm` computes, which runs on GPUs only: statistics of all processes' values in training.
-
-    With it a training on CPU processes is the one on GPUs, and can be compared with that of one process.
-    """
-
-    def forward(self, input: Float[Tensor, "B C *spatial"]) -> Float[Tensor, "B C *spatial"]:
-        """Normalise."""
-        if not (self.training and is_distributed()):
-            return super().forward(input)
-        # Sums in half precision would be useless.
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        return self._normalize(x).to(input.dtype)
-
-    def _normalize(self, x: Tensor) -> Tensor:
-        over = [0, *range(2, x.dim())]
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        count = _SumOverProcesses.apply(x.new_full((), x.numel() / x.shape[1]))
-        mean = _SumOverProcesses.apply(x.sum(over)) / count
-        centred = x - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().sum(over)) / count
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
-            momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-            self.running_mean.lerp_(mean.detach(), momentum)
-            self.running_var.lerp_((variance * count / (count - 1)).detach(), momentum)
-        y = centred * (variance + self.eps).rsqrt().view(shape)
-        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of spatial dimensions."""
-
-
 class PlainSyncBatchNorm(TorchSyncBatchNorm):
-    """Synchronises PyTorch's own batch normalisations and leaves their subclasses alone.
+    """Lightning's `sync_batchnorm` for PyTorch's own layers only (on GPUs).
 
-    PyTorch's conversion takes any subclass for a plain layer: frozen ones would learn their statistics anew, and those
-    of timm that hold an activation would lose it. Left alone, a subclass keeps its device's own statistics.
-
-    Args:
-        cpu: whether the devices are CPU processes.
+    PyTorch's conversion takes any subclass for a plain layer, and timm's, which hold an activation, would lose it.
     """
-
-    def __init__(self, cpu: bool = False) -> None:
-        self.kind = SyncBatchNormCPU if cpu else nn.SyncBatchNorm
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Convert the layers inside of a model in place; returns the model."""
+        """Convert layers in place; parameters and buffers stay the same objects."""
         for name, child in model.named_children():
-            if type(child) in _CONVERTED:
-                model.add_module(name, self._converted(child))
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                model.add_module(name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
             else:
                 self.apply(child)
         return model
-
-    def _converted(self, norm: Any) -> nn.Module:
-        """The same layer, with the same parameters and buffers, synchronised."""
-        synced = self.kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        synced.train(norm.training)
-        for name, parameter in norm.named_parameters(recurse=False):
-            setattr(synced, name, parameter)
-        for name, buffer in norm.named_buffers(recurse=False):
-            setattr(synced, name, buffer)
-        return synced
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """Adds up a tensor over all processes; each one's loss depends on every part, so gradients add up as well."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total

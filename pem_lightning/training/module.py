@@ -1,4 +1,4 @@
-"""The one LightningModule: steps and hooks only. What happens in them is written elsewhere."""
+"""The one LightningModule: what happens in a training step and in a validation. The parts are written elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, TypedDict, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -17,15 +18,13 @@ from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.losses import SetCriterion
 from pem_lightning.metrics.evaluator import Evaluation, Evaluator
 from pem_lightning.preprocess import common_size, normalize, pad_batch
-from pem_lightning.training.averaging import AveragedNetwork
-from pem_lightning.training.batch_split import micro_batches_of
-from pem_lightning.training.distributed import mean_over_processes
-from pem_lightning.training.optim import clip_gradients, unscale_gradients
+from pem_lightning.training.distributed import mean_over_processes, micro_batches_of
+from pem_lightning.training.optim import clip_gradients
 from pem_lightning.types import Batch, DatasetInfo, Predictions, UserError
 
 
 class ValidationOutput(TypedDict):
-    """What callbacks get of every validation batch: results and their scores (see `Evaluator.update`), by image."""
+    """What callbacks get of a validation batch, image by image: results, and their scores (see `Evaluator.update`)."""
 
     results: list[Result]
     scores: list[float]
@@ -43,13 +42,12 @@ class PEMModule(LightningModule):
         optimizer: groups -> optimiser.
         schedule: optimiser -> learning-rate scheduler, stepped every iteration.
         record: how the experiment was configured, kept in checkpoints (see `checkpoints.Checkpoint`).
-        micro_batches: equal parts that the images of a step run through the network in (see `batch_split.BatchSplit`).
+        micro_batches: equal parts that the images of a step run through the network in (see `BatchSplit`).
         gradient_clip: largest norm of the gradient over all parameters; 0 for no limit.
-        channels_last: memory format that the network's weights are brought into, and the images of training.
-        compile: a mode of `torch.compile` for the network in training, or None. Validation, whose images may be of any
-            size, runs it as it is.
+        channels_last: memory format of the network's weights, and of the images in training.
+        compile: a mode of `torch.compile` for training, or None. Validation, whose images have any size, is eager.
         scales: of the views in validation, see `TestTimeAugmentation`.
-        flip: likewise.
+        flip: whether they are mirrored as well.
     """
 
     def __init__(
@@ -73,14 +71,13 @@ class PEMModule(LightningModule):
         super().__init__()
         # Lightning's own loop divides every part's loss by the number of parts and knows no totals of a step.
         self.automatic_optimization = False
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.criterion = criterion
         self.inference = inference
         self.augmentation = TestTimeAugmentation(inference, scales, flip)
         self.info = info
         self.evaluator = Evaluator(info, inference.task)
-        self.averaged: AveragedNetwork | None = None  # made by a callback
         self.evaluation: Evaluation | None = None  # of the last validation
         self.parameter_groups = parameter_groups
         self.optimizer = optimizer
@@ -88,7 +85,6 @@ class PEMModule(LightningModule):
         self.record = record or {}
         self.micro_batches = micro_batches
         self.gradient_clip = gradient_clip
-        self.memory_format = memory_format
         self.compiled: Callable[[Tensor], Predictions] | None = None
         if compile is not None:  # the function and not the module, so that weights keep their names
             self.compiled = torch.compile(network.forward, mode=compile, dynamic=False)
@@ -124,17 +120,18 @@ class PEMModule(LightningModule):
         return {"loss": summed.sum(), **dict(zip(losses, summed, strict=True))}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient; log its norm as it was."""
-        unscale_gradients(optimizer, self.trainer.precision_plugin)
-        self.log("train/grad_norm", clip_gradients(optimizer, self.gradient_clip), batch_size=1)
+        """Clip the gradient; log its norm before that."""
+        norm = clip_gradients(optimizer, self.gradient_clip, self.trainer.precision_plugin)
+        self.log("train/grad_norm", norm, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> ValidationOutput:
         """Predict one image after the other, each at its own size, and compare."""
-        network = self.network if self.averaged is None else self.averaged.network
         output = ValidationOutput(results=[], scores=[])
         for image, sample in zip(batch.images, batch.samples, strict=True):
             inputs, output_size = normalize(image)[None], size_of(sample.panoptic)
-            (result,) = self.augmentation(network, inputs, output_size, with_semantic=self.evaluator.needs_semantic)
+            (result,) = self.augmentation(
+                self.network, inputs, output_size, with_semantic=self.evaluator.needs_semantic
+            )
             output["scores"].append(self.evaluator.update(result, sample))
             output["results"].append(result)
         return output
@@ -154,20 +151,27 @@ class PEMModule(LightningModule):
             "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step", "name": "lr"},
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what evaluation and prediction need to do without any other file."""
+        checkpoint[CHECKPOINT_KEY] = {**self.record, "dataset_info": self.info.to_dict()}
+        averaging = self._averaging()
+        if averaging and "averaging_state" not in checkpoint:  # Lightning asks callbacks for full checkpoints only
+            averaging.on_save_checkpoint(self.trainer, self, checkpoint)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what cannot go on exactly.
+        """Go on from the last step's weights if the average is not wanted any more.
 
         Raises:
-            UserError: the training counted its steps in another way, before there were micro-batches.
+            UserError: the checkpoint counted its steps in another way, before there were micro-batches.
         """
         done = checkpoint["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"]
         if done["total"]["completed"] != checkpoint["global_step"]:
             raise UserError(
                 "the checkpoint is of an older version, whose training cannot go on: start a new one with weights="
             )
+        if not self._averaging():
+            checkpoint["state_dict"] = checkpoint.get("current_model_state", checkpoint["state_dict"])
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what evaluation and prediction need to do without any other file."""
-        checkpoint[CHECKPOINT_KEY] = {**self.record, "dataset_info": self.info.to_dict()}
-        if self.averaged is not None:
-            checkpoint[CHECKPOINT_KEY]["averaged"] = self.averaged.state_dict()
+    def _averaging(self) -> WeightAveraging | None:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((c for c in callbacks if isinstance(c, WeightAveraging)), None)

@@ -1,4 +1,4 @@
-"""What the optimiser is given: parameter groups and a learning-rate schedule, as PEM's authors train."""
+"""Parameter groups, gradient clipping and learning-rate schedule, as PEM's authors train."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split trainable parameters by learning rate and weight decay.
 
-    Norms and embeddings do not decay; biases do, as in the authors' training. Everything under a module called
-    `backbone` learns more slowly. Parameters that share both values share a group, because optimisers update a group
-    at once. A module may name further parameters of its own that do not decay: `no_weight_decay() -> set[str]`.
+    Norms and embeddings do not decay, biases do, as in the authors' training. Everything in a module called `backbone`
+    learns more slowly. A module may exempt more of its parameters from decay: `no_weight_decay() -> set[str]`.
 
     Args:
         model: the network, or a module that holds it.
         lr: learning rate outside of the backbone.
-        weight_decay: decay of all that decays.
+        weight_decay: of all that decays.
         backbone_lr_multiplier: the backbone's share of `lr`.
 
     Returns:
-        Groups for a `torch.optim` optimiser, in the order of the first parameter of each.
+        As few groups for a `torch.optim` optimiser as possible, in the order of the first parameter of each.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     seen: set[nn.Parameter] = set()
-    exempt = _exempt_by_themselves(model)
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "no_weight_decay")]
+    exempt = {owner.get_parameter(name) for owner in owners for name in owner.no_weight_decay()}
     for module_name, module in model.named_modules():
         part = "backbone" if "backbone" in module_name.split(".") else "decoders"
         group_lr = lr * backbone_lr_multiplier if part == "backbone" else lr
@@ -62,43 +62,28 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _exempt_by_themselves(model: nn.Module) -> set[nn.Parameter]:
-    owners: list[Any] = [module for module in model.modules() if hasattr(module, "no_weight_decay")]
-    return {owner.get_parameter(name) for owner in owners for name in owner.no_weight_decay()}
-
-
 def _is_norm_or_embedding(module: nn.Module, name: str) -> bool:
     # Vision transformers keep embeddings and position tables as bare parameters, known by name alone.
     return isinstance(module, (*NORMS, nn.Embedding)) or "embed" in name or name == "relative_position_bias_table"
 
 
-def unscale_gradients(optimizer: Optimizer, precision: Precision) -> None:
-    """Undo the scaling of the loss in float16 where Lightning has not done so.
-
-    Lightning leaves it to optimisers that can do it while they step, the fused ones, and a gradient would be clipped at
-    a multiple of its norm.
+def clip_gradients(optimizer: Optimizer, max_norm: float, precision: Precision) -> Tensor:
+    """Scale the gradient of an optimiser that is about to step down to a norm over all parameters.
 
     Args:
-        optimizer: about to step.
-        precision: the trainer's plugin.
+        optimizer: of the parameters.
+        max_norm: 0 for no limit.
+        precision: the trainer's plugin. In float16, Lightning leaves undoing the loss scale to fused optimisers while
+            they step, which is too late to clip.
+
+    Returns:
+        The norm before clipping, on the device.
     """
     scaler = getattr(precision, "scaler", None)
     if scaler is not None and optimizer.defaults.get("fused"):
         scaler.unscale_(optimizer)
-
-
-def clip_gradients(optimizer: Optimizer, largest_norm: float) -> Tensor:
-    """Scale the gradient down to a norm over all parameters.
-
-    Args:
-        optimizer: of the parameters.
-        largest_norm: 0 for no limit.
-
-    Returns:
-        The norm as it was, on the device.
-    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return nn.utils.clip_grad_norm_(parameters, largest_norm or math.inf)
+    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
 
 def cosine_schedule(
@@ -109,7 +94,7 @@ def cosine_schedule(
     warmup_iterations: int = 0,
     warmup_factor: float = 0.001,
 ) -> LambdaLR:
-    """Decay along half a cosine: lr(t) = end + (base - end) (1 + cos(pi t / max)) / 2. To be stepped every iteration.
+    """Decay along half a cosine, stepped every iteration: lr(t) = end + (base - end) (1 + cos(pi t / max)) / 2.
 
     One factor scales all groups, so that their proportions stay.
 
@@ -117,7 +102,7 @@ def cosine_schedule(
         optimizer: its groups' learning rates are the base values.
         max_iterations: when the end is reached; the rate stays there afterwards.
         end_lr: last learning rate of the group with the largest one.
-        warmup_iterations: how long to rise linearly to the decay's value; 0 for none, as in the paper.
+        warmup_iterations: of a linear rise to the decay's value; the paper has none.
         warmup_factor: where the rise begins, as a share of the base value.
     """
     end = end_lr / max(group["lr"] for group in optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""A resumed training repeats what the interrupted one would have done."""
+"""A training that is stopped, or killed at any moment, goes on as if nothing had happened: no bit differs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from pem_lightning.files import replace_file
 from pem_lightning.metrics.evaluator import from_plain, to_plain
 from pem_lightning.training.distributed import SharedFlag
 from pem_lightning.training.module import PEMModule
-from pem_lightning.training.signals import LAST, PREVIOUS, Interrupted, StopSignals, requeue, resume_command
+from pem_lightning.training.signals import Interrupted, StopSignals, requeue
 from pem_lightning.types import UserError
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+PREVIOUS = "last-previous.ckpt"
+"""The one before, in case the last is damaged."""
+_NEXT = "last-next.ckpt"
+"""Written, but not the last yet; a killed run leaves it behind."""
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed every generator (Python's, NumPy's, PyTorch's of the CPU and of all GPUs) for one step of one process.
+    """Seed Python's, NumPy's and PyTorch's generators for one step of one process.
 
     What a step draws depends on these three numbers alone. So no generator's state has to be kept, and neither a
-    validation, nor a picture, nor another number of loading processes changes the training.
-
-    Args:
-        seed: of the run.
-        step: number of steps before this one.
-        rank: number of the process.
+    validation, nor a picture, nor another number of loader workers changes the training.
     """
     words = np.random.SeedSequence((seed, step, rank)).generate_state(3, np.uint64)
     random.seed(int(words[0]))
@@ -43,21 +46,15 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 class ExactResume(Callback):
-    """Adds what Lightning does not do when it restores a training with an endless loader (see `EndlessSampler`).
+    """Adds what Lightning loses when it restores a training with an endless loader (see `EndlessSampler`).
 
-    Lightning brings back weights, averages, optimiser, schedule, loss scale, the best scores, and the number of steps.
-    It loses a validation that was due or under way, counts steps differently by the moment at which a checkpoint was
-    made, and forgets the best scores of a folder that was moved.
+    That is a validation that was due or under way, a count of steps that does not depend on the moment at which the
+    checkpoint was made, and the best scores of a folder that was moved.
     """
 
     def __init__(self) -> None:
         self._seed = 0
-        self._world_size = 1
         self._validation_due = False
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the number of processes."""
-        self._world_size = trainer.world_size
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the seed that `lightning.seed_everything` set in the first process."""
@@ -76,29 +73,28 @@ class ExactResume(Callback):
         """Note that it does not any more; Lightning makes its checkpoints after this."""
         self._validation_due = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whether a validation is due before the next step, and what random numbers depend on."""
-        return {"validation_due": self._validation_due, "world_size": self._world_size}
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the last validation's numbers, which the end of the run reports; leave out a validation's progress."""
-        state = checkpoint["callbacks"][self.state_key]
-        state["evaluation"] = to_plain(cast(PEMModule, pl_module).evaluation)
-        checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = _progress(0, 0, 0, 0)
+        checkpoint["callbacks"][self.state_key] = {
+            "validation_due": self._validation_due,
+            "world_size": trainer.world_size,
+            "evaluation": to_plain(cast(PEMModule, pl_module).evaluation),
+        }
+        checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = _progress(0, 0)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put what Lightning is about to read into the one form that it restarts from correctly."""
         callbacks = checkpoint["callbacks"]
         state = callbacks.get(self.state_key, {})
         cast(PEMModule, pl_module).evaluation = from_plain(state.get("evaluation"))
-        due = state.get("validation_due", False)
         if state.get("world_size", trainer.world_size) != trainer.world_size:
             rank_zero_warn(
                 f"{state['world_size']} devices were used before, {trainer.world_size} are now: the same images in the "
                 "same steps, but not the same random points, and sums are rounded otherwise"
             )
         if trainer.max_epochs == -1:
-            _set_progress(checkpoint["loops"]["fit_loop"], due, trainer.val_check_interval)
+            loops, due = checkpoint["loops"]["fit_loop"], state.get("validation_due", False)
+            _set_progress(loops, due, trainer.val_check_interval)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in callbacks and callback.dirpath:
                 callbacks[callback.state_key] = _moved(callbacks[callback.state_key], str(callback.dirpath))
@@ -108,58 +104,43 @@ def _set_progress(loops: dict[str, Any], validation_due: bool, validation_interv
     """Say "in the middle of the only epoch, so many steps are complete", at whatever moment the checkpoint was made."""
     steps = loops["epoch_loop.batch_progress"]["total"]["processed"]
     validated = steps > 0 and isinstance(validation_interval, int) and steps % validation_interval == 0
-    loops["epoch_progress"] = _progress(1, 0, 1, 0)
-    loops["epoch_loop.batch_progress"] = _progress(steps, steps, steps, steps)
+    loops["epoch_progress"] = _progress(1, 0)
+    loops["epoch_loop.batch_progress"] = _progress(steps, steps)
     # After a step with validation, Lightning passes by the end of that step once more and counts it there.
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - validated
     # A validation that has begun is begun anew.
-    loops["epoch_loop.val_loop.batch_progress"] = _progress(int(validation_due), 0, 0, 0)
+    loops["epoch_loop.val_loop.batch_progress"] = {**_progress(0, 0), "total": _counters(int(validation_due), 0)}
 
 
-def _progress(total_started: int, total_completed: int, started: int, completed: int) -> dict[str, Any]:
-    """Lightning's counters, over all epochs and in this one."""
+def _progress(started: int, completed: int) -> dict[str, Any]:
+    """Lightning's counters, over all epochs and in this one, which are the same for an only epoch."""
+    counters = _counters(started, completed)
+    return {"total": counters, "current": dict(counters), "is_last_batch": False}
 
-    def counters(started: int, completed: int) -> dict[str, int]:
-        return {"ready": started, "started": started, "processed": completed, "completed": completed}
 
-    return {
-        "total": counters(total_started, total_completed),
-        "current": counters(started, completed),
-        "is_last_batch": False,
-    }
+def _counters(started: int, completed: int) -> dict[str, int]:
+    return {"ready": started, "started": started, "processed": completed, "completed": completed}
 
 
 def _moved(state: dict[str, Any], folder: str) -> dict[str, Any]:
     """What a `ModelCheckpoint` knows, with its files where they are now, if they are there."""
-    old, best = state["dirpath"], state["best_model_path"]
-    if old == folder or not (Path(folder) / Path(best).name).is_file():
+    if not (Path(folder) / Path(state["best_model_path"]).name).is_file():
         return state
 
     def move(path: str) -> str:
         return str(Path(folder) / Path(path).name) if path else path
 
-    return {
-        **state,
-        "dirpath": folder,
-        "best_model_path": move(best),
-        "kth_best_model_path": move(state["kth_best_model_path"]),
-        "last_model_path": move(state["last_model_path"]),
-        "best_k_models": {move(path): score for path, score in state["best_k_models"].items()},
-    }
-
-
-log = logging.getLogger(__name__)
-
-_NEXT = "last-next.ckpt"
-"""A file that is not the newest yet; a killed run leaves it behind."""
+    paths = {key: move(state[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+    best = {move(path): score for path, score in state["best_k_models"].items()}
+    return {**state, **paths, "dirpath": folder, "best_k_models": best}
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` and, in case that is damaged, the one before as `last-previous.ckpt`.
+    """Keeps `last.ckpt` and the one before, `last-previous.ckpt`.
 
     It saves between two steps, when the step before is in the logs and its validation is over; also before and after a
     validation, because that takes long; and at the end. When a signal asks to stop (see `StopSignals`), it saves and
-    raises `Interrupted`; a validation is given up for that on a single device.
+    raises `Interrupted`; a single device gives up a validation for that.
 
     Args:
         dirpath: folder for the files.
@@ -173,23 +154,18 @@ class LastCheckpoint(Checkpoint):
         self._stop = SharedFlag()
         self._saved_step = 0
         self._validated = False  # since the last save
-        self._last_is_ours = False
+        self._last_is_ours = False  # and not of another training in the same folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals; look where this run comes from."""
         self._signals.install()
         self._saved_step = trainer.global_step
-        resumed = trainer.ckpt_path
-        self._last_is_ours = resumed is not None and _same(Path(resumed), self.dirpath / LAST)
+        self._last_is_ours = self._resumed_from(trainer, LAST)
         if trainer.is_global_zero:
             (self.dirpath / _NEXT).unlink(missing_ok=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save if it is time, stop if someone asks for it.
-
-        Raises:
-            Interrupted: a signal came.
-        """
+        """Save if it is time, stop if a signal asks for it."""
         step, stop = trainer.global_step, self._stop_is_agreed(trainer, pl_module)
         due = stop or self._validated or step % self.every_n_train_steps == 0
         if due and step > 0 and (step != self._saved_step or self._validated):
@@ -202,20 +178,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and trainer.global_step not in (self._saved_step, trainer.max_steps):
             self._save(trainer)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Give the validation up if a signal came and it is saved that it is due.
-
-        Raises:
-            Interrupted: so it is.
-        """
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Give the validation up if a signal came and it is saved that it is due."""
         # Several processes do not get to the same image at the same time: they finish.
         if self._signals.received and trainer.world_size == 1 and trainer.global_step == self._saved_step:
             self._leave(trainer)
@@ -225,7 +189,7 @@ class LastCheckpoint(Checkpoint):
         self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, before anything is done to the weights."""
+        """Save the end, before `EMA` puts the averaged weights into the network."""
         if trainer.fit_loop.done and (trainer.global_step != self._saved_step or self._validated):
             self._save(trainer, publish=False)
 
@@ -249,6 +213,9 @@ class LastCheckpoint(Checkpoint):
         self._stop.tell(torch.full((), self._signals.received is not None, device=pl_module.device))
         return stop
 
+    def _resumed_from(self, trainer: Trainer, name: str) -> bool:
+        return trainer.ckpt_path is not None and Path(trainer.ckpt_path).absolute() == (self.dirpath / name).absolute()
+
     def _save(self, trainer: Trainer, publish: bool = True) -> None:
         for logger in trainer.loggers:
             logger.save()  # a killed run keeps its curves up to here
@@ -258,14 +225,14 @@ class LastCheckpoint(Checkpoint):
             self._publish(trainer)
 
     def _publish(self, trainer: Trainer) -> None:
-        """Rename: the newest becomes the one before, the next the newest. There is a whole one at every moment."""
+        """Rename: the last becomes the previous, the next the last. There is a whole one at every moment."""
         last, previous, following = (self.dirpath / name for name in (LAST, PREVIOUS, _NEXT))
         if not trainer.is_global_zero or not following.exists():
             return  # nothing was saved, or it could not be written, which was said
         try:
             if self._last_is_ours:
                 _link(last, previous)
-            elif not (trainer.ckpt_path is not None and _same(Path(trainer.ckpt_path), previous)):
+            elif not self._resumed_from(trainer, PREVIOUS):
                 previous.unlink(missing_ok=True)  # of another training
             following.replace(last)
             self._last_is_ours = True
@@ -277,17 +244,10 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             if number == signal.SIGUSR1:
                 log.warning("%s", requeue())
-            log.warning(
-                "stopped by %s at step %d; to go on: %s",
-                signal.Signals(number).name,
-                trainer.global_step,
-                resume_command(self.dirpath / LAST),
-            )
+            stopped, step = signal.Signals(number).name, trainer.global_step
+            hint = f"python train.py resume={self.dirpath / LAST}"
+            log.warning("stopped by %s at step %d; to go on: %s", stopped, step, hint)
         raise Interrupted(number)
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.absolute() == b.absolute()
 
 
 def _link(source: Path, target: Path) -> None:
@@ -305,10 +265,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the old file, waits for the disk, and only then takes the old one's place.
 
     (Lightning's own writes into the system's temporary folder first. From there to another disk the file is copied,
-    which a kill leaves half done.)
-
-    A checkpoint that cannot be written does not end the training, which may find room for the next one: the old file
-    stays, and a warning says so.
+    which a kill leaves half done.) A checkpoint that cannot be written does not end the training, which may find room
+    for the next one: the old file stays, and a warning says so.
     """
 
     def __init__(self) -> None:
@@ -318,16 +276,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write, or warn."""
         path = Path(path)
         try:
-            _write(checkpoint, path)
-        except OSError as error:
-            self._failed[path] = error.strerror or str(error)
-            log.warning(
-                "CANNOT WRITE %s (%s): training goes on, the old file is kept, and the next save tries again",
-                path,
-                self._failed[path],
-            )
-        else:
+            with replace_file(path, durable=True) as file:
+                torch.save(checkpoint, file)
             self._failed.pop(path, None)
+        except (OSError, RuntimeError) as error:
+            # PyTorch complains about the state in which the disk's own error left its writer.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            reason = self._failed[path] = cause.strerror or str(cause)
+            again = "training goes on, the old file is kept, and the next save tries again"
+            log.warning("CANNOT WRITE %s (%s): %s", path, reason, again)
 
     def check(self) -> None:
         """Look back at the end of a training.
@@ -337,13 +296,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         for path, reason in self._failed.items():
             raise UserError(f"the last state of {path} could not be written ({reason}): make room, and resume")
-
-
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    try:
-        with replace_file(path, durable=True) as file:
-            torch.save(checkpoint, file)
-    except RuntimeError as error:  # PyTorch complains about the state in which the disk's own error left its writer
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise

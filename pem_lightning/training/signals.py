@@ -8,24 +8,14 @@ import shutil
 import signal
 import subprocess
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-LAST = "last.ckpt"
-PREVIOUS = "last-previous.ckpt"
-
 
 class Interrupted(SystemExit):
-    """A training stopped because it was asked to, after it saved where it stands.
-
-    Attributes:
-        signal: which asked.
-
-    The exit code is the shell's: 128 and the signal's number, 130 for Ctrl-C, 143 for SIGTERM.
-    """
+    """A training was asked to stop, and saved where it stands. The exit code is the shell's: 128 + the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -33,10 +23,10 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """Notes Ctrl-C, SIGTERM, and SLURM's early warning (SIGUSR1, only in a SLURM job) instead of dying of them.
+    """Notes Ctrl-C, SIGTERM and, in a SLURM job, its early warning SIGUSR1, instead of dying of them.
 
-    A second Ctrl-C stops at once. To be made before Lightning installs its own handlers; one for SIGTERM that somebody
-    else has installed by then is left in place.
+    A second Ctrl-C stops at once. To be made before Lightning installs its own handlers; somebody else's handler of
+    SIGTERM is left in place.
 
     Attributes:
         received: the signal that came first, None so far.
@@ -51,7 +41,7 @@ class StopSignals:
         self._installed = False
 
     def install(self) -> None:
-        """Start to listen, in the place of Lightning; only the main thread can."""
+        """Listen in Lightning's place; only the main thread can."""
         if threading.current_thread() is threading.main_thread():
             for number in self._before:
                 signal.signal(number, self._note)
@@ -68,23 +58,17 @@ class StopSignals:
         if self.received is None:
             self.received = number
             again = "; once more stops at once, without saving" if number == signal.SIGINT else ""
-            # Neither print nor a logger may be used in here: they may be the ones that were interrupted.
+            # Neither print nor a logger may be used here: they may be what was interrupted.
             os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving{again}\n".encode())
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
 
-def resume_command(checkpoint: Path) -> str:
-    """What to type to go on."""
-    return f"python train.py resume={checkpoint}"
-
-
 def requeue() -> str:
     """Ask SLURM to start this job again; returns what came of it."""
-    environment = os.environ
-    job = environment.get("SLURM_JOB_ID", "")
-    if "SLURM_ARRAY_JOB_ID" in environment:
-        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
     program = shutil.which("scontrol")
     if program is None or not re.fullmatch(r"[0-9_]+", job):
         return "SLURM cannot be asked to queue the job again: no scontrol or no job number here"

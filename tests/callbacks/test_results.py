@@ -125,7 +125,7 @@ def save(trainer, module):
                 callback.on_validation_batch_end(trainer, module, {"results": [result]}, batch, 0)
         entries = [callback._entries for callback in callbacks]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pem_lightning.callbacks.results.gather", lambda _: entries)
+            patch.setattr("pem_lightning.callbacks.results.all_gather", lambda _: entries)
             for rank, callback in reversed(list(enumerate(callbacks))):
                 trainer.is_global_zero = rank == 0
                 callback.on_validation_end(trainer, module)

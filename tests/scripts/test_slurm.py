@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pem_lightning.cli.build import build_trainer
-from pem_lightning.training.batch_split import split_batch
+from pem_lightning.training.distributed import split_batch
 from tests.test_config import compose
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm.sh"

@@ -4,10 +4,7 @@ The step runs on PyTorch's "meta" device, which has no values: whatever needs on
 indexing with a mask, ...) raises, except for plain copies, which are counted here and answered with ones.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
@@ -20,18 +17,18 @@ from pem_lightning import build_pem
 from pem_lightning.losses import SetCriterion
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.types import Target
+from tests.small_training import TinyBackbone
 
 
 class Crossings(TorchDispatchMode):
     """Counts copies from the device, and those to it that are free to wait."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.to_host: list[torch.Size] = []
-        self.to_device: list[tuple[torch.Size, bool]] = []
+        self.to_host = []
+        self.to_device = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See every operation."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func is torch.ops.aten._to_copy.default:
@@ -50,39 +47,37 @@ class Crossings(TorchDispatchMode):
 class Constants(TorchFunctionMode):
     """Adds the constants that are brought to the device, which dispatch does not see."""
 
-    def __init__(self, crossings: Crossings) -> None:
+    def __init__(self, crossings):
         super().__init__()
         self.crossings = crossings
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See every function."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in (torch.tensor, torch.as_tensor) and out.is_meta and not isinstance(args[0], Tensor):
             self.crossings.to_device.append((out.shape, False))
         return out
 
 
-def targets(*counts: int) -> list[Target]:
+def targets(*counts):
     with torch.device("meta"):
         return [Target(torch.zeros(n, dtype=torch.long), torch.zeros(n, 64, 96, dtype=torch.bool)) for n in counts]
 
 
 @pytest.fixture
-def crossings() -> Crossings:
+def crossings():
     return Crossings()
 
 
 @pytest.mark.parametrize("pixel_decoder", ["pem", "msdeform"])
-def test_one_synchronisation_per_step(
-    crossings: Crossings, monkeypatch: pytest.MonkeyPatch, pixel_decoder: str
-) -> None:
+def test_one_synchronisation_per_step(crossings, monkeypatch, pixel_decoder):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which knows no meta device
     with torch.device("meta"):
-        network = build_pem("stdc1", num_classes=5, num_queries=10, num_layers=2, pixel_decoder=pixel_decoder).train()
+        backbone = "stdc1" if pixel_decoder == "pem" else TinyBackbone()
+        network = build_pem(backbone, num_classes=5, num_queries=10, num_layers=2, pixel_decoder=pixel_decoder).train()
         criterion = SetCriterion(5, num_points=64)
         images = [torch.zeros(3, 64, 96, dtype=torch.uint8) for _ in range(2)]
 
-    def step() -> None:
+    def step():
         batch, wanted = pad_batch(images, targets(3, 4))
         losses = criterion(network(batch), wanted)
         torch.stack(list(losses.values())).sum().backward()
@@ -97,12 +92,12 @@ def test_one_synchronisation_per_step(
 
 
 @pytest.mark.parametrize("read", [Tensor.item, Tensor.nonzero, lambda x: x[x > 0], lambda x: bool(x.sum() > 0)])
-def test_reads_do_not_go_unseen(crossings: Crossings, read: Any) -> None:
+def test_reads_do_not_go_unseen(crossings, read):
     with crossings, pytest.raises((RuntimeError, NotImplementedError)):
         read(torch.zeros(1, device="meta"))
 
 
-def test_copies_do_not_go_unseen(crossings: Crossings) -> None:
+def test_copies_do_not_go_unseen(crossings):
     with crossings, Constants(crossings):
         torch.zeros(2, device="meta").cpu()
         torch.zeros(3).to("meta")

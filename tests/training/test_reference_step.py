@@ -12,6 +12,8 @@ from pem_lightning.preprocess import pad_batch
 from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import Target
 
+pytestmark = pytest.mark.slow
+
 
 class Replay:
     """The authors' random points, reordered: they match image by image and layer by layer, ours in one pass."""
@@ -30,15 +32,22 @@ class Replay:
 
 
 def read_step(reference, variant):
+    """What the authors got, images and targets, and the criterion with their points."""
     expected = json.loads((reference / "pem" / f"train_city_pan_r50{variant}.json").read_text())
     arrays = np.load(reference / "pem" / f"train_city_pan_r50{variant}.npz")
-    images = [torch.from_numpy(arrays[f"image_{i}"]) for i in range(2)]
     targets = []
     for i in range(2):
         masks = np.unpackbits(arrays[f"masks_{i}"], axis=-1, count=arrays[f"masks_{i}_shape"][-1]).astype(bool)
         targets.append(Target(torch.from_numpy(arrays[f"labels_{i}"]), torch.from_numpy(masks)))
     draws = [torch.from_numpy(arrays[f"rand_{i:02d}"]) for i in range(len(expected["tape_shapes"]))]
-    return expected, arrays, images, targets, draws
+    criterion = SetCriterion(19, num_points=expected["TRAIN_NUM_POINTS"], rand=Replay(draws, num_images=2))
+    return expected, arrays, pad_batch([torch.from_numpy(arrays[f"image_{i}"]) for i in range(2)], targets), criterion
+
+
+def tensors(arrays, prefix):
+    """The authors' arrays of a kind, by our names."""
+    keys = [key for key in arrays if key.startswith(prefix)]
+    return {checkpoints.rename_official_key(key.removeprefix(prefix)): torch.from_numpy(arrays[key]) for key in keys}
 
 
 @pytest.fixture
@@ -48,55 +57,39 @@ def network(official_weights):
     return network
 
 
-@pytest.mark.slow
 def test_equals_the_authors_step(reference, network):
-    expected, arrays, images, targets, draws = read_step(reference, "_bneval")
+    expected, arrays, (batch, targets), criterion = read_step(reference, "_bneval")
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
-    criterion = SetCriterion(19, num_points=expected_points(expected), rand=Replay(draws, num_images=2))
-    groups = parameter_groups(network, lr=expected["base_lr"])
-    optimizer = torch.optim.AdamW(groups, lr=expected["base_lr"])
+    optimizer = torch.optim.AdamW(parameter_groups(network, lr=expected["base_lr"]), lr=expected["base_lr"])
 
-    batch, padded = pad_batch(images, targets)
-    losses = criterion(network(batch), padded)
+    losses = criterion(network(batch), targets)
     torch.stack(list(losses.values())).sum().backward()
 
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(expected["losses_weighted"], rel=1e-5)
-    names = {checkpoints.rename_official_key(key): key for key in expected["grad_norms"]}
     parameters = dict(network.named_parameters())
-    assert names.keys() == parameters.keys()
-    for name, key in names.items():
-        assert parameters[name].grad.norm().item() == pytest.approx(expected["grad_norms"][key], rel=1e-4, abs=1e-6), (
-            name
-        )
-    for key in (k for k in arrays if k.startswith("grad/")):
-        grad = parameters[checkpoints.rename_official_key(key.removeprefix("grad/"))].grad
-        wanted = torch.from_numpy(arrays[key])
-        torch.testing.assert_close(grad.flatten()[: len(wanted)], wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    norms = {checkpoints.rename_official_key(key): norm for key, norm in expected["grad_norms"].items()}
+    assert norms.keys() == parameters.keys()
+    for name, norm in norms.items():
+        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6), name
+    for name, wanted in tensors(arrays, "grad/").items():
+        grad = parameters[name].grad.flatten()[: len(wanted)]
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), expected["clip"])
     assert norm.item() == pytest.approx(expected["total_grad_norm"], rel=1e-5)
     optimizer.step()
-    for key in (k for k in arrays if k.startswith("after_step/")):
-        weight = parameters[checkpoints.rename_official_key(key.removeprefix("after_step/"))].detach()
-        wanted = torch.from_numpy(arrays[key])
-        torch.testing.assert_close(weight.flatten()[: len(wanted)], wanted, rtol=0, atol=1e-5)
+    for name, wanted in tensors(arrays, "after_step/").items():
+        weight = parameters[name].detach().flatten()[: len(wanted)]
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-5)
 
 
-def expected_points(expected):
-    return expected["TRAIN_NUM_POINTS"]
-
-
-@pytest.mark.slow
 def test_batch_statistics_agree_within_their_noise(reference, network):
     """With batch statistics the step is ill-conditioned (0.3 to 0.6 % between kernels), so only roughly equal."""
-    expected, arrays, images, targets, draws = read_step(reference, "")
-    criterion = SetCriterion(19, num_points=expected_points(expected), rand=Replay(draws, num_images=2))
-    batch, padded = pad_batch(images, targets)
-    losses = criterion(network(batch), padded)
+    expected, arrays, (batch, targets), criterion = read_step(reference, "")
+    losses = criterion(network(batch), targets)
     assert torch.stack(list(losses.values())).sum().item() == pytest.approx(expected["total"], rel=0.02)
     state = network.state_dict()
-    for key in (k for k in arrays if k.startswith("bn/")):
-        actual = state[checkpoints.rename_official_key(key.removeprefix("bn/"))]
-        torch.testing.assert_close(actual, torch.from_numpy(arrays[key]), rtol=0.01, atol=1e-3)
+    for name, wanted in tensors(arrays, "bn/").items():
+        torch.testing.assert_close(state[name], wanted, rtol=0.01, atol=1e-3)

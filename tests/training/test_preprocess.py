@@ -12,21 +12,14 @@ def test_normalisation_is_imagenets():
 
 
 def test_normalised_first_then_padded_with_zero():
+    """The second image has no segments."""
     images = [torch.full((3, 20, 40), 7, dtype=torch.uint8), torch.full((3, 33, 30), 9, dtype=torch.uint8)]
-    targets = [Target(torch.tensor([1]), torch.ones(1, *x.shape[1:], dtype=torch.bool)) for x in images]
-    batch, padded = pad_batch(images, targets)
+    masks = [torch.ones(n, *x.shape[1:], dtype=torch.bool) for n, x in zip((1, 0), images, strict=True)]
+    batch, padded = pad_batch(images, [Target(torch.ones(len(m), dtype=torch.int64), m) for m in masks])
     assert batch.shape == (2, 3, 64, 64)
     torch.testing.assert_close(batch[0, :, :20, :40], normalize(images[0]))
     assert (batch[0, :, 20:] == 0).all()
     assert (batch[0, :, :, 40:] == 0).all()
-    assert [int(t.masks.sum()) for t in padded] == [20 * 40, 33 * 30]  # padding is background
-    assert padded[1].masks[0, :33, :30].all()
-
-
-def test_no_targets():
-    batch, padded = pad_batch(
-        [torch.zeros(3, 32, 32, dtype=torch.uint8)],
-        [Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 32, 32, dtype=torch.bool))],
-    )
-    assert batch.shape == (1, 3, 32, 32)
-    assert padded[0].masks.shape == (0, 32, 32)
+    assert padded[0].masks[0, :20, :40].all()
+    assert padded[0].masks.sum() == 20 * 40  # padding is background
+    assert padded[1].masks.shape == (0, 64, 64)

@@ -1,4 +1,4 @@
-"""Train a small PEM for one step: python -m tests.train_one_step DEVICES FOLDER CASE...
+"""Train a small PEM for one step: python -m tests.training.train_one_step DEVICES FOLDER CASE...
 
 A case is MICRO_BATCHES-NORM, with the norm in "train" or "eval" mode, in float64, or MICRO_BATCHES-NORM-float32.
 Gradients before clipping, losses and the weights after the step go to FOLDER/DEVICES-CASE.pt. The images of the step,
@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning import Callback, Trainer
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader
 
 from pem_lightning import build_pem
@@ -18,10 +21,10 @@ from pem_lightning.data.cityscapes import CITYSCAPES
 from pem_lightning.data.sampler import TrainSampler
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.losses import SetCriterion
-from pem_lightning.training.distributed import PlainSyncBatchNorm
 from pem_lightning.training.module import PEMModule
 from pem_lightning.training.optim import cosine_schedule, parameter_groups
 from pem_lightning.types import Batch, Target
+from tests.small_training import TinyBackbone
 
 IMAGES = 4
 
@@ -65,6 +68,30 @@ class Criterion(SetCriterion):
         return super().forward(predictions, targets, totals)
 
 
+class SyncedNorm(nn.BatchNorm2d):
+    """Stands in for `nn.SyncBatchNorm`, which runs on GPUs only: statistics of all processes' values."""
+
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        count = x.numel() / x.shape[1] * dist.get_world_size()
+        mean = all_reduce(x.sum((0, 2, 3))) / count  # its gradients add up over processes as well
+        centred = x - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
+        return centred * ((variance + self.eps).rsqrt() * self.weight)[:, None, None] + self.bias[:, None, None]
+
+
+class SyncOnCPU(TorchSyncBatchNorm):
+    def apply(self, model):
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SyncedNorm
+        return model
+
+
 class Watch(Callback):
     def __init__(self, path: Path, norm: str):
         self.path, self.norm, self.seen = path, norm, {}
@@ -88,7 +115,8 @@ def train(devices: int, folder: Path, case: str) -> None:
     micro_batches, norm, *precision = case.split("-")
     dtype = torch.float32 if precision else torch.float64
     torch.manual_seed(0)
-    network = build_pem("resnet18", num_classes=19, num_queries=8, num_layers=2).to(dtype)
+    sizes = {"channels": 64, "mask_channels": 64, "hidden_channels": 128, "pyramid_channels": 64}
+    network = build_pem(TinyBackbone(), num_classes=19, num_queries=8, num_layers=2, **sizes).to(dtype)
     network.register_forward_pre_hook(lambda network, images: (images[0].to(dtype),))
     rand = PointsByImage()
     module = PEMModule(
@@ -113,7 +141,7 @@ def train(devices: int, folder: Path, case: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        plugins=[PlainSyncBatchNorm(cpu=True)],
+        plugins=[SyncOnCPU()],
         callbacks=[Watch(folder / f"{devices}-{case}.pt", norm)],
         log_every_n_steps=1,
     )

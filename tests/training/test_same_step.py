@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -23,13 +23,13 @@ def steps(tmp_path_factory):
     cases = {1: ["1-train", "1-eval", "2-eval", "2-train"], 2: ["1-train", "1-eval", "2-eval"]}
     for n in cases:
         cases[n] += [f"{case}-float32" for case in ("1-train", "1-eval", "2-eval")]
-    command = [sys.executable, "-m", "tests.train_one_step"]
+    command = [sys.executable, "-m", "tests.training.train_one_step"]
     running = [
         subprocess.Popen([*command, str(n), str(folder), *names], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for n, names in cases.items()
     ]
     for process in running:
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 

@@ -9,13 +9,8 @@ from pathlib import Path
 import torch
 from lightning import Callback
 
-from pem_lightning.training import resume as atomic_io
-from pem_lightning.training import resume as last_checkpoint
+from pem_lightning.training import resume
 from tests.jobs import call
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Kill(Callback):
@@ -55,11 +50,11 @@ class Kill(Callback):
                 write(content, file)
                 file.truncate(file.tell() // 2)
                 file.flush()
-                die()
+                os.kill(os.getpid(), signal.SIGKILL)
 
-            atomic_io.torch.save = half
+            torch.save = half
         if self.moment == "rename":
-            last_checkpoint._link = lambda source, target: die()
+            resume._link = lambda source, target: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def in_child(*arguments, job="train"):
@@ -84,7 +79,7 @@ def in_child(*arguments, job="train"):
 
 def kill(step, moment="step", signal="SIGKILL"):
     """Arguments of train.py."""
-    keys = {"_target_": "tests.killing.Kill", "step": step, "moment": moment, "signal": signal}
+    keys = {"_target_": "tests.training.killing.Kill", "step": step, "moment": moment, "signal": signal}
     return [f"+callbacks.kill.{key}={value}" for key, value in keys.items()]
 
 
@@ -110,7 +105,7 @@ def state(path):
     restore it.
     """
     content = torch.load(path, weights_only=True)
-    content["averaged"] = content.pop("pem_lightning").get("averaged", {})
+    del content["pem_lightning"]
     for callback in content["callbacks"].values():
         for key in ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path", "current_score"):
             callback.pop(key, None)

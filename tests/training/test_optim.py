@@ -1,49 +1,41 @@
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from pem_lightning import build_pem
 from pem_lightning.checkpoints import rename_official_key
 from pem_lightning.training.optim import cosine_schedule, parameter_groups
 
 
-def values_by_name(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+def values_by_name(model, groups):
     names = {parameter: name for name, parameter in model.named_parameters()}
     listed = [(names[p], (group["lr"], group["weight_decay"])) for group in groups for p in group["params"]]
     assert len(dict(listed)) == len(listed), "a parameter is listed twice"
     return dict(listed)
 
 
-def test_authors_groups(reference: Path) -> None:
+def test_authors_groups(reference):
     official = json.loads((reference / "pem" / "optimizer_city_pan_r50.json").read_text())
     base_lr = official["base_lr"]
     with torch.device("meta"):
         model = build_pem(backbone="resnet50", num_classes=19)
     groups = parameter_groups(model, lr=base_lr)
-    found = values_by_name(model, groups)
-    expected = {
+    assert values_by_name(model, groups) == {
         rename_official_key(name): (pytest.approx(base_lr * multiplier), decay)
         for name, (multiplier, decay) in official["params"].items()
     }
-    assert found == expected
-    assert sorted(len(group["params"]) for group in groups) == sorted(
-        Counter(tuple(values) for values in official["params"].values()).values()
-    )
+    sizes = Counter(tuple(values) for values in official["params"].values()).values()
+    assert sorted(len(group["params"]) for group in groups) == sorted(sizes)
 
 
 class Small(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
         self.backbone_like = nn.Linear(4, 4)
@@ -56,7 +48,7 @@ class Small(nn.Module):
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
 
 
-def test_rules_on_a_small_model() -> None:
+def test_rules_on_a_small_model():
     model = Small()
     found = values_by_name(model, parameter_groups(model, lr=1.0, weight_decay=0.2, backbone_lr_multiplier=0.5))
     assert found == {
@@ -75,15 +67,17 @@ def test_rules_on_a_small_model() -> None:
     }
 
 
-def test_as_few_groups_as_possible() -> None:
-    assert len(parameter_groups(Small(), lr=1.0)) == 4
-    assert len(parameter_groups(Small(), lr=1.0, backbone_lr_multiplier=1.0)) == 2
-    assert len(parameter_groups(Small(), lr=1.0, backbone_lr_multiplier=1.0, weight_decay=0.0)) == 1
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [({}, 4), ({"backbone_lr_multiplier": 1.0}, 2), ({"backbone_lr_multiplier": 1.0, "weight_decay": 0.0}, 1)],
+)
+def test_as_few_groups_as_possible(settings, count):
+    assert len(parameter_groups(Small(), lr=1.0, **settings)) == count
 
 
-def test_a_module_exempts_its_own_parameters() -> None:
+def test_a_wrapped_module_keeps_its_backbone_and_exempts_its_own_parameters():
     class Exempting(Small):
-        def no_weight_decay(self) -> set[str]:
+        def no_weight_decay(self):
             return {"backbone.0.weight"}
 
     model = nn.Sequential(Exempting())
@@ -91,16 +85,11 @@ def test_a_module_exempts_its_own_parameters() -> None:
     assert (found["0.backbone.0.weight"], found["0.backbone.0.bias"]) == ((0.1, 0.0), (0.1, 0.2))
 
 
-def test_wrapped_network_keeps_its_backbone() -> None:
-    lrs = {group["lr"] for group in parameter_groups(nn.ModuleDict({"network": Small()}), lr=1.0)}
-    assert lrs == {1.0, 0.1}
-
-
-def optimizer(lr: float = 1.0) -> torch.optim.Optimizer:
+def optimizer(lr=1.0):
     return torch.optim.AdamW(parameter_groups(Small(), lr=lr), lr=lr)
 
 
-def rates(scheduler: LRScheduler, iterations: int) -> list[list[float]]:
+def rates(scheduler, iterations):
     """Learning rates of all groups, as used in each iteration."""
     used = []
     for _ in range(iterations):
@@ -110,33 +99,28 @@ def rates(scheduler: LRScheduler, iterations: int) -> list[list[float]]:
     return used
 
 
-def rates_at(scheduler: Any, iteration: int) -> list[float]:
-    factor = scheduler.lr_lambdas[0](iteration)
-    return [factor * base for base in scheduler.base_lrs]
-
-
 @pytest.mark.parametrize("name", ["city_pan_r50", "ade_pan_r50"])
-def test_authors_schedule(reference: Path, name: str) -> None:
+def test_authors_schedule(reference, name):
     expected = json.loads((reference / "pem" / "lr_schedule.json").read_text())[name]
     base, end = expected["base_lr"], expected["end_lr"]
     scheduler = cosine_schedule(optimizer(base), max_iterations=expected["max_iter"], end_lr=end)
     for iteration, lr in expected["lr_used_at_iter"].items():
-        found = rates_at(scheduler, int(iteration))
+        factor = scheduler.lr_lambdas[0](int(iteration))
+        found = [factor * base for base in scheduler.base_lrs]
         # The last value of a decay to zero is a difference of nearly equal numbers.
         assert max(found) == pytest.approx(lr, rel=1e-9, abs=1e-15)
         assert min(found) == pytest.approx(lr / 10, rel=1e-9, abs=1e-16)
 
 
-def test_scheduler_steps_through_its_function() -> None:
+def test_scheduler_steps_through_its_function_and_stays_at_the_end():
     scheduler = cosine_schedule(optimizer(), max_iterations=10, end_lr=0.1)
-    used = rates(scheduler, 14)
-    for t, lrs in enumerate(used):
+    for t, lrs in enumerate(rates(scheduler, 14)):
         lr = 0.1 + 0.45 * (1 + math.cos(math.pi * min(t, 10) / 10))
         assert lrs == pytest.approx([lr * base for base in scheduler.base_lrs])
 
 
 @given(warmup=st.integers(1, 30))
-def test_warmup_rises_linearly_to_the_decay(warmup: int) -> None:
+def test_warmup_rises_linearly_to_the_decay(warmup):
     plain = cosine_schedule(optimizer(), max_iterations=50).lr_lambdas[0]
     warm = cosine_schedule(optimizer(), max_iterations=50, warmup_iterations=warmup, warmup_factor=0.01).lr_lambdas[0]
     assert warm(0) == pytest.approx(0.01)
@@ -146,7 +130,7 @@ def test_warmup_rises_linearly_to_the_decay(warmup: int) -> None:
     assert steps == pytest.approx([steps[0]] * warmup)
 
 
-def test_schedule_survives_a_checkpoint() -> None:
+def test_schedule_survives_a_checkpoint():
     first = cosine_schedule(optimizer(), max_iterations=10)
     rates(first, 4)
     second = cosine_schedule(optimizer(), max_iterations=10)
@@ -155,10 +139,9 @@ def test_schedule_survives_a_checkpoint() -> None:
     assert rates(first, 6) == rates(second, 6)
 
 
-def test_the_recipes_fused_optimizer_steps_like_the_plain_one() -> None:
+def test_the_recipes_fused_optimizer_steps_like_the_plain_one():
     torch.manual_seed(0)
-    start = torch.randn(4, 3)
-    gradients = torch.randn(5, 4, 3)
+    start, gradients = torch.randn(4, 3), torch.randn(5, 4, 3)
     results = []
     for fused in (False, True):
         parameter = nn.Parameter(start.clone())

@@ -1,0 +1,126 @@
+"""Training steps of a network of two convolutions: logs, clipping, precision, memory format, compilation."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+
+from pem_lightning.inference.optimize import check_compile
+from pem_lightning.types import UserError
+from tests.small_training import CLIP, train
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train()
+
+
+def loops(steps):
+    return {"fit_loop": {"epoch_loop.manual_optimization.optim_step_progress": {"total": {"completed": steps}}}}
+
+
+def test_a_step_logs_its_losses_and_moves_the_schedule(plain):
+    module, trainer, losses = plain
+    assert trainer.global_step == 3  # of the optimiser, with two micro-batches in each
+    parts = [trainer.callback_metrics[f"train/loss_{name}"].item() for name in ("ce", "mask", "dice")]
+    assert sum(parts) == pytest.approx(trainer.callback_metrics["train/loss"].item()) == pytest.approx(losses[-1])
+    assert module.lr_schedulers().last_epoch == 3
+    assert losses[-1] < losses[0]
+
+
+def test_checkpoints_that_counted_steps_otherwise_are_not_resumed(plain):
+    module, _, _ = plain
+    module.on_load_checkpoint({"global_step": 4, "loops": loops(4), "state_dict": {}})
+    with pytest.raises(UserError, match="weights="):
+        module.on_load_checkpoint({"global_step": 4, "loops": loops(0)})
+
+
+def fp16(scale=2.0**10):
+    """Lightning takes bfloat16 on the CPU, unless it is given this."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_in_float16_the_gradient_is_clipped_after_unscaling(plain, fused):
+    """Before, it would have been a thousand times as long: the step would be taken with CLIP / 1024."""
+    module, trainer, _ = train([fp16()], fused)
+    assert set(module.network.seen) == {torch.float16}
+    assert trainer.optimizers[0].norms == pytest.approx([CLIP] * 3, rel=1e-3)
+    logged = trainer.callback_metrics["train/grad_norm"].item()
+    assert logged == pytest.approx(plain[1].callback_metrics["train/grad_norm"].item(), rel=0.1)
+    assert logged > 10 * CLIP
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_in_float16_an_overflow_takes_no_step_and_halves_the_scale(fused):
+    plugin = fp16(scale=2.0**100)
+    before = [p.clone() for p in train([fp16()], steps=0)[0].network.parameters()]
+    module, _, _ = train([plugin], fused, steps=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.network.parameters(), strict=True))
+    assert plugin.scaler.get_scale() == 2.0**99
+
+
+def test_bfloat16_trains_like_float32(plain):
+    module, _, losses = train(precision="bf16-mixed")
+    assert set(module.network.seen) == {torch.bfloat16}
+    assert losses == pytest.approx(plain[2], rel=0.02)
+    assert all(p.dtype == torch.float32 for p in module.network.parameters())
+
+
+def test_channels_last_changes_the_layout_alone(plain):
+    module, _, losses = train(channels_last=True)
+    assert losses[0] == pytest.approx(plain[2][0], rel=1e-5)
+    assert losses == pytest.approx(plain[2], rel=0.01)  # AdamW makes much of little
+    assert module.network.features.weight.is_contiguous(memory_format=torch.channels_last)
+    assert plain[0].network.features.weight.is_contiguous()
+
+
+def test_settings_that_cannot_be_compiled_name_their_key(monkeypatch):
+    with pytest.raises(UserError, match=r"recipe\.compile=fast: choose null"):
+        check_compile("recipe.compile", "fast")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"recipe\.compile needs a C\+\+ compiler"):
+        check_compile("recipe.compile", "default")
+
+
+COMPILED = """
+import torch
+from pem_lightning import build_pem
+from tests.small_training import train
+
+# To machine code.
+plain, compiled = train()[0], train(compile="default")[0]
+torch.testing.assert_close(compiled.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
+assert list(compiled.state_dict()) == list(plain.state_dict())
+assert len(plain.network.seen) == 6
+
+# All of PEM as one graph, forth and back.
+torch.manual_seed(0)
+network = build_pem("resnet18", num_classes=19, num_queries=8, num_layers=1).train()
+state = {name: value.clone() for name, value in network.state_dict().items()}
+images = torch.randn(2, 3, 64, 64)
+
+def gradients(forward):
+    network.load_state_dict(state)
+    network.zero_grad()
+    out = forward(images)
+    sum(o.class_logits.square().mean() + o.mask_logits.square().mean() for o in (out, *out.auxiliary)).backward()
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+plain = gradients(network)
+torch.testing.assert_close(gradients(torch.compile(network.forward, fullgraph=True, backend="aot_eager")), plain)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_like_plain(tmp_path):
+    """In a process without the tests' checks of shapes, which `torch.compile` cannot compile."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
