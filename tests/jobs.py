@@ -2,7 +2,7 @@
 
 import sys
 
-from pem_lightning.cli import main as run
+from pem_lightning.cli import launch as run
 
 DRAWN = (
     "dataset.root=drawn",
