@@ -8,7 +8,7 @@ from torch import nn
 from pem_lightning.cli.build import build_trainer
 from pem_lightning.models.layers import FrozenBatchNorm2d
 from pem_lightning.training.distributed import PlainSyncBatchNorm, SyncBatchNormCPU
-from tests.test_config import compose
+from tests.jobs import compose
 
 
 class NormAct(nn.BatchNorm2d):

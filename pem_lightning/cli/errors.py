@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,6 +49,16 @@ def key_of(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~").split("@")[0]
 
 
+@contextmanager
+def configs() -> Iterator[None]:
+    """Point Hydra at conf/, unless a surrounding block has done so."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with hydra.initialize_config_dir(str(CONF), job_name="run", version_base="1.3"):
+        yield
+
+
 def compose(job: str, overrides: Iterable[str]) -> DictConfig:
     """Compose an experiment, Hydra's own part included.
 
@@ -57,7 +69,7 @@ def compose(job: str, overrides: Iterable[str]) -> DictConfig:
     Raises:
         UserError: a key or a choice does not exist, or an override cannot be parsed.
     """
-    with hydra.initialize_config_dir(str(CONF), job_name="run", version_base="1.3"):
+    with configs():
         try:
             return hydra.compose(job, list(overrides), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pem_lightning.checkpoints import Checkpoint
-from pem_lightning.cli.errors import CONF, compose, explain, key_of, user_error_behind
+from pem_lightning.cli.errors import CONF, compose, configs, explain, key_of, user_error_behind
 from pem_lightning.cli.overrides import parse, sound_checkpoint, take_over
 from pem_lightning.files import check_writable, write_file
 from pem_lightning.types import UserError
@@ -64,7 +64,7 @@ def main(job: str) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(task)()
         return
     try:
-        with hydra.initialize_config_dir(str(CONF), job_name="run", version_base="1.3"):
+        with configs():
             _start(job, options)
     except UserError as error:
         _fail(str(error))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pem_lightning.cli import main as run
+from pem_lightning.cli import launch as run
 from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataModule
 from pem_lightning.data.dataset import SegmentationDataset
 from pem_lightning.data.synthetic import generate_synthetic

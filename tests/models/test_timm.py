@@ -23,7 +23,7 @@ from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import UserError
 from tests.jobs import DRAWN, call
 from tests.models.randomize import randomize
-from tests.test_config import compose
+from tests.jobs import compose
 
 try:
     import_timm()
