@@ -127,7 +127,9 @@ def test_choices_that_other_choices_make():
     # What a checkpoint overrides for one task must exist when it is evaluated as another.
     settings = [set(compose("train", f"task={task}").task.inference) for task in TASKS]
     assert settings[0] == settings[1] == settings[2]
-    plain, scaled = (OmegaConf.to_container(compose("train", *o), resolve=False) for o in ([], ["scale=synthetic_small"]))
+    plain, scaled = (
+        OmegaConf.to_container(compose("train", *o), resolve=False) for o in ([], ["scale=synthetic_small"])
+    )
     assert {key for key in plain if plain[key] != scaled[key]} == {"dataset", "recipe"}
 
 

@@ -21,9 +21,8 @@ from pem_lightning.models.flops import count_gmacs
 from pem_lightning.preprocess import IMAGE_MEAN, IMAGE_STD
 from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import UserError
-from tests.jobs import DRAWN, call
+from tests.jobs import DRAWN, call, compose
 from tests.models.randomize import randomize
-from tests.jobs import compose
 
 try:
     import_timm()
