@@ -1,4 +1,4 @@
-"""The command line: composes an experiment once and runs it, or sweeps over several. Imports little until a job runs."""
+"""The command line: composes an experiment once and runs it, or sweeps. It imports little until a job runs."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
