@@ -161,7 +161,8 @@ def _sweep(job: str, overrides: Sequence[str]) -> None:
         )
     overrides, _ = take_over(job, overrides)
     # Folders are named by what differs between the jobs.
-    fixed = [o.get_key_element() for o in parse(overrides, job) if not o.is_sweep_override()]
+    varied = {o.get_key_element(): o.is_sweep_override() for o in parse(overrides, job)}
+    fixed = [key for key, several in varied.items() if not several]
     added = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(repr, fixed))}]", "hydra.mode=MULTIRUN"]
     if "hydra/launcher=joblib" in overrides and "hydra.launcher.n_jobs" not in given:
         added.append(f"hydra.launcher.n_jobs={torch.cuda.device_count() or 2}")
