@@ -94,8 +94,7 @@ def _start(job: str, options: argparse.Namespace) -> None:
     if options.cfg:
         app.show_cfg(job, overrides, options.cfg, options.package, options.resolve)
         return
-    if job != "train" and checkpoint is None:
-        raise UserError("which checkpoint? say checkpoint=outputs/.../checkpoints/best.ckpt")
+    _check_checkpoint(job, checkpoint)
     cfg = compose(job, overrides)
     if job == "train" and checkpoint is not None and checkpoint.step >= cfg.trainer.max_steps > 0:
         done = f"{checkpoint.path} is trained to step {checkpoint.step} of {cfg.trainer.max_steps} already"
@@ -112,6 +111,11 @@ def _start(job: str, options: argparse.Namespace) -> None:
         hydra_context=HydraContext(GlobalHydra.instance().config_loader(), cast(Any, Callback())),
     )
     _ = result.return_value  # raises what the job raised
+
+
+def _check_checkpoint(job: str, checkpoint: Checkpoint | None) -> None:
+    if job != "train" and checkpoint is None:
+        raise UserError("which checkpoint? say checkpoint=outputs/.../checkpoints/best.ckpt")
 
 
 def _run_once(cfg: DictConfig, job: str, checkpoint: Checkpoint | None) -> float:
@@ -159,7 +163,8 @@ def _sweep(job: str, overrides: Sequence[str]) -> None:
         raise UserError(
             "resume= is for single runs; a sweep goes on when it is started again in its old hydra.sweep.dir"
         )
-    overrides, _ = take_over(job, overrides)
+    overrides, checkpoint = take_over(job, overrides)
+    _check_checkpoint(job, checkpoint)
     # Folders are named by what differs between the jobs.
     varied = {o.get_key_element(): o.is_sweep_override() for o in parse(overrides, job)}
     fixed = [key for key, several in varied.items() if not several]

@@ -182,7 +182,7 @@ class SemanticFolderDataModule(SegmentationDataModule):
         **loading: Any,
     ) -> None:
         if task != "semantic":
-            raise UserError(f"dataset=semantic_folder has no task={task}: take task=semantic")
+            raise UserError(f"dataset=semantic_folder has no task={task}: choose task=semantic")
         super().__init__(
             task=task,
             batch_size=batch_size,
