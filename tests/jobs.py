@@ -2,7 +2,9 @@
 
 import sys
 
-from pem_lightning.cli import main as run
+from omegaconf import DictConfig, open_dict
+
+from pem_lightning.cli import errors, launch
 
 DRAWN = (
     "dataset.root=drawn",
@@ -51,9 +53,17 @@ def call(job: str, *arguments: str) -> int:
     before = sys.argv
     sys.argv = [f"{job}.py", *arguments]
     try:
-        run.main(job)
+        launch.main(job)
     except SystemExit as stop:
         return stop.code
     finally:
         sys.argv = before
     return 0
+
+
+def compose(job: str = "train", *overrides: str) -> DictConfig:
+    """The experiment without Hydra's own part."""
+    cfg = errors.compose(job, ["output_dir=unused", *overrides])
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg

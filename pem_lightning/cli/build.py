@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -35,8 +35,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     """Make the trainer with its callbacks and loggers; `precision: auto` is decided here.
 
     Raises:
-        UserError: a GPU is asked for where there is none, or something that the recipe decides is set here, or a
-            value is none that Lightning knows.
+        UserError: there is no GPU, the recipe decides what is set here, or Lightning does not know a value.
     """
     for key, instead in _DECIDED_BY_RECIPE.items():
         if cfg.trainer.get(key) is not None:
@@ -63,25 +62,14 @@ def build_trainer(cfg: DictConfig) -> Trainer:
 
 
 def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> SegmentationDataModule:
-    """Make the data module.
-
-    Args:
-        cfg: the experiment.
-        batch_size: training images that a device loads per step; None for all of the recipe's.
-    """
+    """Make the data module; `batch_size` training images per device and step, None for all of the recipe's."""
     return instantiate(cfg.dataset.datamodule, batch_size=batch_size or cfg.recipe.global_batch_size)
 
 
 def build_module(
     cfg: DictConfig, info: DatasetInfo, *, trainer: Trainer | None = None, micro_batches: int = 1
 ) -> PEMModule:
-    """Make network, losses and optimiser for a data set's classes.
-
-    Args:
-        cfg: the experiment.
-        info: the classes.
-        trainer: decides on the memory format, see `wants_channels_last`; None for the plain one.
-        micro_batches: see `PEMModule`.
+    """Make network, losses and optimiser for a data set's classes; the trainer decides on the memory format.
 
     Raises:
         UserError: the network cannot be compiled, or laid out in memory, as asked.
@@ -96,7 +84,7 @@ def build_module(
         parameter_groups=instantiate(cfg.recipe.parameter_groups),
         optimizer=instantiate(cfg.recipe.optimizer),
         schedule=instantiate(cfg.recipe.schedule),
-        record={"config": _plain(cfg), "overrides": command_line()},
+        record={"config": cast(dict, OmegaConf.to_container(cfg, resolve=True)), "overrides": command_line()},
         micro_batches=micro_batches,
         channels_last=trainer is not None and wants_channels_last(cfg, trainer, network),
         compile=cfg.recipe.compile if cfg.job == "train" else None,
@@ -106,10 +94,10 @@ def build_module(
 
 
 def wants_channels_last(cfg: DictConfig, trainer: Trainer, network: nn.Module) -> bool:
-    """Which memory format to work in; `auto` takes the faster one: tensor cores like channels last, and so do CPUs.
+    """Which memory format to train in; `auto` takes the faster one, which is channels-last on tensor cores and CPUs.
 
     Raises:
-        UserError: the setting is unknown, or the network cannot be trained so.
+        UserError: the setting is unknown, or the network cannot be trained in it.
     """
     setting, device = cfg.recipe.channels_last, trainer.strategy.root_device
     if setting not in ("auto", True, False):
@@ -125,13 +113,7 @@ def wants_channels_last(cfg: DictConfig, trainer: Trainer, network: nn.Module) -
 
 
 def prefers_channels_last(network: nn.Module, device: torch.device, mixed: bool = False) -> bool:
-    """Whether a network is trained faster in channels-last, and can be.
-
-    Args:
-        network: to be trained.
-        device: where.
-        mixed: in mixed precision.
-    """
+    """Whether a network is trained faster in channels-last, and can be; `mixed` means mixed precision."""
     return mixed if device.type != "cpu" else not any(map(_crashes_in_channels_last, network.modules()))
 
 
@@ -173,10 +155,6 @@ def _views(cfg: DictConfig) -> dict[str, Any]:
 
 def _instantiate_all(group: DictConfig) -> list[Any]:
     return [instantiate(node) for node in group.values() if node is not None]
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 
 def command_line() -> list[str]:

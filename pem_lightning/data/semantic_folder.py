@@ -143,7 +143,7 @@ class SemanticFolderDataModule(SegmentationDataModule):
 
     def __init__(self, root: str | Path, task: Task = "semantic", *arguments: Any, **loading: Any) -> None:
         if task != "semantic":
-            raise UserError(f"dataset=semantic_folder has no task={task}: take task=semantic")
+            raise UserError(f"dataset=semantic_folder has no task={task}: choose task=semantic")
         super().__init__(root, task, *arguments, **loading)
         self.info = read_classes(self.root / "classes.yaml").info
 

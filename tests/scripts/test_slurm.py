@@ -9,7 +9,7 @@ import pytest
 
 from pem_lightning.cli.build import build_trainer
 from pem_lightning.training.distributed import split_batch
-from tests.test_config import compose
+from tests.jobs import compose
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm.sh"
 

@@ -1,21 +1,20 @@
-"""Where Hydra meets Lightning: the three jobs, from a composed experiment to a result."""
+"""What the commands do with a composed experiment: train, evaluate, predict."""
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
-import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import cast
 
-import hydra
 import lightning
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, open_dict
 
+from pem_lightning.callbacks.visualization import log_files
 from pem_lightning.checkpoints import (
     Checkpoint,
     check_fits,
@@ -31,16 +30,8 @@ from pem_lightning.cli.build import (
     build_trainer,
     command_line,
 )
-from pem_lightning.cli.errors import (
-    CONF,
-    check_composes,
-    key_of,
-    take_over_choices,
-    user_error_behind,
-)
-from pem_lightning.cli.overrides import stay_in_resumed_run, tidy_up
-from pem_lightning.cli.sweeps import plan_sweep, run_job, run_sweep
-from pem_lightning.files import check_writable
+from pem_lightning.cli.errors import key_of
+from pem_lightning.files import remove_leftovers, write_file
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.segment_files import segment_files
 from pem_lightning.models.backbones import Backbone
@@ -52,11 +43,14 @@ from pem_lightning.types import DatasetInfo, UserError
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig) -> float:
-    """Train; returns the best value of the task's metric in percent, for sweeps."""
+def train(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
+    """Train, from where `checkpoint` stands if there is one; returns the task's best metric in percent, for sweeps."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    _check_one_start(cfg)
-    checkpoint = _checkpoint_to_resume(cfg)
+    if cfg.weights is not None and cfg.backbone.get("pretrained"):
+        raise UserError("weights= and backbone.pretrained= both say where to start from: leave one of them out")
+    if checkpoint is not None:
+        _check_resumable(cfg, checkpoint)
+    tidy_up(Path(cfg.output_dir), checkpoint and checkpoint.step)
     trainer = build_trainer(cfg)
     split = split_batch(cfg.recipe.global_batch_size, trainer.world_size, cfg.recipe.micro_batch_size)
     datamodule = build_datamodule(cfg, split.per_device)
@@ -92,10 +86,10 @@ def train(cfg: DictConfig) -> float:
     return float("nan") if score is None else float(score)
 
 
-def evaluate(cfg: DictConfig) -> float:
+def evaluate(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     """Evaluate a checkpoint on the validation images; returns the task's metric in percent."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoint = _take_network(cfg)
+    checkpoint = _take_network(cfg, checkpoint)
     trainer = build_trainer(cfg)
     datamodule = build_datamodule(cfg)
     _check_classes(checkpoint, datamodule.info)
@@ -108,9 +102,9 @@ def evaluate(cfg: DictConfig) -> float:
     return float(metrics[0][cfg.task.monitor])
 
 
-def predict(cfg: DictConfig) -> float:
+def predict(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     """Segment images, videos or a stream and write the results."""
-    predictor = build_predictor(cfg, _take_network(cfg))
+    predictor = build_predictor(cfg, _take_network(cfg, checkpoint))
     segment_files(
         predictor,
         cfg.input,
@@ -123,13 +117,13 @@ def predict(cfg: DictConfig) -> float:
     return 0.0
 
 
-def _take_network(cfg: DictConfig) -> Checkpoint:
-    """Read the checkpoint; the network is the trained one, whatever conf/ says today, unless the command line does."""
-    checkpoint = read_checkpoint(cfg.checkpoint)
+def _take_network(cfg: DictConfig, checkpoint: Checkpoint | None) -> Checkpoint:
+    """Take the network as it was trained, whatever conf/ says today, unless the command line does."""
+    checkpoint = checkpoint or read_checkpoint(cfg.checkpoint)
     if checkpoint.raw is not None:
-        averaged = "averaged weights (averaged_weights=false takes the last step's own)"
-        log.info("%s: using its %s", checkpoint.path, averaged if cfg.averaged_weights else "last step's own weights")
-        if not cfg.averaged_weights:
+        averaged = "averaged weights (ema=false takes the last step's own)"
+        log.info("%s: using its %s", checkpoint.path, averaged if cfg.ema else "last step's own weights")
+        if not cfg.ema:
             checkpoint = checkpoint._replace(network=checkpoint.raw)
     asked_for = {key_of(o).split(".")[0] for o in set(command_line()) - set(checkpoint.overrides)}
     if not asked_for & {"network", "backbone", "ablation", "decoder_layers", "num_queries"}:
@@ -147,76 +141,48 @@ def _check_classes(checkpoint: Checkpoint, info: DatasetInfo) -> None:
         )
 
 
-def _check_one_start(cfg: DictConfig) -> None:
-    if cfg.weights is not None and cfg.backbone.get("pretrained"):
-        raise UserError("weights= and backbone.pretrained= both say where to start from: leave one of them out")
+def _check_resumable(cfg: DictConfig, checkpoint: Checkpoint) -> None:
+    if not checkpoint.resumable:
+        raise UserError(f"{checkpoint.path} has nothing but weights: start a new training from them by weights=")
+    trained = checkpoint.config["recipe"].get("global_batch_size")
+    if trained != cfg.recipe.global_batch_size:
+        log.warning("global_batch_size was %s: the data do not go on where they were", trained)
 
 
-def _checkpoint_to_resume(cfg: DictConfig) -> Checkpoint | None:
-    """Read the checkpoint to go on from, and make the run's folder ready."""
-    checkpoint = None
-    if cfg.resume is not None:
-        checkpoint = read_checkpoint(cfg.resume)
-        if checkpoint.step >= cfg.trainer.max_steps > 0:
-            raise UserError(
-                f"{checkpoint.path} is trained to step {checkpoint.step} of {cfg.trainer.max_steps} already: "
-                "raise recipe.max_steps to train on"
-            )
-        if not checkpoint.resumable:
-            raise UserError(f"{checkpoint.path} has nothing but weights: start a new training from them by weights=")
-        trained = checkpoint.config["recipe"].get("global_batch_size")
-        if trained != cfg.recipe.global_batch_size:
-            log.warning("global_batch_size was %s: the data do not go on where they were", trained)
-    tidy_up(Path(cfg.output_dir), checkpoint and checkpoint.step)
-    return checkpoint
+@rank_zero_only
+def tidy_up(folder: Path, step: int | None) -> None:
+    """Make a run's folder ready: without half-written files, and with logs that end where training begins.
+
+    Args:
+        folder: the run's.
+        step: where a resumed run goes on; None for a new run.
+    """
+    remove_leftovers(folder)
+    earlier = log_files(folder / "csv")
+    if step is None:
+        for path in earlier[:-1]:
+            path.unlink()
+    elif merged := _merge_logs(earlier, step):
+        target = write_file(folder / "csv" / f"metrics_before_step_{step:07d}.csv", merged)
+        for path in earlier:
+            if path != target:
+                path.unlink(missing_ok=True)
 
 
-JOBS: dict[str, Callable[[DictConfig], float]] = {"train": train, "evaluate": evaluate, "predict": predict}
-
-
-def main(job: str) -> None:
-    """Run one of `JOBS` from the command line, or a sweep. A user's mistake ends in one line and exit code 2."""
-
-    def task(cfg: DictConfig) -> float:
-        """What Hydra calls with the composed experiment."""
-        # Lightning calls a function of PyTorch's that PyTorch has renamed; nobody else can mend it.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning.*")
-        # A checkpoint has the weights after the step that it is of, as it should.
-        warnings.filterwarnings(
-            "ignore", message="Using ModelCheckpoint with manual optimization", module="lightning.*"
-        )
-        # A resumed run's folders are not empty, and its earlier log has another name by then (see `tidy_up`).
-        for expected in ("Experiment logs directory", "Checkpoint directory"):
-            warnings.filterwarnings("ignore", message=expected, module="lightning.*")
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return run_job(JOBS[job], cfg)
-        try:
-            return JOBS[job](cfg)
-        except Exception as error:
-            message = user_error_behind(error)
-            if message is None:
-                raise
-            _fail(message)
-
-    try:
-        if job != "train":
-            sys.argv[1:] = take_over_choices(sys.argv[1:])
-        sweep = plan_sweep(job, sys.argv[1:])
-        if sweep is None:
-            cfg = check_composes(job, sys.argv[1:])
-            sys.argv[1:] = stay_in_resumed_run(cfg, sys.argv[1:])
-            check_writable(Path(cfg.hydra.run.dir))
-        else:
-            sys.argv[1:] = sweep.arguments
-    except UserError as error:
-        _fail(str(error))
-    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(task)
-    if sweep is None:
-        run()
-    elif code := run_sweep(job, sweep, run):
-        sys.exit(code)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def _merge_logs(paths: Sequence[Path], step: int) -> str:
+    """One csv log of several, with the rows of the first `step` steps; later files win. Empty if there is nothing."""
+    rows: dict[int, dict[str, str]] = {}
+    for path in filter(Path.is_file, paths):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                # A row that a kill or a full disk cut off has too few fields, or too many.
+                if None in row or None in row.values() or not row["step"].isdigit() or int(row["step"]) >= step:
+                    continue
+                rows.setdefault(int(row["step"]), {}).update({k: v for k, v in row.items() if v})
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, sorted({name for row in rows.values() for name in row}), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[number] for number in sorted(rows))
+    return text.getvalue()

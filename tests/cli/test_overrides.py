@@ -1,16 +1,19 @@
+"""The overrides that a checkpoint brings, and what becomes of a resumed run's folder."""
+
 import csv
 import io
-from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from torch import nn
 
 from pem_lightning.callbacks.visualization import log_files, read_metrics
 from pem_lightning.checkpoints import CHECKPOINT_KEY
-from pem_lightning.cli.overrides import stay_in_resumed_run, tidy_up
+from pem_lightning.cli.errors import key_of
+from pem_lightning.cli.jobs import tidy_up
+from pem_lightning.cli.overrides import take_over
 from pem_lightning.types import UserError
-from tests.checkpoint_files import CLASSES
+from tests.checkpoint_files import CLASSES, write_checkpoint
 
 
 def write(run, step, name="last.ckpt", overrides=(), seed=0):
@@ -26,47 +29,62 @@ def write(run, step, name="last.ckpt", overrides=(), seed=0):
     return path
 
 
-def config(folder, **changes):
-    run = {"hydra": {"run": {"dir": str(folder)}}, "trainer": {"max_steps": 100}, "seed": 0, "weights": None}
-    return OmegaConf.create({**run, "resume": "last", **changes})
+@pytest.mark.parametrize(
+    ("override", "key"), [("a.b=1", "a.b"), ("+a=1=2", "a"), ("~a", "a"), ("++a.b=", "a.b"), ("a@b=c", "a")]
+)
+def test_key_of(override, key):
+    assert key_of(override) == key
+
+
+def test_evaluation_takes_over_what_is_no_part_of_training(tmp_path):
+    overrides = ("weights=a.pth", "seed=3", "resume=b.ckpt", "trainer=cpu", "+callbacks.x=1", "task=semantic")
+    path = write_checkpoint(tmp_path / "a.ckpt", nn.Linear(1, 1), overrides)
+    given = [f"checkpoint='{path}'", "seed=4"]
+    taken, checkpoint = take_over("evaluate", given)
+    assert taken == ["task=semantic", *given]
+    assert checkpoint.path == path
+    assert take_over("predict", ["seed=1"]) == (["seed=1"], None)
 
 
 def test_a_resumed_run_has_its_own_folder_and_choices(tmp_path):
-    write(tmp_path / "old", 3)
-    path = write(tmp_path / "new", 7, overrides=["task=semantic", "recipe.batch_size=2", "weights=a.pth", "resume=x"])
-    arguments = ["resume=last", "task=panoptic"]
-    resumed = stay_in_resumed_run(config(tmp_path / "unused"), arguments)
-    expected = ["recipe.global_batch_size=2", "weights=a.pth", "task=panoptic"]
-    assert resumed == [*expected, f"hydra.run.dir='{tmp_path / 'new'}'", f"resume='{path}'"]
-    # The processes that Lightning adds read the rewritten command line.
-    again = stay_in_resumed_run(config(tmp_path, resume=str(path), weights="a.pth"), resumed)
+    path = write(tmp_path / "new", 7, overrides=["task=semantic", "num_queries=5", "weights=a.pth", "resume=x"])
+    (resumed, checkpoint) = take_over("train", [f"resume={path}", "task=panoptic"])
+    assert resumed == [
+        "num_queries=5",
+        "weights=a.pth",
+        "task=panoptic",
+        f"hydra.run.dir='{tmp_path / 'new'}'",
+        f"resume='{path}'",
+    ]
+    assert checkpoint.step == 7
+    again, _ = take_over("train", resumed)
     assert sorted(again) == sorted(resumed)
+
+
+def test_last_is_the_newest_run(tmp_path):
+    write(tmp_path / "old", 3)
+    path = write(tmp_path / "new", 7)
+    resumed, _ = take_over("train", ["resume=last", f"hydra.run.dir={tmp_path}/unused"])
+    assert resumed[-1] == f"resume='{path}'"
 
 
 def test_auto_starts_or_goes_on(tmp_path, capsys):
     arguments = [f"hydra.run.dir={tmp_path}/run", "resume=auto", "weights=a.pth"]
-    auto = config(tmp_path / "run", resume="auto", weights="a.pth")
-    assert stay_in_resumed_run(auto, arguments) == [arguments[0], arguments[2]]
+    assert take_over("train", arguments) == ([arguments[0], arguments[2]], None)
     path = write(tmp_path / "run", 7, name="last-previous.ckpt")
-    assert stay_in_resumed_run(auto, arguments)[-1] == f"resume='{path}'"
+    assert take_over("train", arguments)[0][-1] == f"resume='{path}'"
     assert f"last.ckpt does not exist; GOING ON FROM {path}, which is of step 7" in capsys.readouterr().err
-    write(tmp_path / "run", 100)
-    with pytest.raises(SystemExit) as stop:
-        stay_in_resumed_run(auto, arguments)
-    assert stop.value.code == 0
     with pytest.raises(UserError, match=r"say hydra\.run\.dir"):
-        stay_in_resumed_run(auto, ["resume=auto"])
+        take_over("train", ["resume=auto"])
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"weights": "b.pth"}, "leave one of them out"), ({"seed": 1}, "leave seed=1 out")],
+    ("change", "message"), [("weights=b.pth", "leave one of them out"), ("seed=1", "leave seed=1 out")]
 )
-def test_a_resumed_run_cannot_begin_otherwise(tmp_path, changes, message):
+def test_a_resumed_run_cannot_begin_otherwise(tmp_path, change, message):
     path = write(tmp_path / "run", 7)
-    arguments = [f"{key}={value}" for key, value in changes.items()]
     with pytest.raises(UserError, match=message):
-        stay_in_resumed_run(config(tmp_path, resume=str(path), **changes), arguments)
+        take_over("train", [f"resume={path}", change])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "flipped"])
@@ -76,12 +94,11 @@ def test_damage_of_any_kind_is_noticed(tmp_path, damage, capsys):
     if damage == "flipped":
         content[content.index(b"dataset_info")] ^= 1
     path.write_bytes({"truncated": content[:-100], "empty": b"", "garbage": b"x" * 500, "flipped": content}[damage])
-    resumed = stay_in_resumed_run(config(tmp_path, resume=str(path)), [f"resume={path}"])
-    assert resumed[-1] == f"resume='{before}'"
+    assert take_over("train", [f"resume={path}"])[0][-1] == f"resume='{before}'"
     assert f"{path} is damaged" in capsys.readouterr().err
     before.write_bytes(b"")
     with pytest.raises(UserError, match="neither can be resumed"):
-        stay_in_resumed_run(config(tmp_path, resume=str(path)), [f"resume={path}"])
+        take_over("train", [f"resume={path}"])
 
 
 def log(*rows):
@@ -118,4 +135,4 @@ def test_half_written_files_are_removed(tmp_path):
     leftover.write_text("half")
     tidy_up(tmp_path, step=None)
     assert not leftover.exists()
-    assert Path(leftover.parent).exists()
+    assert leftover.parent.exists()

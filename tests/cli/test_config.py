@@ -1,0 +1,255 @@
+"""Every shipped config composes and instantiates; mistakes on the command line become one line that names the cure."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from pem_lightning.callbacks import ConfusionMatrix, PredictionPanels, Results, SavePredictions, WorstImages
+from pem_lightning.cli import errors
+from pem_lightning.cli.build import build_datamodule, build_module, build_trainer, wants_channels_last
+from pem_lightning.cli.errors import CONF, explain, folder_name, user_error_behind
+from pem_lightning.data import CITYSCAPES
+from pem_lightning.models.backbones import BACKBONES
+from pem_lightning.models.pem import PEM
+from pem_lightning.types import UserError
+from tests.jobs import compose
+
+HAS_PLUGINS = importlib.util.find_spec("hydra_plugins") is not None
+needs_plugins = pytest.mark.skipif(not HAS_PLUGINS, reason="needs requirements-sweep.txt")
+
+
+def choices(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+TASKS = ("instance", "panoptic", "semantic")
+PAIRS = [(d, t) for d in choices("dataset") for t in TASKS if d != "semantic_folder" or t == "semantic"]
+
+
+def root_of(folder):
+    """A data set's folder, with the files that describe its classes."""
+    (folder / "classes.yaml").write_text("[road, car]")
+    categories = [{"id": 7, "name": "road", "isthing": 0}, {"id": 9, "name": "car", "isthing": 1}]
+    (folder / "annotations").mkdir()
+    content = {"images": [], "annotations": [], "categories": categories}
+    (folder / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
+    return f"dataset.root={folder}"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)  # timm's: see tests/models/test_timm.py
+def test_every_backbone_is_a_choice(backbone):
+    cfg = compose("train", "dataset=ade20k", f"backbone={backbone}")
+    assert cfg.backbone.norm == ("frozen" if backbone.startswith("resnet") else "batch")
+    with torch.device("meta"):
+        assert isinstance(instantiate(cfg.network, num_classes=19), PEM)
+
+
+@pytest.mark.parametrize(("dataset", "task"), PAIRS)
+def test_every_experiment_instantiates(dataset, task, tmp_path):
+    cfg = compose("train", f"dataset={dataset}", f"task={task}", "backbone=resnet18", "decoder_layers=1")
+    OmegaConf.update(cfg, *root_of(tmp_path).split("="))
+    cfg.output_dir = str(tmp_path)
+    trainer = build_trainer(cfg)
+    datamodule = build_datamodule(cfg)
+    with torch.device("meta"):
+        module = build_module(cfg, datamodule.info)
+    assert trainer.max_steps == cfg.recipe.max_steps
+    assert datamodule.task == task == module.inference.task
+    classes = {"ade20k": 150, "coco_panoptic": 2, "semantic_folder": 2}.get(dataset, 19)
+    assert datamodule.info.num_classes == module.criterion.num_classes == classes
+    optimizer = module.optimizer(module.parameter_groups(module.network))
+    assert max(module.schedule(optimizer).base_lrs) == cfg.recipe.optimizer.lr
+    for job in ("evaluate", "predict"):
+        other = compose(job, f"dataset={dataset}", f"task={task}", "backbone=resnet18", "decoder_layers=1")
+        assert other.network == cfg.network
+        assert "weights" not in other
+
+
+@pytest.mark.parametrize("logger", choices("logger"))
+def test_every_logger_instantiates(logger, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    cfg = compose("train", f"logger={logger}", "trainer=cpu", "callbacks.panels=null")
+    cfg.output_dir = str(tmp_path)
+    trainer = build_trainer(cfg)
+    assert len(trainer.loggers) == {"none": 0, "csv": 1, "tensorboard": 2, "wandb": 3}[logger]
+    kinds = {type(c) for c in trainer.callbacks}
+    assert Results in kinds
+    assert PredictionPanels not in kinds
+
+
+def test_an_evaluation_does_all_it_can(tmp_path):
+    cfg = compose("evaluate", f"save_predictions={tmp_path}/saved")
+    cfg.output_dir = str(tmp_path)
+    callbacks = build_trainer(cfg).callbacks
+    assert {ConfusionMatrix, PredictionPanels, Results, SavePredictions, WorstImages} <= {type(c) for c in callbacks}
+
+
+@pytest.mark.parametrize("trainer", ["gpu", "ddp"])
+def test_gpu_trainers_compose(trainer):
+    assert compose("train", f"trainer={trainer}").trainer.accelerator == "gpu"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_papers_numbers_for_cityscapes(task):
+    cfg = compose("train", "dataset=cityscapes", f"task={task}")
+    assert (cfg.backbone.name, cfg.recipe.max_steps, cfg.recipe.global_batch_size) == ("resnet50", 90000, 32)
+    assert list(cfg.recipe.train_transform.crop_size) == [512, 1024]
+    assert cfg.recipe.train_transform.shortest_edges == [int(x * 0.1 * 1024) for x in range(5, 21)]
+    assert (cfg.recipe.optimizer.lr, cfg.recipe.gradient_clip, cfg.criterion.num_points) == (7e-4, 0.01, 12544)
+
+
+@pytest.mark.parametrize(("task", "edge"), [("panoptic", 640), ("instance", 640), ("semantic", 512)])
+def test_the_papers_numbers_for_ade20k(task, edge):
+    cfg = compose("train", "dataset=ade20k", f"task={task}")
+    recipe = cfg.recipe
+    assert (cfg.backbone.name, cfg.backbone.norm, recipe.global_batch_size) == ("resnet50", "frozen", 32)
+    assert (recipe.max_steps, recipe.optimizer.lr, recipe.schedule.end_lr) == (160000, 4e-4, 1e-6)
+    assert recipe.train_transform.crop_size == [edge, edge]
+    assert recipe.train_transform.shortest_edges == [int(x * 0.1 * edge) for x in range(5, 21)]
+    assert (recipe.train_transform.max_size, recipe.train_transform.pad) == (4 * edge, True)
+    assert (recipe.eval_transform.shortest_edge, recipe.eval_transform.max_size) == (edge, 4 * edge)
+    assert (recipe.gradient_clip, cfg.criterion.num_points) == (0.01, 12544)
+
+
+def test_choices_that_other_choices_make():
+    assert compose().backbone.name == "stdc1"
+    assert compose("train", "dataset=cityscapes", "backbone=stdc2").network.backbone == "stdc2"
+    custom = compose("train", "dataset=coco_panoptic").recipe
+    assert (custom.max_steps, custom.global_batch_size, custom.optimizer.lr) == (20000, 16, 2e-4)
+    assert compose("train", "dataset=coco_panoptic", "recipe=ade20k_panoptic").recipe.max_steps == 160000
+    # What a checkpoint overrides for one task must exist when it is evaluated as another.
+    settings = [set(compose("train", f"task={task}").task.inference) for task in TASKS]
+    assert settings[0] == settings[1] == settings[2]
+    plain, scaled = (
+        OmegaConf.to_container(compose("train", *o), resolve=False) for o in ([], ["scale=synthetic_small"])
+    )
+    assert {key for key in plain if plain[key] != scaled[key]} == {"dataset", "recipe"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(s, marks=needs_plugins if s == "optuna" else ()) for s in choices("sweep")]
+)
+def test_sweeps_vary_and_leave_the_experiment_alone(name):
+    assert set(OmegaConf.load(CONF / "sweep" / f"{name}.yaml")) <= {"defaults", "hydra"}
+    hydra = errors.compose("train", [f"sweep={name}", "dataset=cityscapes"]).hydra
+    assert Path(hydra.sweep.dir).parts[:2] == ("multirun", name)
+    if name in ("paper_ablations", "paper_attention"):
+        values = hydra.sweeper.params.ablation.split(",")
+        assert set(values) <= set(choices("ablation"))
+        assert name == "paper_attention" or sorted(values) == choices("ablation")
+
+
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(n, marks=needs_plugins) for n in ("slurm", "joblib", "submitit_local")]
+)
+def test_every_launcher_composes(launcher):
+    launcher = errors.compose("train", [f"hydra/launcher={launcher}"]).hydra.launcher
+    assert launcher._target_.startswith("hydra_plugins.")
+
+
+@pytest.mark.parametrize("choice", ["hydra/launcher/joblib", "hydra/launcher/submitit_slurm", "hydra/sweeper/optuna"])
+def test_a_missing_package_is_named(choice):
+    """As Hydra words it where its plugins are not installed."""
+    group = choice.rsplit("/", 1)[0]
+    error = HydraException(f"In 'train': Could not find '{choice}'\n\nAvailable options in '{group}':\n\tbasic\n")
+    assert explain(error, "train") == f"{choice} needs an optional package: pip install -r requirements-sweep.txt"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("3_", "3"),
+        ("3_ablation-no_csm_seed-0", "3_ablation-no_csm_seed-0"),
+        ("3_ablation-[no_csm,no_masking]", "3_ablation-no_csm+no_masking"),
+        ("3_dataset.root-'/a b/c'", "3_dataset.root--ab-c"),
+        ("x" * 300, "x" * 120),
+    ],
+)
+def test_names_of_job_folders(text, name):
+    assert OmegaConf.create({"text": text, "name": "${folder_name:${text}}"}).name == name == folder_name(text)
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate"])
+def test_test_time_augmentation_is_set_on_the_command_line(job):
+    views = compose(job, "task=semantic", "decoder_layers=1", "inference.scales=[1,1.5]", "inference.flip=true")
+    with torch.device("meta"):
+        augmentation = build_module(views, CITYSCAPES).augmentation
+        assert (sorted(augmentation.scales), augmentation.flip) == ([1.0, 1.5], True)
+        for scales in ("[large]", "1.5"):
+            with pytest.raises(UserError, match=r"inference\.scales=.*give a list of numbers"):
+                build_module(compose(job, "decoder_layers=1", f"inference.scales={scales}"), CITYSCAPES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["recipe.max_step=3"],
+            r"there is no key recipe\.max_step \(did you mean recipe\.max_steps\?\); see .* --cfg job",
+        ),
+        (
+            ["task=panoptc"],
+            r"there is no task=panoptc \(did you mean panoptic\?\); choose one of: instance, panoptic",
+        ),
+        (["dataset=nowhere"], r"there is no dataset=nowhere; choose one of: ade20k, cityscapes, .*, synthetic"),
+        (["recipe=ade20k_panotic"], r"there is no recipe=ade20k_panotic \(did you mean ade20k_panoptic\?\)"),
+        (["bakbone=stdc1"], r"there is no key bakbone \(did you mean backbone\?\)"),
+        (["backbone=resnet19"], r"there is no backbone=resnet19 .* choose one of: resnet101, resnet18"),
+        (["panoptic"], r"cannot read 'panoptic' .*: write key=value"),
+        (["task=[a"], r"cannot read 'task=\[a' \(.*\): write key=value"),
+    ],
+)
+def test_mistakes_become_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        errors.compose("train", arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_user_error_behind_a_chain_is_found():
+    wrapper = RuntimeError("wrapper")
+    wrapper.__cause__ = UserError("the cure")
+    assert user_error_behind(wrapper) == "the cure"
+    from_worker = UserError("Caught UserError in worker 0.\nTraceback\npem_lightning.errors.UserError: the cure\n")
+    assert user_error_behind(from_worker) == "the cure"
+    assert user_error_behind(RuntimeError("bug")) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "instead"),
+    [
+        ("+trainer.accumulate_grad_batches=2", r"recipe\.micro_batch_size"),
+        ("+trainer.gradient_clip_val=1", r"recipe\.gradient_clip"),
+    ],
+)
+def test_what_the_recipe_decides_is_not_set_in_the_trainer(setting, instead):
+    with pytest.raises(UserError, match=instead):
+        build_trainer(compose("train", setting))
+
+
+def test_loading_takes_the_devices_share_of_the_batch():
+    assert build_datamodule(compose()).batch_size == 4
+    assert build_datamodule(compose(), batch_size=2).batch_size == 2
+
+
+def test_memory_format_on_the_cpu():
+    cfg = compose("train", "trainer=cpu", "trainer.precision=bf16-mixed", "callbacks=none", "logger=none")
+    trainer = build_trainer(cfg)
+
+    def wanted(setting, *layers):
+        cfg.recipe.channels_last = setting
+        return wants_channels_last(cfg, trainer, nn.Sequential(*layers))
+
+    assert [wanted(setting, nn.Conv2d(64, 64, 1, 2)) for setting in ("auto", True, False)] == [True, True, False]
+    assert wanted("auto", nn.Conv2d(3, 16, 3, 2), nn.Conv2d(8, 16, 1))
+    assert not wanted("auto", nn.Conv2d(8, 16, 1, 2))  # PyTorch crashes
+    with pytest.raises(UserError, match="choose auto or false"):
+        wanted(True, nn.Conv2d(8, 16, 1, 2))
+    with pytest.raises(UserError, match="choose auto, true or false"):
+        wanted("yes_please", nn.Conv2d(64, 64, 1, 2))
