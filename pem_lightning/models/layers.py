@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 

@@ -3,7 +3,6 @@
 from functools import cache
 from pathlib import Path
 
-import hydra
 import torch
 from torch import nn
 
@@ -13,6 +12,7 @@ from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.layers import FrozenBatchNorm2d
 
 CONF = Path(__file__).parents[2] / "conf"
+from tests import jobs
 
 
 class TinyBackbone(Backbone):
@@ -56,8 +56,7 @@ def randomize(network):
 @cache
 def compose(*overrides):
     """The configuration of a training."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("train", [*overrides, "output_dir=unused"])
+    return jobs.compose("train", *overrides)
 
 
 def scattered(tensor):

@@ -20,8 +20,8 @@ from pem_lightning.models.flops import count_gmacs
 from pem_lightning.preprocess import IMAGE_MEAN, IMAGE_STD
 from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import UserError
-from tests.jobs import DRAWN, call, compose
-from tests.models.randomize import randomize
+from tests.jobs import DRAWN, call
+from tests.models.randomize import compose, randomize
 
 try:
     import_timm()
