@@ -1,7 +1,6 @@
 """Small networks for tests, in the state in which training leaves them, and comparisons of operators."""
 
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,8 +9,6 @@ from pem_lightning import build_pem
 from pem_lightning.models.backbones import Backbone
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.layers import FrozenBatchNorm2d
-
-CONF = Path(__file__).parents[2] / "conf"
 from tests import jobs
 
 
