@@ -44,6 +44,14 @@ class JobError(Exception):
     """A job of a sweep failed; the message is one line."""
 
 
+class SweepFolder(Callback):
+    """A callback of Hydra's: makes a sweep's folder before its sweeper, which may keep a database there."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Make the folder."""
+        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+
+
 def main(job: str) -> None:
     """Run train, evaluate or predict with the command line's overrides, once or as a sweep.
 
@@ -166,7 +174,7 @@ def _sweep(job: str, overrides: Sequence[str]) -> None:
     overrides, checkpoint = take_over(job, overrides)
     _check_checkpoint(job, checkpoint)
     # Folders are named by what differs between the jobs.
-    varied = {o.get_key_element(): o.is_sweep_override() for o in parse(overrides, job)}
+    varied = {o.key_or_group: o.is_sweep_override() for o in parse(overrides, job)}
     fixed = [key for key, several in varied.items() if not several]
     added = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(repr, fixed))}]", "hydra.mode=MULTIRUN"]
     if "hydra/launcher=joblib" in overrides and "hydra.launcher.n_jobs" not in given:
