@@ -1,11 +1,11 @@
 import pytest
 import torch
 from lightning import Callback
-from tests.test_precision import fp16
 
 from pem_lightning.callbacks import NonFiniteLoss
 from pem_lightning.types import UserError
 from tests.small_training import train
+from tests.training.test_module import fp16
 
 
 class Poison(Callback):

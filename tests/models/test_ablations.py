@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 from pem_lightning import build_pem
+from pem_lightning.cli.errors import CONF
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.losses import SetCriterion
 from pem_lightning.models.ablations import (
@@ -18,7 +19,7 @@ from pem_lightning.models.flops import count_gmacs, count_parameters
 from pem_lightning.models.layers import sine_position_encoding
 from pem_lightning.types import Target, UserError
 from scripts.benchmark.reference import predict
-from tests.models.randomize import CONF, build_tiny, compose, randomize
+from tests.models.randomize import build_tiny, compose, randomize
 
 ABLATIONS = [f"ablation={path.stem}" for path in sorted((CONF / "ablation").glob("*.yaml"))]
 ABLATIONS += ["ablation=[no_masking,no_csm]", "ablation=[no_prototype,no_interaction,no_masking,fpn]"]

@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.test_config import compose
 from torch import nn
 
 from pem_lightning.cli.build import build_trainer
 from pem_lightning.models.layers import FrozenBatchNorm2d
 from pem_lightning.training.distributed import BatchSplit, PlainSyncBatchNorm, micro_batches_of, split_batch
 from pem_lightning.types import Batch, Target, UserError
+from tests.jobs import compose
 
 
 @pytest.mark.parametrize(
