@@ -257,7 +257,7 @@ def test_entry_points_are_thin(name):
 
 
 def test_the_papers_recipe_starts(tmp_path, monkeypatch, capsys):
-    """On images of Cityscapes' true layout and size; two instead of 32 and one step are all that is changed."""
+    """On images of Cityscapes' true layout and size: two of them for one step, and a smaller network."""
     rng = np.random.default_rng(0)
     for name in ("train/aachen/aachen_000000_000019", "train/bremen/bremen_000001_000019", "val/ulm/ulm_000000_000294"):
         ids = np.full((1024, 2048), 23, np.uint16)
@@ -272,7 +272,8 @@ def test_the_papers_recipe_starts(tmp_path, monkeypatch, capsys):
             (picture or Image.fromarray(ids)).save(path)
     monkeypatch.chdir(tmp_path)
     small = ("recipe.global_batch_size=2", "trainer.max_steps=1", "recipe.val_interval=1", "dataset.num_workers=0")
-    assert call("train", "dataset=cityscapes", "dataset.root=.", *small, "trainer=cpu", "hydra.run.dir=run") == 0
+    network = ("backbone=resnet18", "decoder_layers=1", "trainer=cpu")
+    assert call("train", "dataset=cityscapes", "dataset.root=.", *small, *network, "hydra.run.dir=run") == 0
     printed = capsys.readouterr().out
     assert "mIoU" in printed
     assert "PQ" in printed

@@ -224,7 +224,8 @@ def run(folder, *arguments):
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_other_launchers(work, launcher):
     """From a folder that is not the project's, in processes of their own."""
-    done = run(work, f"hydra/launcher={launcher}", f"hydra.sweep.dir={launcher}", "recipe.global_batch_size=2,9")
+    one = ["hydra.launcher.n_jobs=1"] if launcher == "joblib" else []
+    done = run(work, *one, f"hydra/launcher={launcher}", f"hydra.sweep.dir={launcher}", "recipe.global_batch_size=2,9")
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: 1_recipe.global_batch_size-9 failed (")
     finished = work / launcher / "0_recipe.global_batch_size-2" / "finished.json"
