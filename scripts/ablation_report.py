@@ -19,7 +19,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     if not rows:
         raise UserError(f"there is no training run in {', '.join(map(str, paths))}: start one with train.py")
     runs = pd.DataFrame(rows).drop_duplicates("path", ignore_index=True)
+    for _, group in runs.groupby("setting"):
+        shared = set.intersection(*map(set, group["overrides"]))
+        runs.loc[group.index, "variant"] = [variant_name(own, shared) for own in group["overrides"]]
     return runs, pd.DataFrame(curves, columns=["path", "step", "value"]).drop_duplicates(ignore_index=True)
 
 
@@ -166,12 +169,15 @@ def measure(runs: pd.DataFrame, size: tuple[int, int], rounds: int, device: torc
     return pd.DataFrame.from_dict(rows, orient="index", columns=COSTS if rounds else COSTS[:2])
 
 
-def variant_name(overrides: Iterable[str]) -> str:
-    """What a run changes, in a few words: "no masking + 3 layers"; `DEFAULT` for nothing."""
+def variant_name(overrides: Iterable[str], shared: Collection[str] = ()) -> str:
+    """What a run changes, in a few words: "no masking + 3 layers"; `DEFAULT` for nothing.
+
+    Overrides in `shared`, those of all runs that it is compared with, say nothing unless they are an ablation.
+    """
     words = []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if IGNORED.match(key):
+        if IGNORED.match(key) or (override in shared and key not in ("ablation", "decoder_layers")):
             continue
         parts = value.strip("[]").split(",") if key == "ablation" else [value]
         for part in filter(None, (part.strip() for part in parts)):
@@ -199,7 +205,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[int, float]] | None:
     row = {
         "path": str(folder),
         "setting": _setting(config),
-        "variant": variant_name(OmegaConf.load(overrides) if overrides.is_file() else ()),
+        "overrides": tuple(OmegaConf.load(overrides)) if overrides.is_file() else (),
         "seed": int(config.seed),
         "step": max(int(log.index.max()), int(end.get("step", 0))),
         "max_steps": int(config.trainer.max_steps),

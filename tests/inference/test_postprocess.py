@@ -34,6 +34,17 @@ def masks_for(*rows):
     return torch.tensor(rows, dtype=torch.float32)[:, None, :].repeat(1, 4, 1) * 10
 
 
+def margins(class_logits, mask_logits, *, padded_size, image_size, output_size, threshold):
+    """By how much every pixel's best query beats the second best, in float64."""
+    scores, labels = class_logits.double().softmax(-1).max(-1)
+    kept = (labels != class_logits.shape[-1] - 1) & (scores > threshold)
+    masks = F.interpolate(mask_logits[kept][None].double(), padded_size, mode="bilinear")
+    masks = masks[..., : image_size[0], : image_size[1]]
+    masks = F.interpolate(masks, output_size, mode="bilinear")[0].sigmoid()
+    best = (scores[kept][:, None, None] * masks).topk(2, dim=0).values
+    return best[0] - best[1]
+
+
 class TestReference:
     """Against the authors' implementation."""
 
@@ -85,7 +96,11 @@ class TestReference:
             overlap_threshold=expected["overlap_threshold"],
         )
         assert id_map.dtype == torch.int32
-        assert np.array_equal(id_map.numpy(), expected_map)
+        # A pixel may go to another segment only where both scores are equal up to the last bits of the sigmoid, which
+        # processors compute differently.
+        differs = torch.from_numpy(id_map.numpy() != expected_map)
+        if differs.any():
+            assert (margins(*logits, **shape, threshold=expected["object_mask_threshold"])[differs] < 5e-7).all()
         official = [(s["id"], s["category_id"], s["isthing"]) for s in expected["segments_info"]]
         assert [(s.id, s.class_id, s.is_thing) for s in segments] == official
 

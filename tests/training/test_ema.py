@@ -72,7 +72,7 @@ def test_checkpoints_have_both_and_averaged_ones_are_validated(trained):
     assert call("evaluate", path, "hydra.run.dir=averaged") == 0
     assert numbers("averaged") == numbers(trained)
     assert "averaged weights" in next(Path("averaged").glob("*.log")).read_text()
-    assert call("evaluate", path, "averaged_weights=false", "hydra.run.dir=raw") == 0
+    assert call("evaluate", path, "ema=false", "hydra.run.dir=raw") == 0
     assert numbers("raw") != numbers(trained)
 
 

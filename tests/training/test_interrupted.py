@@ -103,7 +103,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, capfd):
     step = read_checkpoint(previous).step
     assert step == 6
     assert in_child(*RUN, "resume=last", "hydra.run.dir=damaged") == 0
-    assert f"is damaged, or no checkpoint (File is not a zip file); GOING ON FROM {previous}" in capfd.readouterr().err
+    assert f"is damaged (File is not a zip file); GOING ON FROM {previous}" in capfd.readouterr().err
     for name in ("last.ckpt", "best.ckpt"):
         assert differences(state(whole / "checkpoints" / name), state(Path("damaged/checkpoints") / name)) == []
     last.write_bytes(b"")
@@ -224,7 +224,7 @@ def test_two_processes_agree_on_what_one_of_them_meets(work):
     [
         (["resume=auto"], "say hydra.run.dir=outputs/... as well"),
         (["resume=whole/checkpoints/last.ckpt", "seed=5"], "leave seed=5 out"),
-        (["hydra.run.dir=whole/metrics.json/run"], "metrics.json is a file): choose another output folder"),
+        (["hydra.run.dir=whole/metrics.json/run"], "metrics.json: Not a directory): choose another output folder"),
     ],
 )
 def test_mistakes(whole, arguments, message, capsys):

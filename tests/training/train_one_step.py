@@ -64,7 +64,7 @@ def draw(seed: int, shape) -> torch.Tensor:
 
 class Criterion(SetCriterion):
     def forward(self, predictions, targets, totals=None):
-        self.rand.see(targets)
+        self.sampling[-1].see(targets)
         return super().forward(predictions, targets, totals)
 
 

@@ -40,8 +40,9 @@ def test_equals_the_authors_step(reference, official_weights):
 
     batch, padded = plain.prepare(images, targets)
     criterion = plain.SetLosses(num_points=expected["TRAIN_NUM_POINTS"], rand=lambda shape, device: next(rest))
-    losses = criterion(plain.predict(network, batch), padded)
-    torch.stack(list(losses.values())).sum().backward()
+    with torch.backends.mkldnn.flags(enabled=False):  # its algorithms for some processors round ten times worse
+        losses = criterion(plain.predict(network, batch), padded)
+        torch.stack(list(losses.values())).sum().backward()
 
     assert next(rest, None) is None
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(expected["losses_weighted"], rel=1e-5)
