@@ -313,7 +313,7 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str) -> Figure
         axes.plot(means[variant].dropna(), marker="o", markersize=3, color=color, label=variant)
     axes.set(xlabel="steps", ylabel=f"{metric}, percent")
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right", frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 
