@@ -190,5 +190,5 @@ def test_data_module(tmp_path):
     assert batch.images[0].shape == (3, 640, 640)
     assert batch.targets[0].labels.tolist() == [1]
     assert data.info.num_classes == 3
-    with pytest.raises(UserError, match=r"no task=panoptic: take task=semantic"):
+    with pytest.raises(UserError, match=r"no task=panoptic: choose task=semantic"):
         SemanticFolderDataModule(tmp_path, "panoptic")
