@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,37 +18,16 @@ from pem_lightning.data.semantic_folder import SemanticFolderDataset
 from pem_lightning.types import VOID_ID, DatasetInfo, UserError
 
 
-class ItemCheck(NamedTuple):
-    """What one item holds, by class index; only `problems` and `values` if it cannot be read.
-
-    Attributes:
-        problems: what is wrong with its files.
-        values: pixels by value of its annotation file, where the whole split is judged by them.
-        total_pixels: void included.
-        pixels: of each class.
-        segments: with pixels, crowds included.
-        crowds: with pixels.
-    """
-
-    problems: tuple[str, ...]
-    values: Counter[int]
-    total_pixels: int
-    pixels: Counter[int]
-    segments: Counter[int]
-    crowds: Counter[int]
-
-
 @dataclass
 class SplitCheck:
-    """What a whole split holds, the sum of `ItemCheck`.
+    """What a split holds; counters are by class index, and segments without pixels do not count.
 
     Attributes:
-        split: "train" or "val".
-        info: its classes.
-        images: how many were found.
         problems: one message with file and cure each.
         notes: what is unusual, but may be meant.
-        images_with: images that hold a class, by class index.
+        total_pixels: void included.
+        segments: crowds included.
+        images_with: images that hold the class.
         gallery: indices of a few items that together show as many classes as possible.
     """
 
@@ -65,7 +44,7 @@ class SplitCheck:
     gallery: list[int] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, as the report is written."""
+        """As the report is written."""
         classes = [
             {
                 "name": name,
@@ -83,20 +62,13 @@ class SplitCheck:
 
 
 def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, gallery: int = 12) -> SplitCheck:
-    """Read every item of a split and judge the whole; shows a progress bar.
-
-    Args:
-        dataset: made with `on_error="collect"`.
-        split: its name.
-        workers: reading processes; 0 reads in this one.
-        gallery: how many items are chosen for the gallery.
-    """
+    """Read every item of a data set that was made with `on_error="collect"`, and judge the whole."""
     result = SplitCheck(split, dataset.info, len(dataset))
-    check = partial(check_item, dataset)
-    items: list[ItemCheck] = list(map_parallel(check, range(len(dataset)), workers, f"Checking {split}"))
-    values: Counter[int] = Counter()
+    indices = range(len(dataset))
+    checked = list(map_parallel(partial(_check_item, dataset), indices, workers, f"Checking {split}"))
+    items: list[SplitCheck] = [item for item, _ in checked]
+    values: Counter[int] = sum((found for _, found in checked), Counter())
     for item in items:
-        values += item.values
         result.total_pixels += item.total_pixels
         result.pixels += item.pixels
         result.segments += item.segments
@@ -120,41 +92,35 @@ def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, gall
     return result
 
 
-def check_item(dataset: SegmentationDataset, index: int) -> ItemCheck:
-    """Read one item and compare its segments with its pixels."""
-    values = _annotation_values(dataset, index)
+def _check_item(dataset: SegmentationDataset, index: int) -> tuple[SplitCheck, Counter[int]]:
+    """What one item holds, and `_annotation_values`."""
+    result, values = SplitCheck("", dataset.info), _annotation_values(dataset, index)
     try:
         sample = dataset.read(index)
     except UserError as error:
-        return ItemCheck((str(error),), values, 0, Counter(), Counter(), Counter())
+        result.problems.append(str(error))
+        return result, values
     areas = _counts(sample.panoptic.numpy())
-    visible = [segment for segment in sample.segments if areas[segment.id]]
     hidden = [
         f"number {number} ({dataset.info.classes[segment.class_id].name})"
         for number, segment in enumerate(sample.segments, start=1)
         if not areas[segment.id]
     ]
-    problems = []
     if hidden and dataset.info.name != ADE20K.name:  # there some instances are covered completely by others
-        problems.append(
+        result.problems.append(
             f"{dataset.files(index)[-1]} has no pixels for {len(hidden)} of its {len(sample.segments)} listed "
             f"segments, {enumerated(hidden)}: write map and list anew from one source, or take them out of the list"
         )
-    pixels: Counter[int] = Counter()
-    for segment in visible:
-        pixels[segment.class_id] += areas[segment.id]
-    return ItemCheck(
-        tuple(problems),
-        values,
-        sample.panoptic.numel(),
-        pixels,
-        Counter(segment.class_id for segment in visible),
-        Counter(segment.class_id for segment in visible if segment.is_crowd),
-    )
+    result.total_pixels = sample.panoptic.numel()
+    for segment in sample.segments:
+        if areas[segment.id]:
+            result.pixels[segment.class_id] += areas[segment.id]
+            result.segments[segment.class_id] += 1
+            result.crowds[segment.class_id] += segment.is_crowd
+    return result, values
 
 
 def _counts(values: np.ndarray) -> Counter[int]:
-    """Pixels by value."""
     counts = np.bincount(values.ravel())
     present = counts.nonzero()[0]
     return Counter(dict(zip(present.tolist(), counts[present].tolist(), strict=True)))
@@ -240,14 +206,9 @@ def _label_ids(values: Counter[int]) -> list[str]:
 
 
 def shifted_by_one(values: Counter[int], defined: Collection[int], hint: str) -> list[str]:
-    """Class values that were moved up or down by one before.
+    """Class values that were moved up or down by one before; `defined` are all of the format, void included.
 
     Moving down turns 0 into 255 in a byte and leaves the highest value unused; moving up does the reverse.
-
-    Args:
-        values: pixels by value, over a whole split.
-        defined: all values that the format defines, void included.
-        hint: ends the message.
     """
     lowest, highest = min(defined), max(set(defined) - {255})
     for way, present, absent in (("down", 255, highest), ("up", highest + 1, lowest)):

@@ -38,13 +38,10 @@ class SegmentationDataModule(LightningDataModule, ABC):
     and pads them.
 
     Args:
-        root: the folder of the files.
-        task: "panoptic", "semantic" or "instance"; decides the training targets.
-        batch_size: training images per device.
-        train_transform: augmentation; None for the data set's, see `default_transforms`.
-        eval_transform: resizing of validation images; None likewise.
+        task: decides the training targets.
+        batch_size, eval_batch_size: images per device.
+        train_transform, eval_transform: None for the data set's, see `default_transforms`.
         num_workers: loading processes per device; 0 loads in the main process.
-        eval_batch_size: validation images per device.
         on_error: what missing and unreadable files do, see `SegmentationDataset`.
         cache: folder for uncompressed copies, see `CachedDataset`; None reads the files themselves.
         keep_empty_targets: train on segments that the crop removed as empty masks, as the authors do, or drop them.
@@ -148,7 +145,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return dataset if self.cache is None else CachedDataset(dataset, self.cache, self.num_workers)
 
     def _device(self) -> tuple[int, int]:
-        """Number of this device and of all devices."""
+        """This device's number, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _loader(

@@ -136,7 +136,7 @@ def test_ways_to_write_classes(tmp_path, text):
 
 
 def test_a_class_may_take_255(tmp_path):
-    assert classes_of(tmp_path, "[{name: road, id: 255}]").void == frozenset()
+    assert classes_of(tmp_path, "[{name: road, id: 255}]")[1] == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_damaged_class_list(tmp_path_factory, damage):
     if message:
         assert str(path) in message
     else:
-        assert 1 <= classes.info.num_classes <= 255
-        assert not classes.void & set(classes.info.category_ids)
+        assert 1 <= classes[0].num_classes <= 255
+        assert not classes[1] & set(classes[0].category_ids)
 
 
 def test_data_module(tmp_path):
