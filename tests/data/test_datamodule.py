@@ -91,17 +91,12 @@ def test_task_decides_the_targets(root, task, classes):
     assert set(torch.cat(labels).tolist()) == classes
 
 
-def test_training_is_shuffled_and_reproducible(root):
-    first, again, other = train_batches(root, 1), train_batches(root, 1), train_batches(root, 2)
-    assert all_same(first, again)
-    assert not all_same(first, other)
-
-
 def test_batches_do_not_depend_on_the_number_of_workers(root):
     alone = train_batches(root, epochs=2)
     assert len(alone) == 4
     assert not same(alone[0], alone[2])
-    for num_workers in (1, 2):
+    assert not same(alone[0], train_batches(root, seed=8)[0])
+    for num_workers in (0, 2):
         assert all_same(alone, train_batches(root, epochs=2, num_workers=num_workers))
 
 
@@ -182,9 +177,8 @@ def test_segments_that_were_cropped_away(root, keep):
     assert any(not mask.any() for mask in masks) == keep
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_cache_changes_nothing_but_the_speed(root, tmp_path, num_workers):
-    cached = {"cache": tmp_path / "cache", "num_workers": num_workers}
+def test_a_cache_changes_nothing_but_the_speed(root, tmp_path):
+    cached = {"cache": tmp_path / "cache", "num_workers": 2}
     assert all_same(train_batches(root), train_batches(root, **cached))
     val, cached_val = (list(make_data(root, **options).val_dataloader()) for options in ({}, cached))
     for a, b in zip(val, cached_val, strict=True):
