@@ -1,7 +1,7 @@
 """Uncompressed copies of a data set's items, memory-mapped: no decoding, and a crop reads its own rows only.
 
 Each item is three files: `<name>.image.npy` (height, width, 3; uint8), `<name>.ids.npy` (height, width; int32), and
-`<name>.json` with its segments, which is written last. An interrupted copying is taken up again at the next start.
+`<name>.json` with its segments, which is written last.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CachedDataset(SegmentationDataset):
         self.source = source
         self.folder = Path(folder) / f"{source.info.name}_{_identity(source)}"
         self._verified = np.zeros(len(source), bool)
-        if self._outdated():
+        if not all(map(self._is_current, range(len(self)))):
             self._copy_outdated(num_workers)
 
     def paths(self, index: int) -> tuple[Path, Path, Path]:
@@ -112,9 +112,6 @@ class CachedDataset(SegmentationDataset):
         """Place, size and time of change of the files that an item is made of."""
         return [_state(path) for path in (*self.files(index), *self.source.common_files)]
 
-    def _outdated(self) -> list[int]:
-        return [index for index in range(len(self)) if not self._is_current(index)]
-
     def _is_current(self, index: int) -> bool:
         *arrays, facts_path = self.paths(index)
         if not facts_path.exists():
@@ -139,7 +136,7 @@ class CachedDataset(SegmentationDataset):
             ) from error
         with lock:
             remove_leftovers(self.folder)
-            outdated = self._outdated()
+            outdated = [index for index in range(len(self)) if not self._is_current(index)]
             self._check_space(outdated)
             title = f"Copying {len(outdated)} items of {self.info.name} to {self.folder}"
             copied = map_parallel(self.copy, outdated, num_workers, title) if outdated else ()

@@ -75,7 +75,8 @@ def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, gall
         result.crowds += item.crowds
         result.images_with.update(item.pixels.keys())
     # What concerns all files first: it may explain the rest.
-    place = f"{split} ({_annotation_folder(dataset)})"
+    folder = os.path.commonpath([dataset.files(i)[-1].parent for i in (0, len(dataset) - 1)]) if dataset else ""
+    place = f"{split} ({folder})"
     result.problems += [f"{place}: {suspicion}" for suspicion in suspicions(dataset, values)]
     result.problems += dataset.problems + [problem for item in items for problem in item.problems]
     absent = [name for k, name in enumerate(dataset.info.class_names) if not result.images_with[k]]
@@ -126,10 +127,6 @@ def _counts(values: np.ndarray) -> Counter[int]:
     return Counter(dict(zip(present.tolist(), counts[present].tolist(), strict=True)))
 
 
-def _annotation_folder(dataset: SegmentationDataset) -> str:
-    return os.path.commonpath([dataset.files(index)[-1].parent for index in (0, len(dataset) - 1)]) if dataset else ""
-
-
 def _covering(classes: Sequence[Iterable[int]], count: int) -> list[int]:
     """Up to `count` positions that show many classes: each adds the most that are still missing, then evenly spread."""
     sets = [set(c) for c in classes]
@@ -175,34 +172,29 @@ def suspicions(dataset: SegmentationDataset, values: Counter[int]) -> list[str]:
     if not values:
         return []
     if isinstance(dataset, CityscapesDataset):
-        return _train_ids(values) or _label_ids(values)
+        return _train_or_label_ids(values)
     if isinstance(dataset, SemanticFolderDataset):
         defined = {*dataset.info.category_ids, *dataset.void}
         return shifted_by_one(values, defined, "correct the maps, or the ids in classes.yaml")
     return shifted_by_one(values, {VOID_ID, *dataset.info.category_ids}, DOWNLOAD)
 
 
-def _train_ids(values: Counter[int]) -> list[str]:
-    """Train ids 0..18 with 255 for void, where `instanceIds` maps are expected."""
-    if max(values.keys() - {255}, default=0) > 18 or (255 not in values and len(values) < _MANY_TRAIN_IDS):
-        return []
-    return [
-        f"the annotation maps seem to hold train ids instead of instanceIds (suspicion: {_shares(values, [255])}"
-        "no other value is above 18, where single things have ids from 24000 on): give the "
-        "*_gtFine_instanceIds.png of gtFine_trainvaltest.zip"
-    ]
-
-
-def _label_ids(values: Counter[int]) -> list[str]:
-    """Label ids, which do not tell single things apart: every thing would be a crowd."""
+def _train_or_label_ids(values: Counter[int]) -> list[str]:
+    """Train ids 0..18 with 255 for void, or label ids, where `instanceIds` maps are expected."""
+    cure = "give the *_gtFine_instanceIds.png of gtFine_trainvaltest.zip"
     things = [value for value in values if 24 <= value <= 33]
-    if not things or max(values) >= 1000:
-        return []
-    return [
-        f"the annotation maps seem to hold labelIds instead of instanceIds (suspicion: {_shares(values, things)}"
-        "but no thing is numbered, by values from 24000 on): all things would count as crowds and not be learnt; "
-        "give the *_gtFine_instanceIds.png of gtFine_trainvaltest.zip"
-    ]
+    if max(values.keys() - {255}, default=0) <= 18 and (255 in values or len(values) >= _MANY_TRAIN_IDS):
+        return [
+            f"the annotation maps seem to hold train ids instead of instanceIds (suspicion: {_shares(values, [255])}"
+            f"no other value is above 18, where single things have ids from 24000 on): {cure}"
+        ]
+    if things and max(values) < 1000:
+        return [
+            f"the annotation maps seem to hold labelIds instead of instanceIds (suspicion: {_shares(values, things)}"
+            "but no thing is numbered, by values from 24000 on): all things would count as crowds and not be learnt; "
+            f"{cure}"
+        ]
+    return []
 
 
 def shifted_by_one(values: Counter[int], defined: Collection[int], hint: str) -> list[str]:

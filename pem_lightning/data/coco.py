@@ -40,11 +40,7 @@ _FILES_HINT = "check dataset.root, and the keys dataset.train_* and dataset.val_
 def read_panoptic_json(
     path: Path, hint: str, lists: Sequence[str] = ("images", "annotations", "categories")
 ) -> Content:
-    """Read a JSON and check that it has some of the format's lists.
-
-    Raises:
-        UserError: it is missing (then `hint` ends the message), no JSON, or of another format.
-    """
+    """Raises `UserError` if the file is missing (then `hint` ends the message) or no JSON with these lists."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -60,7 +56,7 @@ def read_panoptic_json(
 
 
 def panoptic_json(info: DatasetInfo, images: Sequence[Content], annotations: Sequence[Content]) -> str:
-    """The text of a JSON in the format, with the categories of a data set."""
+    """The text of a JSON with a data set's categories."""
     categories = [
         {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
     ]
@@ -233,11 +229,7 @@ def _matched(content: Content, path: Path, problems: list[str]) -> Iterator[tupl
 
 
 def _listed(entry: Content, lowest: int) -> dict[int, Content]:
-    """The listed segments of an annotation by id, in their order.
-
-    Raises:
-        ValueError: there is no list, or an id is not from `lowest` to `MAX_ID` or occurs twice.
-    """
+    """The listed segments of an annotation by id, in their order; what is wrong with them raises `ValueError`."""
     listed: Any = entry.get("segments_info")
     if not isinstance(listed, list) or not all(isinstance(s, dict) for s in listed):
         raise ValueError("has no list segments_info")
@@ -305,8 +297,8 @@ Annotation = tuple[Path, tuple[Segment, ...], Mapping[int, float]]
 class Pair(NamedTuple):
     """One image's ground truth and prediction, whose segments are renumbered 1, 2, ... in the order of its list.
 
-    `areas` are the true segments' by id, as far as the JSON has them, `stale_areas` counts those that are not the
-    number of pixels, and `has_unlisted` tells whether `gt_map` has ids that are neither void nor listed.
+    `stale_areas` counts `areas` of the JSON (by true segment's id) that are not the number of pixels; `has_unlisted`
+    tells whether `gt_map` has ids that are neither void nor listed.
     """
 
     image_id: ImageId
@@ -343,8 +335,13 @@ class PanopticPairs:
         true, predicted = _by_image(truth, gt_json), _by_image(prediction, pred_json)
         if not true:
             raise UserError(f"{gt_json} has no annotations: give the ground truth of at least one image")
-        _check_complete(list(true), predicted, gt_json, pred_json)
         self._image_ids = list(true)
+        if missing := [image_id for image_id in true if image_id not in predicted]:
+            hint = "predict every image, if need be with an empty segments_info"
+            if str(missing[0]) in map(str, predicted):
+                hint = "write its image_id as the ground truth does (a number and a text are not equal)"
+            more = f" (nor for {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise UserError(f"{pred_json} has no prediction for image {missing[0]!r} of {gt_json}{more}: {hint}")
         self._truth = [self._annotation(i, true[i], gt_json, gt_folder, is_truth=True) for i in true]
         self._predictions = [self._annotation(i, predicted[i], pred_json, pred_folder, is_truth=False) for i in true]
         self.notes: list[str] = []
@@ -450,19 +447,6 @@ def _by_image(content: Content, path: Path) -> dict[ImageId, Content]:
             raise UserError(f"{path} annotates image {image_id!r} twice: remove one of the annotations")
         entries[image_id] = entry
     return entries
-
-
-def _check_complete(
-    images: list[ImageId], predicted: Mapping[ImageId, Content], gt_json: Path, pred_json: Path
-) -> None:
-    missing = [image_id for image_id in images if image_id not in predicted]
-    if not missing:
-        return
-    hint = "predict every image, if need be with an empty segments_info"
-    if str(missing[0]) in map(str, predicted):
-        hint = "write its image_id as the ground truth does (a number and a text are not equal)"
-    more = f" (nor for {len(missing) - 1} more)" if len(missing) > 1 else ""
-    raise UserError(f"{pred_json} has no prediction for image {missing[0]!r} of {gt_json}{more}: {hint}")
 
 
 def _read_ids(path: Path) -> Int32[np.ndarray, "height width"]:

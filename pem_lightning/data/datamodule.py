@@ -86,7 +86,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         """One split, "train" or "val", with this `on_error`."""
 
     def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
-        """Augmentation and resizing where none are given: the paper's for Cityscapes."""
+        """For training and evaluation, where none are given: the paper's for Cityscapes."""
         return TrainTransform(), EvalTransform()
 
     @cached_property
@@ -100,11 +100,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return self._open("val", self.eval_transform)
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the files of the splits that the stage needs.
-
-        Raises:
-            UserError: files are missing, or there are fewer training images than one batch takes.
-        """
+        """Raises `UserError` if files that the stage needs are missing or fewer than one batch takes."""
         if stage in (None, "fit") and (count := len(self.train_dataset)) < self.batch_size:
             raise UserError(
                 f"{count} training images make no batch of {self.batch_size}: lower recipe.global_batch_size"

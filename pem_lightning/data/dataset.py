@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Int32, UInt8, UInt16
+from jaxtyping import Int32, UInt, UInt8
 from PIL import ExifTags, Image, ImageOps
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
@@ -34,14 +34,13 @@ class SegmentationDataset(Dataset[Sample], ABC):
     """One split of a data set. A subclass finds its files without opening them, and implements `read`.
 
     Attributes:
-        problems: what is wrong with the files that were found, one message each.
         common_files: files that describe several items, such as one JSON for all.
         image_ids: official ids of the images by name, where they are not the names.
         prediction_suffix: what a benchmark server wants prediction files to end in, before ".png".
 
     Args:
         files: the files of each item by its name: the image first, then its annotation.
-        problems: what the subclass found wrong, such as images without annotation.
+        problems: what the subclass found wrong, one message each.
         on_error: for `problems` and unreadable files: "stop" raises the first, "skip" logs them and takes the next
             item instead, "collect" keeps `problems` and raises on reading.
 
@@ -119,11 +118,7 @@ def first_problem(problems: Sequence[str]) -> str:
 
 
 def find_files(folder: Path, suffix: str, hint: str, subfolders: str = "") -> dict[str, Path]:
-    """All files of a kind by name, without the suffix; `subfolders` is a pattern such as "*/".
-
-    Raises:
-        UserError: there are none.
-    """
+    """All files of a kind by name without the suffix, or `UserError`; `subfolders` is a pattern such as "*/"."""
     files = {path.name.removesuffix(suffix): path for path in folder.glob(f"{subfolders}*{suffix}")}
     if not files:
         problem = "has no files" if folder.is_dir() else "does not exist; expected are files"
@@ -183,14 +178,12 @@ def read_pair(
     pixels, values = read_rgb(image, hint), read_map(annotation, hint)
     expected = pixels.shape if colored else pixels.shape[:2]
     if values.shape != expected:
-        found, needed = _describe(values.shape), _describe(expected)
+        found, needed = (
+            f"a {width}x{height} map of {channels[0] if channels else 1} channel(s)"
+            for height, width, *channels in (values.shape, expected)
+        )
         raise UserError(f"{annotation} is {found}, its image {image.name} needs {needed}: {hint}")
     return pixels, values
-
-
-def _describe(shape: tuple[int, ...]) -> str:
-    height, width, *channels = shape
-    return f"a {width}x{height} map of {channels[0] if channels else 1} channel(s)"
 
 
 def read_rgb(path: Path, hint: str, formats: tuple[str, ...] = FORMATS) -> UInt8[np.ndarray, "height width 3"]:
@@ -202,11 +195,7 @@ def read_rgb(path: Path, hint: str, formats: tuple[str, ...] = FORMATS) -> UInt8
     return _decode(path, _read_complete(path, hint), hint, to_rgb, formats)
 
 
-def read_map(
-    path: Path, hint: str
-) -> (
-    UInt8[np.ndarray, "height width"] | UInt8[np.ndarray, "height width channels"] | UInt16[np.ndarray, "height width"]
-):
+def read_map(path: Path, hint: str) -> UInt[np.ndarray, "height width *channels"]:
     """Read the stored values of a PNG of any bit depth: grey values, palette indices or colours.
 
     Raises:
@@ -294,7 +283,7 @@ def _png_fault(data: bytes) -> str | None:
 
 
 def _jpeg_fault(data: bytes) -> str | None:
-    """Whether a JPEG lacks its end, which decoders forgive."""
+    """Whether a JPEG lacks its end."""
     place = 2
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker, length = struct.unpack_from(">xBH", data, place)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,13 +38,12 @@ class _Canvas:
         self._scale = height * _OVERSAMPLING  # drawn pixels per image height
         self._colors = np.zeros((height * _OVERSAMPLING, width * _OVERSAMPLING, 3), np.uint8)
         self._ids = np.zeros(self._colors.shape[:2], np.uint16)
-        self._counts: dict[int, int] = {}
+        self._counts: Counter[int] = Counter()
 
     def new_id(self, label: int) -> int:
-        """The id of the next single thing of a class, numbered as Cityscapes numbers them."""
-        count = self._counts.get(label, 0)
-        self._counts[label] = count + 1
-        return label * 1000 + count
+        """The id of the next single thing of a class, as in Cityscapes."""
+        self._counts[label] += 1
+        return label * 1000 + self._counts[label] - 1
 
     def project(self, x: Number, y: Number, z: Number) -> tuple[float, float]:
         """From metres (right, up, ahead) to image heights."""
@@ -322,7 +323,7 @@ def _car_paint(rng: np.random.Generator) -> Color:
 
 
 def _hue(rng: np.random.Generator, low: float, high: float, saturation: float, value: float) -> Color:
-    """A colour of a random hue in a range (0 to 1, red at both ends), its brightness varied a little."""
+    """A colour of a random hue in a range (0 to 1, red at both ends)."""
     value = min(value * float(rng.uniform(0.85, 1.1)), 1.0)
     r, g, b = colorsys.hsv_to_rgb(float(rng.uniform(low, high)) % 1.0, saturation, value)
     return int(255 * r), int(255 * g), int(255 * b)
@@ -337,7 +338,7 @@ LABELS = {info.name: info.category_id for info in CITYSCAPES.classes} | {
 """Official label ids by name: all classes, and some labels that belong to no class."""
 
 Draw = Callable[[_Sprite, np.random.Generator], None]
-Placed = tuple[Number, Callable[[], None]]  # depth in metres, and the drawing to make there
+Placed = tuple[Any, ...]  # depth in metres, drawing, sprite, and further arguments of the drawing
 Span = tuple[Number, Number]
 
 _FAR = 70.0
@@ -370,8 +371,8 @@ def draw_street(
     for side in (-1, 1):
         street.draw_roadside(side)
     standing = [*street.furniture(), *street.crowds(), *street.things()]
-    for _, draw in sorted(standing, key=lambda placed: -placed[0]):
-        draw()
+    for _, draw, sprite, *arguments in sorted(standing, key=lambda placed: -placed[0]):
+        draw(sprite, rng, *arguments)
     if rng.random() < 0.35:
         street.draw_bonnet()
     image, ids = street.canvas.finish()
@@ -390,9 +391,6 @@ class _Street:
 
     def sprite(self, x: Number, z: Number, segment_id: int, mirrored: bool = False) -> _Sprite:
         return _Sprite(self.canvas, x, z, segment_id, mirrored)
-
-    def placed(self, z: Number, draw: Callable[..., None], sprite: _Sprite, *args: float) -> Placed:
-        return z, lambda: draw(sprite, self.rng, *args)
 
     def draw_sky(self) -> None:
         """Sky, clouds, and at the street's end haze of which nothing can be told."""
@@ -482,28 +480,26 @@ class _Street:
             for z in np.arange(self.draw(4, 7), 15, self.draw(4, 6)).tolist():
                 kind = self.rng.random()
                 height = self.draw(3.2, 4.2) if kind < 0.75 else 6.0
-                yield self.placed(z, _pole, self.sprite(x, z, LABELS["pole"]), height)
+                yield z, _pole, self.sprite(x, z, LABELS["pole"]), height
                 if kind < 0.4:
-                    light = self.sprite(x, z, LABELS["traffic light"])
-                    yield self.placed(z - 0.01, _traffic_light, light, height)
+                    yield z - 0.01, _traffic_light, self.sprite(x, z, LABELS["traffic light"]), height
                 elif kind < 0.75:
-                    sign = self.sprite(x, z, LABELS["traffic sign"])
-                    yield self.placed(z - 0.01, _traffic_sign, sign, height)
+                    yield z - 0.01, _traffic_sign, self.sprite(x, z, LABELS["traffic sign"]), height
             if self.rng.random() < 0.4:
                 z = self.draw(5, 12)
-                yield self.placed(z, _litter_bin, self.sprite(side * (self.walk - 0.5), z, LABELS["static"]))
+                yield z, _litter_bin, self.sprite(side * (self.walk - 0.5), z, LABELS["static"])
 
     def crowds(self) -> Iterator[Placed]:
-        """Groups that are not told apart, people waiting or bicycles leaning together: their id is the bare label."""
+        """Groups that are not told apart: their id is the bare label."""
         for label, draw, chance, distance in _CROWDS:
             if self.rng.random() < chance:
                 nearest, side = self.draw(5.5, 8), int(self.rng.choice((-1, 1)))
                 for i in range(self.rng.integers(4, 7)):
                     x, z = side * (self.kerb + 0.5 + distance * i), nearest + 0.05 * i
-                    yield self.placed(z, draw, self.sprite(x, z, LABELS[label]))
+                    yield z, draw, self.sprite(x, z, LABELS[label])
 
     def things(self) -> Iterator[Placed]:
-        """Up to five single things, spread over the picture; a rider brings a bicycle, a train its track."""
+        """Up to five single things; a rider brings a bicycle, a train its track."""
         frequency = np.array([thing[2] for thing in _THINGS])
         columns: list[float] = []
         for _ in range(self.rng.integers(3, 6)):
@@ -519,11 +515,10 @@ class _Street:
             columns.append(column)
             mirrored = bool(self.rng.integers(2))
             if label == "rider":
-                ridden = self.sprite(x, z, self.canvas.new_id(LABELS["bicycle"]), mirrored)
-                yield self.placed(z + 0.01, _bicycle, ridden)
+                yield z + 0.01, _bicycle, self.sprite(x, z, self.canvas.new_id(LABELS["bicycle"]), mirrored)
             if label == "train":
-                yield self.placed(z + 0.02, _rails, self.sprite(x, z, LABELS["rail track"]))
-            yield self.placed(z, draw, self.sprite(x, z, self.canvas.new_id(LABELS[label]), mirrored))
+                yield z + 0.02, _rails, self.sprite(x, z, LABELS["rail track"])
+            yield z, draw, self.sprite(x, z, self.canvas.new_id(LABELS[label]), mirrored)
 
     def draw_bonnet(self) -> None:
         middle = self.canvas.aspect / 2

@@ -27,8 +27,6 @@ from PIL import Image
 from pem_lightning.types import VOID_ID, Sample, UserError
 
 PAPER_SHORTEST_EDGES = tuple(int(0.1 * step * 1024) for step in range(5, 21))
-"""0.5 to 2.0 times 1024 in steps of 0.1."""
-
 Window = tuple[slice, slice]
 """Rows and columns, each with start and stop."""
 
@@ -36,25 +34,21 @@ _NEUTRAL = np.arange(256, dtype=np.uint8)
 
 
 class RandomResizedCrop(A.DualTransform):
-    """Resize to a random one of some shortest edges and crop at a uniformly random place.
+    """Resize to a random one of some shortest edges and crop at a uniformly random place; only the crop is computed.
 
-    Size and place are drawn first, and only the crop is computed: most of an enlarged image would be thrown away.
     Image antialiased bilinear, map nearest, both as Pillow does it; albumentations resizes by OpenCV, which aliases.
-    An edge shorter than the crop stays whole.
     """
 
     def __init__(self, height: int, width: int, shortest_edges: Sequence[int], max_size: int | None) -> None:
         super().__init__(p=1.0)
-        self.height = height
-        self.width = width
+        self.height, self.width = height, width
         self.shortest_edges = tuple(shortest_edges)
         self.max_size = max_size
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw size and place."""
         shortest_edge = int(self.random_generator.choice(self.shortest_edges))
-        height, width = params["shape"][:2]
-        size = resized_size(height, width, shortest_edge, self.max_size)
+        size = resized_size(*params["shape"][:2], shortest_edge, self.max_size)
         window = []
         for length, crop in zip(size, (self.height, self.width), strict=True):
             start = int(self.random_generator.integers(max(length - crop, 0), endpoint=True))
@@ -109,25 +103,16 @@ class SSDColorJitter(A.ImageOnlyTransform):
             "contrast_first": bool(draw.integers(2)),
         }
 
-    def apply(
-        self,
-        img: UInt8[np.ndarray, "height width 3"],
-        brightness: float,
-        contrast: float,
-        saturation: float,
-        hue: int,
-        contrast_first: bool,
-        **params: Any,
-    ) -> UInt8[np.ndarray, "height width 3"]:
+    def apply(self, img: UInt8[np.ndarray, "H W 3"], **drawn: Any) -> UInt8[np.ndarray, "H W 3"]:
         """Distort one RGB image."""
-        before, after = _table(1.0, brightness), _table(contrast, 0.0)
-        if contrast_first:
+        before, after = _table(1.0, drawn["brightness"]), _table(drawn["contrast"], 0.0)
+        if drawn["contrast_first"]:
             before, after = after[before], _NEUTRAL
         img = _look_up(img, before)
-        if saturation != 1.0 or hue != 0:
+        if drawn["saturation"] != 1.0 or drawn["hue"] != 0:
             hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV)
-            hues = ((np.arange(256) + hue) % 180).astype(np.uint8)
-            img = cv2.LUT(hsv, np.dstack([hues, _table(saturation, 0.0), _NEUTRAL]))
+            hues = ((np.arange(256) + drawn["hue"]) % 180).astype(np.uint8)
+            img = cv2.LUT(hsv, np.dstack([hues, _table(drawn["saturation"], 0.0), _NEUTRAL]))
             img = cv2.cvtColor(img, cv2.COLOR_HSV2RGB)
         return _look_up(img, after)
 
@@ -205,7 +190,7 @@ class EvalTransform:
         if self.shortest_edge is None:
             return sample._replace(image=sample.image.contiguous())
         image = sample.image.permute(1, 2, 0).numpy()
-        size = resized_size(image.shape[0], image.shape[1], self.shortest_edge, self.max_size)
+        size = resized_size(*image.shape[:2], self.shortest_edge, self.max_size)
         return sample._replace(image=torch.from_numpy(resize(image, size)).permute(2, 0, 1).contiguous())
 
 
@@ -241,10 +226,9 @@ def resize_window(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A window of `resize(image, size)`, computed from the part of the source that it depends on.
 
-    Within one grey level. Pillow resizes columns, rounds, and then rows, and keeps the ends of a box in single
-    precision, which can turn a value that lies between two; one call with a box would be off by two now and then. So
-    each axis is resized between places where source and result share a pixel border, which is exact: always
-    horizontally, vertically where such borders are near.
+    Within one grey level. Pillow keeps the ends of a box in single precision; one call with a box would be off by two
+    now and then. So each axis is resized between places where source and result share a pixel border, which is exact:
+    always horizontally, vertically where such borders are near.
     """
     (height, width), (new_height, new_width), (rows, columns) = image.shape[:2], size, window
     top, bottom = _widened(rows, new_height // math.gcd(height, new_height), at_most=_NEAR)
