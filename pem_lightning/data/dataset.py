@@ -135,27 +135,10 @@ def pair_files(
     return {name: (images[name], annotations[name]) for name in sorted(images.keys() & annotations.keys())}, problems
 
 
-class _Mapped(Dataset[Any]):
-    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self.function = function
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.function(self.items[index])
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
 def map_parallel(function: Callable[[Any], Any], items: Sequence[Any], workers: int, title: str) -> Iterable[Any]:
     """The function's results in order, from several processes (0: from this one), with a progress bar."""
-    loader = DataLoader(
-        _Mapped(function, items), batch_size=None, num_workers=min(workers, len(items)), collate_fn=_unchanged
-    )
+    dataset: Any = items  # a sequence is all that a loader needs
+    loader = DataLoader(dataset, batch_size=None, num_workers=min(workers, len(items)), collate_fn=function)
     return track(loader, title, total=len(items), transient=True)
 
 

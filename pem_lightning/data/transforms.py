@@ -48,7 +48,8 @@ class RandomResizedCrop(A.DualTransform):
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw size and place."""
         shortest_edge = int(self.random_generator.choice(self.shortest_edges))
-        size = resized_size(*params["shape"][:2], shortest_edge, self.max_size)
+        height, width, *_ = params["shape"]
+        size = resized_size(height, width, shortest_edge, self.max_size)
         window = []
         for length, crop in zip(size, (self.height, self.width), strict=True):
             start = int(self.random_generator.integers(max(length - crop, 0), endpoint=True))
@@ -190,7 +191,7 @@ class EvalTransform:
         if self.shortest_edge is None:
             return sample._replace(image=sample.image.contiguous())
         image = sample.image.permute(1, 2, 0).numpy()
-        size = resized_size(*image.shape[:2], self.shortest_edge, self.max_size)
+        size = resized_size(image.shape[0], image.shape[1], self.shortest_edge, self.max_size)
         return sample._replace(image=torch.from_numpy(resize(image, size)).permute(2, 0, 1).contiguous())
 
 

@@ -21,7 +21,6 @@ from pem_lightning.data.synthetic import generate_synthetic
 from pem_lightning.data.transforms import TrainTransform
 from pem_lightning.types import Sample, UserError
 from tests.data.damage import IDS, PHOTO, damages, encoded, outcome
-from tests.jobs import call
 
 
 class Numbers(SegmentationDataset):
@@ -218,59 +217,17 @@ def test_truncated_jpeg(tmp_path, options):
         assert read_or_refuse(read_rgb, path) is None, length
 
 
-# In loading processes and in training.
-
-
-@pytest.fixture
-def broken(tmp_path):
-    """Drawn street scenes, one photograph of which is cut short; returns root and that file."""
+def test_workers_pass_the_broken_file_on_or_replace_it(tmp_path):
     root = generate_synthetic(tmp_path / "drawn", train=4, val=1, height=32, width=64)
     path = sorted((root / "leftImg8bit" / "train").rglob("*.png"))[1]
     path.write_bytes(path.read_bytes()[:-100])
-    return root, path
-
-
-def load(root, on_error):
     transform = TrainTransform((32, 64), [32], None, color_jitter=False, flip=0.0)
-    data = CityscapesDataModule(root, batch_size=1, train_transform=transform, num_workers=1, on_error=on_error)
-    data.setup("fit")
-    return list(data.train_dataloader())
-
-
-def test_workers_pass_the_broken_file_on_or_replace_it(broken):
-    root, path = broken
+    stop, skip = (
+        CityscapesDataModule(root, batch_size=1, train_transform=transform, num_workers=1, on_error=on_error)
+        for on_error in ("stop", "skip")
+    )
     with pytest.raises(UserError, match=path.name):
-        load(root, "stop")
-    images = np.stack([batch.images[0].numpy() for batch in load(root, "skip")])
+        list(stop.train_dataloader())
+    images = np.stack([batch.images[0].numpy() for batch in skip.train_dataloader()])
     assert len(images) == 4
     assert len(np.unique(images, axis=0)) == 3  # the third one stands in for the second
-
-
-@pytest.mark.slow
-def test_training_stops_with_name_and_cure(broken, tmp_path, capfd):
-    root, path = broken
-    code = call(
-        "train",
-        "dataset=cityscapes",
-        f"dataset.root={root}",
-        "dataset.num_workers=1",
-        "backbone=resnet18",
-        "network.num_layers=1",
-        "network.num_queries=5",
-        "recipe.global_batch_size=4",
-        "recipe.num_points=16",
-        "recipe.max_steps=1",
-        "recipe.val_interval=1",
-        "recipe.train_transform.crop_size=[32,64]",
-        "recipe.train_transform.shortest_edges=[32]",
-        "trainer=cpu",
-        "logger=none",
-        "callbacks=none",
-        f"hydra.run.dir={tmp_path}/run",
-    )
-    assert code == 2
-    printed = capfd.readouterr()
-    (error,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
-    assert str(path) in error
-    assert "unzip" in error
-    assert "Traceback" not in printed.err + printed.out

@@ -75,12 +75,12 @@ def test_crop_and_flip_move_image_and_map_together(seed, flip):
 
 def test_every_size_and_place_is_drawn():
     transform = plain((1000, 1000), [10, 20, 40])
-    assert {transform(make_sample(20, 30)).image.shape[1] for _ in range(30)} == {10, 20, 40}
+    assert {transform(make_sample(20, 30)).image.shape[1] for _ in range(15)} == {10, 20, 40}
     crop = plain((5, 2), [5])
     torch.manual_seed(0)
-    counts = np.bincount([int(crop(coded_sample(5, 6)).image[1, 0, 0]) for _ in range(250)], minlength=5)
+    counts = np.bincount([int(crop(coded_sample(5, 6)).image[1, 0, 0]) for _ in range(150)], minlength=5)
     assert len(counts) == 5
-    assert counts.min() > 30
+    assert counts.min() > 15
 
 
 def test_scale_place_and_flip_are_independent():
@@ -88,13 +88,13 @@ def test_scale_place_and_flip_are_independent():
     torch.manual_seed(0)
     table = np.zeros((2, 2, 2), int)
     sample = coded_sample(80, 160)
-    for _ in range(200):
+    for _ in range(100):
         rows, columns, _ = transform(sample).image.float()
         large_scale = rows.max() - rows.min() < 30  # few source rows fill the crop
         below = rows.mean() > 40
         flipped = columns[0, 0] > columns[0, -1]
         table[int(large_scale), int(below), int(flipped)] += 1
-    assert table.min() > 12
+    assert table.min() > 4
 
 
 @pytest.mark.parametrize(("options", "grey"), [({}, 128), ({"pad_value": 7}, 7)])
@@ -213,7 +213,7 @@ def windows(draw, size):
 
 
 @given(data=st.data(), source=st.tuples(lengths, lengths), size=st.tuples(lengths, lengths))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_window_is_that_of_the_whole_image(data, source, size):
     """Up and down, by any factors: image within one grey level, map exactly."""
     window = data.draw(windows(size))
