@@ -56,7 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(overrides: list[str], workers: int, output: Path) -> int:
-    """Check both splits; returns the exit code."""
     datamodule = build_datamodule(overrides)
     console = Console()
     results: list[SplitCheck] = []
@@ -81,7 +80,6 @@ def check(overrides: list[str], workers: int, output: Path) -> int:
 
 
 def build_datamodule(overrides: list[str]) -> SegmentationDataModule:
-    """Make the data module of an experiment; its data sets collect what is wrong with their files."""
     check_composes("train", overrides)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("train", ["output_dir=.", *overrides])
@@ -91,22 +89,20 @@ def build_datamodule(overrides: list[str]) -> SegmentationDataModule:
 
 
 def class_table(result: SplitCheck) -> Table:
-    """One row per class; those that never occur are marked."""
     table = Table("class", title=f"{result.info.name}, {result.split}: {result.images} images")
     for column in ("pixels", "share", "segments", "images"):
         table.add_column(column, justify="right", no_wrap=True)
     for k, name in enumerate(result.info.class_names):
         share = result.pixels[k] / max(result.total_pixels, 1)
         counts = (f"{result.pixels[k]:,}", f"{share:.2%}", f"{result.segments[k]:,}", f"{result.images_with[k]:,}")
-        table.add_row(name, *counts, style=None if result.images_with[k] else "yellow")
-    void = result.total_pixels - result.pixels.total()
+        table.add_row(name, *counts, style=None if result.images_with[k] else "yellow")  # it never occurs
     table.add_section()
+    void = result.total_pixels - result.pixels.total()
     table.add_row("(void)", f"{void:,}", f"{void / max(result.total_pixels, 1):.2%}", "", "")
     return table
 
 
 def show(result: SplitCheck, console: Console) -> None:
-    """Print the classes of one split, then its problems and notes, each on one line."""
     if result.images:
         console.print(class_table(result))
     lines = [f"problem: {problem}" for problem in result.problems[:SHOWN]]

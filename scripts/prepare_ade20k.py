@@ -1,9 +1,8 @@
 """Make ADE20K's panoptic annotation: `python scripts/prepare_ade20k.py data/ADEChallengeData2016 --workers 8`.
 
 Writes `ade20k_panoptic_{train,val}/*.png` and `ade20k_panoptic_{train,val}.json` into the folder. The files are those
-that Mask2Former's preparation makes but for the numbers of the ids and the areas, here those of the pixels that a
-segment keeps; either can be used. The script may be stopped at any time: what is finished is not made again. Exit code
-0: done, 2: something is wrong with the files.
+of Mask2Former's preparation but for ids and areas (here of the pixels that a segment keeps); either can be used. What
+is finished is not made again. Exit code 0: done, 2: something is wrong with the files.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,21 +44,8 @@ CLASS_OF_INSTANCE_CATEGORY = (-1, *sorted(ADE20K.thing_classes))
 """Categories of instances are the thing classes in their order, counted from 1."""
 
 
-class Job(NamedTuple):
-    """The files of one image."""
-
-    photo: Path
-    semantic: Path
-    instances: Path
-    target: Path
-
-
-class Outcome(NamedTuple):
-    """What became of one image: its entry for the JSON, or what is wrong with its files."""
-
-    entry: dict[str, Any] | None
-    was_made: bool
-    problem: str | None
+Job = tuple[Path, Path, Path, Path]
+"""Photograph, semantic map, instance map and target of one image."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,23 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
 def prepare_split(root: Path, split: str, workers: int = 0) -> list[str]:
     """Make the PNGs of one split, and at last its JSON; prints a summary. What an interrupted call has made is kept.
 
-    Args:
-        root: the folder `ADEChallengeData2016`.
-        split: "train" or "val".
-        workers: processes; 0 works in this one.
-
     Returns:
         Files that could not be used, one message each; the JSON is only written if there are none.
-
-    Raises:
-        UserError: a folder is missing, images and maps do not belong together, or a file cannot be written.
     """
     start = time.monotonic()
     jobs = find_jobs(root, split)
-    outcomes: list[Outcome] = list(map_parallel(prepare_image, jobs, workers, f"ADE20K {split}"))
-    problems = sorted(outcome.problem for outcome in outcomes if outcome.problem)
-    entries = [outcome.entry for outcome in outcomes if outcome.entry]
-    made = sum(outcome.was_made for outcome in outcomes)
+    outcomes = list(map_parallel(prepare_image, jobs, workers, f"ADE20K {split}"))
+    problems = sorted(problem for _, _, problem in outcomes if problem)
+    entries = [entry for entry, _, _ in outcomes if entry]
+    made = sum(was_made for _, was_made, _ in outcomes)
     segments = [segment for entry in entries for segment in entry["segments_info"]]
     things = sum(segment["category_id"] in ADE20K.thing_classes for segment in segments)
     hidden = sum(segment["area"] == 0 for segment in segments)
@@ -132,21 +110,25 @@ def find_jobs(root: Path, split: str) -> list[Job]:
     if problems := problems + more:
         raise UserError(f"{problems[0]} ({len(problems)} such file(s))")
     return [
-        Job(photo, semantic[name][1], instances[name][1], root / PANOPTIC[split] / f"{name}.png")
+        (photo, semantic[name][1], instances[name][1], root / PANOPTIC[split] / f"{name}.png")
         for name, photo in sorted(photos.items())
     ]
 
 
-def prepare_image(job: Job) -> Outcome:
-    """Make the PNG of one image, unless it is there, made of these files by this version."""
+def prepare_image(job: Job) -> tuple[dict[str, Any] | None, bool, str | None]:
+    """Make the PNG of one image, unless it is there, made of these files by this version.
+
+    Returns:
+        Its entry for the JSON, whether it was made now, and what is wrong with its files.
+    """
     try:
-        stats = [path.stat() for path in (job.photo, job.semantic, job.instances)]
+        stats = [path.stat() for path in job[:3]]
         sources = [FORMAT_VERSION, *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
-        if (entry := finished_entry(job.target, sources)) is not None:
-            return Outcome(entry, False, None)
-        return Outcome(make_png(job, sources), True, None)
+        if (entry := finished_entry(job[-1], sources)) is not None:
+            return entry, False, None
+        return make_png(job, sources), True, None
     except UserError as error:
-        return Outcome(None, False, str(error))
+        return None, False, str(error)
 
 
 def finished_entry(target: Path, sources: list[Any]) -> dict[str, Any] | None:
@@ -160,21 +142,21 @@ def finished_entry(target: Path, sources: list[Any]) -> dict[str, Any] | None:
 
 
 def make_png(job: Job, sources: list[Any]) -> dict[str, Any]:
-    photo, semantic = read_pair(job.photo, job.semantic, DOWNLOAD)
-    instances = read_map(job.instances, INSTANCES)
-    if instances.shape != photo.shape:
-        raise UserError(f"{job.instances} is no RGB map of its image's size: {INSTANCES}")
+    photo, semantic, instances, target = job
+    pixels, classes = read_pair(photo, semantic, DOWNLOAD)
+    numbers = read_map(instances, INSTANCES)
+    if numbers.shape != pixels.shape:
+        raise UserError(f"{instances} is no RGB map of its image's size: {INSTANCES}")
     try:
-        ids, segments = merge(semantic, instances)
+        ids, segments = merge(classes, numbers)
     except ValueError as error:
-        raise UserError(f"{job.semantic} and {job.instances} cannot be merged, {error}: {INSTANCES}") from error
+        raise UserError(f"{semantic} and {instances} cannot be merged, {error}: {INSTANCES}") from error
     height, width = ids.shape
-    size = {"height": height, "width": width}
-    entry = {**size, "photo": job.photo.name, "map": job.target.name, "segments_info": segments}
+    entry = {"height": height, "width": width, "photo": photo.name, "map": target.name, "segments_info": segments}
     text = PngImagePlugin.PngInfo()
     text.add_text(KEY, json.dumps({"sources": sources, **entry}))
     Image.fromarray(id_to_rgb(ids)).save(buffer := io.BytesIO(), "PNG", pnginfo=text)
-    write_file(job.target, buffer.getvalue())
+    write_file(target, buffer.getvalue())
     return entry
 
 

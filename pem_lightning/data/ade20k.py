@@ -53,12 +53,7 @@ ADE20K_PANOPTIC = DatasetInfo("ade20k", tuple(replace(c, category_id=c.category_
 
 
 class ADE20KDataset(SegmentationDataset):
-    """The images of one split with their class maps. Things are not told apart: each thing class makes one crowd.
-
-    Args:
-        root: the folder `ADEChallengeData2016`.
-        split: "train" or "val".
-        transform, on_error: see `SegmentationDataset`.
+    """One split of the folder `ADEChallengeData2016`. Things are not told apart: each thing class makes one crowd.
 
     Raises:
         UserError: a folder is missing or empty, or an image and an annotation lack their counterpart.
@@ -72,7 +67,7 @@ class ADE20KDataset(SegmentationDataset):
         super().__init__(ADE20K, *pair_files(images, maps, DOWNLOAD), transform=transform, on_error=on_error)
 
     def read(self, index: int) -> Sample:
-        """Decode one item; a segment's id is its value in the file."""
+        """A segment's id is its value in the file."""
         image_path, map_path = self.files(index)
         image, values = read_pair(image_path, map_path, DOWNLOAD)
         present = np.unique(values).tolist()
@@ -81,11 +76,7 @@ class ADE20KDataset(SegmentationDataset):
                 f"{map_path} has the value {present[-1]}, but ADE20K's are 0 (void) to {ADE20K.num_classes}: {DOWNLOAD}"
             )
         things = ADE20K.thing_classes
-        segments = [
-            Segment(value, value - 1, value - 1 in things, is_crowd=value - 1 in things)
-            for value in present
-            if value != VOID_ID
-        ]
+        segments = [Segment(v, v - 1, v - 1 in things, is_crowd=v - 1 in things) for v in present if v != VOID_ID]
         return make_sample(image, values.astype(np.int32), segments, self.names[index])
 
 
@@ -97,15 +88,11 @@ class ADE20KDataModule(SegmentationDataModule):
         self.info = ADE20K if self.task == "semantic" else ADE20K_PANOPTIC
 
     def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
-        """The paper's."""
+        """The paper's for ADE20K."""
         return square_transforms(512 if self.task == "semantic" else 640)
 
     def make_dataset(self, split: str, transform: SampleTransform | None) -> SegmentationDataset:
-        """One split as a dataset.
-
-        Raises:
-            UserError: files are missing, or the panoptic annotation has not been made.
-        """
+        """One split."""
         if self.task == "semantic":
             return ADE20KDataset(self.root, split, transform, self.on_error)
         annotation = self.root / f"{PANOPTIC[split]}.json"

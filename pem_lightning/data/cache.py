@@ -1,7 +1,7 @@
 """Uncompressed copies of a data set's items, memory-mapped: no decoding, and a crop reads its own rows only.
 
 Each item is three files: `<name>.image.npy` (height, width, 3; uint8), `<name>.ids.npy` (height, width; int32), and
-`<name>.json` with its segments, which is written last. An interrupted copying is taken up again at the next start.
+`<name>.json` with its segments, which is written last.
 """
 
 from __future__ import annotations
@@ -37,12 +37,8 @@ class CachedDataset(SegmentationDataset):
     """A data set read from copies of its items, which are made when it is constructed.
 
     Items whose copy is missing, incomplete or older than their files are copied, by one process at a time: others that
-    start meanwhile wait and find the work done. Each process compares an item's content with its hash once.
-
-    Args:
-        source: what to copy; its transform and `on_error` are taken over.
-        folder: for the copies of any data sets, each in a folder of its own within.
-        num_workers: processes that copy; 0 copies in this one.
+    start meanwhile wait and find the work done. Each process compares an item's content with its hash once. The folder
+    may serve several data sets; the source's transform and `on_error` are taken over.
 
     Raises:
         UserError: the folder cannot be written or is too small, or with `on_error="stop"` an item cannot be read.
@@ -57,7 +53,7 @@ class CachedDataset(SegmentationDataset):
         self.source = source
         self.folder = Path(folder) / f"{source.info.name}_{_identity(source)}"
         self._verified = np.zeros(len(source), bool)
-        if self._outdated():
+        if not all(map(self._is_current, range(len(self)))):
             self._copy_outdated(num_workers)
 
     def paths(self, index: int) -> tuple[Path, Path, Path]:
@@ -98,7 +94,10 @@ class CachedDataset(SegmentationDataset):
         except UserError as error:
             return str(error)
         *arrays, facts_path = self.paths(index)
-        contents = [_npy(sample.image.permute(1, 2, 0).numpy()), _npy(sample.panoptic.numpy())]
+        contents = []
+        for array in (sample.image.permute(1, 2, 0).numpy(), sample.panoptic.numpy()):
+            np.save(buffer := io.BytesIO(), np.ascontiguousarray(array))
+            contents.append(buffer.getvalue())
         item = {
             "shape": list(sample.panoptic.shape),
             "sizes": [len(content) for content in contents],
@@ -110,11 +109,8 @@ class CachedDataset(SegmentationDataset):
         return None
 
     def _fingerprint(self, index: int) -> list[list[Any]]:
-        """Place, size and time of change of the files that an item is made of; null where one is missing."""
+        """Place, size and time of change of the files that an item is made of."""
         return [_state(path) for path in (*self.files(index), *self.source.common_files)]
-
-    def _outdated(self) -> list[int]:
-        return [index for index in range(len(self)) if not self._is_current(index)]
 
     def _is_current(self, index: int) -> bool:
         *arrays, facts_path = self.paths(index)
@@ -140,7 +136,7 @@ class CachedDataset(SegmentationDataset):
             ) from error
         with lock:
             remove_leftovers(self.folder)
-            outdated = self._outdated()
+            outdated = [index for index in range(len(self)) if not self._is_current(index)]
             self._check_space(outdated)
             title = f"Copying {len(outdated)} items of {self.info.name} to {self.folder}"
             copied = map_parallel(self.copy, outdated, num_workers, title) if outdated else ()
@@ -157,11 +153,6 @@ class CachedDataset(SegmentationDataset):
                 f"dataset.cache={self.folder.parent} needs {needed / 1e9:.1f} GB, of which its disk has "
                 f"{free / 1e9:.1f} GB free: choose a folder on a larger disk, or null"
             )
-
-
-def _npy(array: np.ndarray) -> bytes:
-    np.save(buffer := io.BytesIO(), np.ascontiguousarray(array))
-    return buffer.getvalue()
 
 
 def _map(path: Path, dtype: type, shape: tuple[int, ...], size: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,37 +18,16 @@ from pem_lightning.data.semantic_folder import SemanticFolderDataset
 from pem_lightning.types import VOID_ID, DatasetInfo, UserError
 
 
-class ItemCheck(NamedTuple):
-    """What one item holds, by class index; only `problems` and `values` if it cannot be read.
-
-    Attributes:
-        problems: what is wrong with its files.
-        values: pixels by value of its annotation file, where the whole split is judged by them.
-        total_pixels: void included.
-        pixels: of each class.
-        segments: with pixels, crowds included.
-        crowds: with pixels.
-    """
-
-    problems: tuple[str, ...]
-    values: Counter[int]
-    total_pixels: int
-    pixels: Counter[int]
-    segments: Counter[int]
-    crowds: Counter[int]
-
-
 @dataclass
 class SplitCheck:
-    """What a whole split holds, the sum of `ItemCheck`.
+    """What a split holds; counters are by class index, and segments without pixels do not count.
 
     Attributes:
-        split: "train" or "val".
-        info: its classes.
-        images: how many were found.
         problems: one message with file and cure each.
         notes: what is unusual, but may be meant.
-        images_with: images that hold a class, by class index.
+        total_pixels: void included.
+        segments: crowds included.
+        images_with: images that hold the class.
         gallery: indices of a few items that together show as many classes as possible.
     """
 
@@ -65,7 +44,7 @@ class SplitCheck:
     gallery: list[int] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, as the report is written."""
+        """As the report is written."""
         classes = [
             {
                 "name": name,
@@ -83,27 +62,21 @@ class SplitCheck:
 
 
 def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, gallery: int = 12) -> SplitCheck:
-    """Read every item of a split and judge the whole; shows a progress bar.
-
-    Args:
-        dataset: made with `on_error="collect"`.
-        split: its name.
-        workers: reading processes; 0 reads in this one.
-        gallery: how many items are chosen for the gallery.
-    """
+    """Read every item of a data set that was made with `on_error="collect"`, and judge the whole."""
     result = SplitCheck(split, dataset.info, len(dataset))
-    check = partial(check_item, dataset)
-    items: list[ItemCheck] = list(map_parallel(check, range(len(dataset)), workers, f"Checking {split}"))
-    values: Counter[int] = Counter()
+    indices = range(len(dataset))
+    checked = list(map_parallel(partial(_check_item, dataset), indices, workers, f"Checking {split}"))
+    items: list[SplitCheck] = [item for item, _ in checked]
+    values: Counter[int] = sum((found for _, found in checked), Counter())
     for item in items:
-        values += item.values
         result.total_pixels += item.total_pixels
         result.pixels += item.pixels
         result.segments += item.segments
         result.crowds += item.crowds
         result.images_with.update(item.pixels.keys())
     # What concerns all files first: it may explain the rest.
-    place = f"{split} ({_annotation_folder(dataset)})"
+    folder = os.path.commonpath([dataset.files(i)[-1].parent for i in (0, len(dataset) - 1)]) if dataset else ""
+    place = f"{split} ({folder})"
     result.problems += [f"{place}: {suspicion}" for suspicion in suspicions(dataset, values)]
     result.problems += dataset.problems + [problem for item in items for problem in item.problems]
     absent = [name for k, name in enumerate(dataset.info.class_names) if not result.images_with[k]]
@@ -120,48 +93,38 @@ def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, gall
     return result
 
 
-def check_item(dataset: SegmentationDataset, index: int) -> ItemCheck:
-    """Read one item and compare its segments with its pixels."""
-    values = _annotation_values(dataset, index)
+def _check_item(dataset: SegmentationDataset, index: int) -> tuple[SplitCheck, Counter[int]]:
+    """What one item holds, and `_annotation_values`."""
+    result, values = SplitCheck("", dataset.info), _annotation_values(dataset, index)
     try:
         sample = dataset.read(index)
     except UserError as error:
-        return ItemCheck((str(error),), values, 0, Counter(), Counter(), Counter())
+        result.problems.append(str(error))
+        return result, values
     areas = _counts(sample.panoptic.numpy())
-    visible = [segment for segment in sample.segments if areas[segment.id]]
     hidden = [
         f"number {number} ({dataset.info.classes[segment.class_id].name})"
         for number, segment in enumerate(sample.segments, start=1)
         if not areas[segment.id]
     ]
-    problems = []
     if hidden and dataset.info.name != ADE20K.name:  # there some instances are covered completely by others
-        problems.append(
+        result.problems.append(
             f"{dataset.files(index)[-1]} has no pixels for {len(hidden)} of its {len(sample.segments)} listed "
             f"segments, {enumerated(hidden)}: write map and list anew from one source, or take them out of the list"
         )
-    pixels: Counter[int] = Counter()
-    for segment in visible:
-        pixels[segment.class_id] += areas[segment.id]
-    return ItemCheck(
-        tuple(problems),
-        values,
-        sample.panoptic.numel(),
-        pixels,
-        Counter(segment.class_id for segment in visible),
-        Counter(segment.class_id for segment in visible if segment.is_crowd),
-    )
+    result.total_pixels = sample.panoptic.numel()
+    for segment in sample.segments:
+        if areas[segment.id]:
+            result.pixels[segment.class_id] += areas[segment.id]
+            result.segments[segment.class_id] += 1
+            result.crowds[segment.class_id] += segment.is_crowd
+    return result, values
 
 
 def _counts(values: np.ndarray) -> Counter[int]:
-    """Pixels by value."""
     counts = np.bincount(values.ravel())
     present = counts.nonzero()[0]
     return Counter(dict(zip(present.tolist(), counts[present].tolist(), strict=True)))
-
-
-def _annotation_folder(dataset: SegmentationDataset) -> str:
-    return os.path.commonpath([dataset.files(index)[-1].parent for index in (0, len(dataset) - 1)]) if dataset else ""
 
 
 def _covering(classes: Sequence[Iterable[int]], count: int) -> list[int]:
@@ -209,45 +172,35 @@ def suspicions(dataset: SegmentationDataset, values: Counter[int]) -> list[str]:
     if not values:
         return []
     if isinstance(dataset, CityscapesDataset):
-        return _train_ids(values) or _label_ids(values)
+        return _train_or_label_ids(values)
     if isinstance(dataset, SemanticFolderDataset):
         defined = {*dataset.info.category_ids, *dataset.void}
         return shifted_by_one(values, defined, "correct the maps, or the ids in classes.yaml")
     return shifted_by_one(values, {VOID_ID, *dataset.info.category_ids}, DOWNLOAD)
 
 
-def _train_ids(values: Counter[int]) -> list[str]:
-    """Train ids 0..18 with 255 for void, where `instanceIds` maps are expected."""
-    if max(values.keys() - {255}, default=0) > 18 or (255 not in values and len(values) < _MANY_TRAIN_IDS):
-        return []
-    return [
-        f"the annotation maps seem to hold train ids instead of instanceIds (suspicion: {_shares(values, [255])}"
-        "no other value is above 18, where single things have ids from 24000 on): give the "
-        "*_gtFine_instanceIds.png of gtFine_trainvaltest.zip"
-    ]
-
-
-def _label_ids(values: Counter[int]) -> list[str]:
-    """Label ids, which do not tell single things apart: every thing would be a crowd."""
+def _train_or_label_ids(values: Counter[int]) -> list[str]:
+    """Train ids 0..18 with 255 for void, or label ids, where `instanceIds` maps are expected."""
+    cure = "give the *_gtFine_instanceIds.png of gtFine_trainvaltest.zip"
     things = [value for value in values if 24 <= value <= 33]
-    if not things or max(values) >= 1000:
-        return []
-    return [
-        f"the annotation maps seem to hold labelIds instead of instanceIds (suspicion: {_shares(values, things)}"
-        "but no thing is numbered, by values from 24000 on): all things would count as crowds and not be learnt; "
-        "give the *_gtFine_instanceIds.png of gtFine_trainvaltest.zip"
-    ]
+    if max(values.keys() - {255}, default=0) <= 18 and (255 in values or len(values) >= _MANY_TRAIN_IDS):
+        return [
+            f"the annotation maps seem to hold train ids instead of instanceIds (suspicion: {_shares(values, [255])}"
+            f"no other value is above 18, where single things have ids from 24000 on): {cure}"
+        ]
+    if things and max(values) < 1000:
+        return [
+            f"the annotation maps seem to hold labelIds instead of instanceIds (suspicion: {_shares(values, things)}"
+            "but no thing is numbered, by values from 24000 on): all things would count as crowds and not be learnt; "
+            f"{cure}"
+        ]
+    return []
 
 
 def shifted_by_one(values: Counter[int], defined: Collection[int], hint: str) -> list[str]:
-    """Class values that were moved up or down by one before.
+    """Class values that were moved up or down by one before; `defined` are all of the format, void included.
 
     Moving down turns 0 into 255 in a byte and leaves the highest value unused; moving up does the reverse.
-
-    Args:
-        values: pixels by value, over a whole split.
-        defined: all values that the format defines, void included.
-        hint: ends the message.
     """
     lowest, highest = min(defined), max(set(defined) - {255})
     for way, present, absent in (("down", 255, highest), ("up", highest + 1, lowest)):

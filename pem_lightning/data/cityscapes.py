@@ -62,12 +62,9 @@ _HINT = (
 
 
 class CityscapesDataset(SegmentationDataset):
-    """The images of some splits with their panoptic annotation, in the order of their names.
+    """One or several splits of the folder with `leftImg8bit` and `gtFine`, in the order of the images' names.
 
-    Args:
-        root: the folder that holds `leftImg8bit`, `gtFine`, and `gtCoarse` for `train_extra`.
-        split: "train", "val", "train_extra" (coarsely annotated), "test" (images only, all void), or several.
-        transform, on_error: see `SegmentationDataset`.
+    `train_extra` is annotated coarsely (`gtCoarse`); `test` has images only, all void.
 
     Raises:
         UserError: a split is unknown, a folder missing or empty, or an image or an annotation lacks its counterpart.
@@ -91,7 +88,7 @@ class CityscapesDataset(SegmentationDataset):
         super().__init__(CITYSCAPES, dict(sorted(files.items())), problems, transform=transform, on_error=on_error)
 
     def read(self, index: int) -> Sample:
-        """Decode one item; a segment's id is its value in the file."""
+        """A segment's id is its value in the file."""
         image_path, *annotation = self.files(index)
         if not annotation:
             image = read_rgb(image_path, _HINT)
@@ -110,10 +107,7 @@ def panoptic_from_instance_ids(
     """Read an official `instanceIds` map, by the rules of cityscapesScripts' createPanopticImgs.py.
 
     A value is a label id, or for single things a label id times 1000 plus a number. A thing without a number is a
-    crowd; labels that are not evaluated become void.
-
-    Returns:
-        The panoptic map and its segments by rising id, which is the value in the file.
+    crowd; labels that are not evaluated become void. Segments come by rising id, which is the value in the file.
 
     Raises:
         ValueError: a value is none that Cityscapes defines.
@@ -147,12 +141,7 @@ def _find_split(root: Path, split: str) -> tuple[dict[str, tuple[Path, ...]], li
 
 
 class CityscapesDataModule(SegmentationDataModule):
-    """Cityscapes.
-
-    Args:
-        arguments, loading: see `SegmentationDataModule`; `root` is the folder that holds `leftImg8bit` and `gtFine`.
-        train_splits: what is trained on: "train", "train_extra" (the coarse set) or both.
-    """
+    """Cityscapes; `train_splits` are what is trained on: "train", "train_extra" (the coarse set) or both."""
 
     info = CITYSCAPES
 
@@ -161,6 +150,6 @@ class CityscapesDataModule(SegmentationDataModule):
         self.train_splits = tuple(train_splits)
 
     def make_dataset(self, split: str, transform: SampleTransform | None) -> CityscapesDataset:
-        """One split as a dataset."""
+        """One split."""
         splits = self.train_splits if split == "train" else split
         return CityscapesDataset(self.root, splits, transform, self.on_error)

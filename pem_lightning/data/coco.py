@@ -40,11 +40,7 @@ _FILES_HINT = "check dataset.root, and the keys dataset.train_* and dataset.val_
 def read_panoptic_json(
     path: Path, hint: str, lists: Sequence[str] = ("images", "annotations", "categories")
 ) -> Content:
-    """Read a JSON and check that it has some of the format's lists.
-
-    Raises:
-        UserError: it is missing (then `hint` ends the message), no JSON, or of another format.
-    """
+    """Raises `UserError` if the file is missing (then `hint` ends the message) or no JSON with these lists."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -60,7 +56,7 @@ def read_panoptic_json(
 
 
 def panoptic_json(info: DatasetInfo, images: Sequence[Content], annotations: Sequence[Content]) -> str:
-    """The text of a JSON in the format, with the categories of a data set."""
+    """The text of a JSON with a data set's categories."""
     categories = [
         {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
     ]
@@ -71,7 +67,7 @@ class CocoPanopticDataset(SegmentationDataset):
     """The images of one JSON with their panoptic annotation, in the order of its list of images.
 
     Segments are numbered 1, 2, ... as the JSON lists them, instead of by their ids of up to 24 bits. Areas and boxes of
-    the JSON are not used. A listed segment may have no pixels.
+    the JSON are not used. A listed segment may have no pixels. A wrong entry is treated as an unreadable file.
 
     Args:
         annotation: the JSON.
@@ -79,7 +75,6 @@ class CocoPanopticDataset(SegmentationDataset):
         maps: the folder of PNGs; named like the JSON by default.
         info: the classes that the file must have; by default those it has, named after its file.
         hint: what the user can do about a file that is missing or broken.
-        transform, on_error: see `SegmentationDataset`; a wrong entry is treated as an unreadable file.
 
     Raises:
         UserError: the JSON is missing or not in the format, or files or entries lack their counterpart.
@@ -158,11 +153,7 @@ class CocoPanopticDataset(SegmentationDataset):
 class CocoPanopticDataModule(SegmentationDataModule):
     """A data set in the COCO panoptic format; its classes are the categories of the validation JSON.
 
-    Args:
-        arguments, loading: see `SegmentationDataModule`; all paths below are relative to `root`.
-        train_json, val_json: the annotations.
-        train_images, val_images: folders of the images.
-        train_maps, val_maps: folders of the PNGs; by default named like the JSON.
+    Paths are relative to `root`. The folders of PNGs are by default named like the JSON.
 
     Raises:
         UserError: there is no validation JSON, or it is not in the format.
@@ -185,15 +176,11 @@ class CocoPanopticDataModule(SegmentationDataModule):
         self.info = classes_of(read_panoptic_json(path, _FILES_HINT), path, "coco_panoptic")
 
     def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
-        """Those of ADE20K."""
+        """The paper's for ADE20K."""
         return square_transforms(640)
 
     def make_dataset(self, split: str, transform: SampleTransform | None) -> CocoPanopticDataset:
-        """One split as a dataset.
-
-        Raises:
-            UserError: files are missing, or the categories are not those of the validation JSON.
-        """
+        """One split."""
         annotation, images, maps = self.places[split]
         return CocoPanopticDataset(
             self.root / annotation,
@@ -206,11 +193,7 @@ class CocoPanopticDataModule(SegmentationDataModule):
 
 
 def classes_of(content: Content, path: Path, name: str) -> DatasetInfo:
-    """The classes, in the order of the file's categories.
-
-    Raises:
-        UserError: a category lacks its id, its name or `isthing`, or an id or a name occurs twice.
-    """
+    """The classes, in the order of the file's categories."""
     for category in content["categories"]:
         if category.get("isthing") not in (0, 1):
             raise UserError(f"{path}: category {category.get('name')!r} does not say isthing 0 or 1: {_JSON_HINT}")
@@ -219,7 +202,6 @@ def classes_of(content: Content, path: Path, name: str) -> DatasetInfo:
 
 
 def _check_same_classes(found: DatasetInfo, expected: DatasetInfo, path: Path) -> None:
-    """Refuse a file whose categories differ from the data set's in order, ids, names or kinds."""
     theirs, ours = ([(c.category_id, c.name, c.is_thing) for c in info.classes] for info in (found, expected))
     if ours != theirs:
         same = [a == b for a, b in zip(ours, theirs, strict=False)]
@@ -247,11 +229,7 @@ def _matched(content: Content, path: Path, problems: list[str]) -> Iterator[tupl
 
 
 def _listed(entry: Content, lowest: int) -> dict[int, Content]:
-    """The listed segments of an annotation by id, in their order.
-
-    Raises:
-        ValueError: there is no list, or an id is not from `lowest` to `MAX_ID` or occurs twice.
-    """
+    """The listed segments of an annotation by id, in their order; what is wrong with them raises `ValueError`."""
     listed: Any = entry.get("segments_info")
     if not isinstance(listed, list) or not all(isinstance(s, dict) for s in listed):
         raise ValueError("has no list segments_info")
@@ -280,8 +258,8 @@ def _is_file_name(value: Any) -> bool:
     """Whether a file can have this name: an empty or endless one would be an error of the operating system."""
     if not isinstance(value, str) or "\0" in value or len(value) > 1024:
         return False
-    parts = PurePosixPath(value).parts
-    return PurePosixPath(value).name != "" and all(len(p.encode("utf-8", "surrogatepass")) < 256 for p in parts)
+    path = PurePosixPath(value)
+    return path.name != "" and all(len(part.encode("utf-8", "surrogatepass")) < 256 for part in path.parts)
 
 
 def _whole(value: Any) -> int | None:
@@ -296,12 +274,8 @@ def renumbered(
 ) -> tuple[Int32[np.ndarray, "height width"], Int64[np.ndarray, " unknown"]]:
     """Replace ids of up to 24 bits by their position in a list plus one, so that tables over ids stay small.
 
-    Args:
-        ids: of every pixel; `VOID_ID` stays.
-        known: the ids that may occur.
-
     Returns:
-        The new map, and the ids that are not known, which are void in it.
+        The new map, where `VOID_ID` stays, and the ids that are not known, which become void.
     """
     flat = ids.ravel()
     starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))  # of runs of one id: far fewer than pixels
@@ -316,20 +290,15 @@ def renumbered(
     return np.repeat(runs, np.diff(starts, append=flat.size)).reshape(ids.shape), unknown
 
 
-class Annotation(NamedTuple):
-    """What a JSON says about one image; `areas` in pixels by segment id, as far as the file has them."""
-
-    image_id: ImageId
-    png: Path
-    segments: tuple[Segment, ...]
-    areas: Mapping[int, float]
+Annotation = tuple[Path, tuple[Segment, ...], Mapping[int, float]]
+"""PNG and segments of one image, and the segments' areas in pixels by id, as far as the JSON has them."""
 
 
 class Pair(NamedTuple):
     """One image's ground truth and prediction, whose segments are renumbered 1, 2, ... in the order of its list.
 
-    `areas` are the true segments' by id, as far as the JSON has them, `stale_areas` counts those that are not the
-    number of pixels, and `has_unlisted` tells whether `gt_map` has ids that are neither void nor listed.
+    `stale_areas` counts `areas` of the JSON (by true segment's id) that are not the number of pixels; `has_unlisted`
+    tells whether `gt_map` has ids that are neither void nor listed.
     """
 
     image_id: ImageId
@@ -346,16 +315,8 @@ class PanopticPairs:
     """All images of a ground truth with their predictions; a sequence of `Pair`, read on access.
 
     A category that only the prediction uses is an error; a true segment of a category that is not listed counts as no
-    segment, though its pixels are not void.
-
-    Attributes:
-        info: the ground truth's categories.
-        notes: what was passed over, a message each.
-
-    Args:
-        gt_json: the ground truth's annotations.
-        pred_json: the prediction's; it needs no other list than "annotations".
-        gt_folder, pred_folder: of the PNGs; by default the JSON's path without suffix.
+    segment, though its pixels are not void. The prediction's JSON needs no other list than "annotations". `notes` are
+    messages about what was passed over.
 
     Raises:
         UserError: a file is missing or not of the format, or an image has no prediction.
@@ -374,13 +335,19 @@ class PanopticPairs:
         true, predicted = _by_image(truth, gt_json), _by_image(prediction, pred_json)
         if not true:
             raise UserError(f"{gt_json} has no annotations: give the ground truth of at least one image")
-        _check_complete(list(true), predicted, gt_json, pred_json)
+        self._image_ids = list(true)
+        if missing := [image_id for image_id in true if image_id not in predicted]:
+            hint = "predict every image, if need be with an empty segments_info"
+            if str(missing[0]) in map(str, predicted):
+                hint = "write its image_id as the ground truth does (a number and a text are not equal)"
+            more = f" (nor for {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise UserError(f"{pred_json} has no prediction for image {missing[0]!r} of {gt_json}{more}: {hint}")
         self._truth = [self._annotation(i, true[i], gt_json, gt_folder, is_truth=True) for i in true]
         self._predictions = [self._annotation(i, predicted[i], pred_json, pred_folder, is_truth=False) for i in true]
         self.notes: list[str] = []
         if extra := len(predicted) - len(true):
             self.notes.append(f"{pred_json}: {extra} image(s) are not in the ground truth and do not count")
-        known = sum(len(annotation.segments) for annotation in self._truth)
+        known = sum(len(segments) for _, segments, _ in self._truth)
         if unknown := sum(len(entry["segments_info"]) for entry in true.values()) - known:
             self.notes.append(f"{gt_json}: {unknown} segment(s) have a category_id that no category has; not counted")
 
@@ -388,35 +355,31 @@ class PanopticPairs:
         return len(self._truth)
 
     def __getitem__(self, index: int) -> Pair:
-        """Read the PNGs of one image.
-
-        Raises:
-            UserError: a PNG cannot be read or has another size, or the prediction's PNG and JSON do not agree.
-        """
-        truth, predicted = self._truth[index], self._predictions[index]
-        gt_map, ids = _read_ids(truth.png), _read_ids(predicted.png)
+        """Raises `UserError` for a PNG that cannot be read, or does not fit the other PNG or its JSON."""
+        image_id = self._image_ids[index]
+        (gt_png, gt_segments, areas), (pred_png, predicted, _) = self._truth[index], self._predictions[index]
+        gt_map, ids = _read_ids(gt_png), _read_ids(pred_png)
         if ids.shape != gt_map.shape:
             height, width = ids.shape
             raise UserError(
-                f"{predicted.png} is {width}x{height}, but {truth.png} is {gt_map.shape[1]}x{gt_map.shape[0]}: "
+                f"{pred_png} is {width}x{height}, but {gt_png} is {gt_map.shape[1]}x{gt_map.shape[0]}: "
                 "write predictions at the ground truth's size"
             )
-        pred_map, pixels, unlisted = _counted(ids, predicted.segments)
+        pred_map, pixels, unlisted = _counted(ids, predicted)
         if unlisted.size:
             raise UserError(
-                f"{predicted.png} has the id {unlisted[0]}, which its entry in {self.pred_json} does not list: "
+                f"{pred_png} has the id {unlisted[0]}, which its entry in {self.pred_json} does not list: "
                 f"list every segment there, and give pixels without one the id {VOID_ID}"
             )
         if not pixels.all():
             raise UserError(
-                f"{self.pred_json} lists the segment {predicted.segments[int(pixels.argmin())].id} of image "
-                f"{predicted.image_id!r}, which has no pixels in {predicted.png}: list only segments with pixels"
+                f"{self.pred_json} lists the segment {predicted[int(pixels.argmin())].id} of image "
+                f"{image_id!r}, which has no pixels in {pred_png}: list only segments with pixels"
             )
-        pred_segments = tuple(s._replace(id=number) for number, s in enumerate(predicted.segments, start=1))
-        _, pixels, unlisted = _counted(gt_map, truth.segments)
-        stale = sum(truth.areas.get(s.id, n) != n for s, n in zip(truth.segments, pixels.tolist(), strict=True))
-        has_unlisted = bool(unlisted.size)
-        return Pair(truth.image_id, pred_map, pred_segments, gt_map, truth.segments, truth.areas, stale, has_unlisted)
+        pred_segments = tuple(s._replace(id=number) for number, s in enumerate(predicted, start=1))
+        _, pixels, unlisted = _counted(gt_map, gt_segments)
+        stale = sum(areas.get(s.id, n) != n for s, n in zip(gt_segments, pixels.tolist(), strict=True))
+        return Pair(image_id, pred_map, pred_segments, gt_map, gt_segments, areas, stale, bool(unlisted.size))
 
     def _annotation(self, image_id: ImageId, entry: Content, path: Path, folder: Path, *, is_truth: bool) -> Annotation:
         place = f"{path}: the annotation of image {image_id!r}"
@@ -447,7 +410,7 @@ class PanopticPairs:
         if not (png := folder / str(name)).is_file():
             option = "--gt-folder" if is_truth else "--pred-folder"
             raise UserError(f"{png} does not exist: put it there, or give another folder by {option}")
-        return Annotation(image_id, png, tuple(segments), areas)
+        return png, tuple(segments), areas
 
 
 def _any_categories(content: Content, path: Path) -> DatasetInfo:
@@ -484,19 +447,6 @@ def _by_image(content: Content, path: Path) -> dict[ImageId, Content]:
             raise UserError(f"{path} annotates image {image_id!r} twice: remove one of the annotations")
         entries[image_id] = entry
     return entries
-
-
-def _check_complete(
-    images: list[ImageId], predicted: Mapping[ImageId, Content], gt_json: Path, pred_json: Path
-) -> None:
-    missing = [image_id for image_id in images if image_id not in predicted]
-    if not missing:
-        return
-    hint = "predict every image, if need be with an empty segments_info"
-    if str(missing[0]) in map(str, predicted):
-        hint = "write its image_id as the ground truth does (a number and a text are not equal)"
-    more = f" (nor for {len(missing) - 1} more)" if len(missing) > 1 else ""
-    raise UserError(f"{pred_json} has no prediction for image {missing[0]!r} of {gt_json}{more}: {hint}")
 
 
 def _read_ids(path: Path) -> Int32[np.ndarray, "height width"]:

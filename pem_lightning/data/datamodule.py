@@ -38,13 +38,10 @@ class SegmentationDataModule(LightningDataModule, ABC):
     and pads them.
 
     Args:
-        root: the folder of the files.
-        task: "panoptic", "semantic" or "instance"; decides the training targets.
-        batch_size: training images per device.
-        train_transform: augmentation; None for the data set's, see `default_transforms`.
-        eval_transform: resizing of validation images; None likewise.
+        task: decides the training targets.
+        batch_size, eval_batch_size: images per device.
+        train_transform, eval_transform: None for the data set's, see `default_transforms`.
         num_workers: loading processes per device; 0 loads in the main process.
-        eval_batch_size: validation images per device.
         on_error: what missing and unreadable files do, see `SegmentationDataset`.
         cache: folder for uncompressed copies, see `CachedDataset`; None reads the files themselves.
         keep_empty_targets: train on segments that the crop removed as empty masks, as the authors do, or drop them.
@@ -89,7 +86,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         """One split, "train" or "val", with this `on_error`."""
 
     def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
-        """Augmentation and resizing where none are given: the paper's for Cityscapes."""
+        """For training and evaluation, where none are given: the paper's for Cityscapes."""
         return TrainTransform(), EvalTransform()
 
     @cached_property
@@ -103,11 +100,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return self._open("val", self.eval_transform)
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the files of the splits that the stage needs.
-
-        Raises:
-            UserError: files are missing, or there are fewer training images than one batch takes.
-        """
+        """Raises `UserError` if files that the stage needs are missing or fewer than one batch takes."""
         if stage in (None, "fit") and (count := len(self.train_dataset)) < self.batch_size:
             raise UserError(
                 f"{count} training images make no batch of {self.batch_size}: lower recipe.global_batch_size"
@@ -148,7 +141,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return dataset if self.cache is None else CachedDataset(dataset, self.cache, self.num_workers)
 
     def _device(self) -> tuple[int, int]:
-        """Number of this device and of all devices."""
+        """This device's number, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _loader(

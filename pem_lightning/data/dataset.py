@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Int32, UInt8, UInt16
+from jaxtyping import Int32, UInt, UInt8
 from PIL import ExifTags, Image, ImageOps
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
@@ -34,16 +34,13 @@ class SegmentationDataset(Dataset[Sample], ABC):
     """One split of a data set. A subclass finds its files without opening them, and implements `read`.
 
     Attributes:
-        problems: what is wrong with the files that were found, one message each.
         common_files: files that describe several items, such as one JSON for all.
         image_ids: official ids of the images by name, where they are not the names.
         prediction_suffix: what a benchmark server wants prediction files to end in, before ".png".
 
     Args:
-        info: the classes.
         files: the files of each item by its name: the image first, then its annotation.
-        problems: what the subclass found wrong, such as images without annotation.
-        transform: applied to every sample.
+        problems: what the subclass found wrong, one message each.
         on_error: for `problems` and unreadable files: "stop" raises the first, "skip" logs them and takes the next
             item instead, "collect" keeps `problems` and raises on reading.
 
@@ -80,11 +77,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def read(self, index: int) -> Sample:
-        """Decode one item.
-
-        Raises:
-            UserError: a file cannot be read or does not fit the others; the message names it.
-        """
+        """Decode one item; raises `UserError` that names a file which cannot be read or does not fit the others."""
 
     def files(self, index: int) -> tuple[Path, ...]:
         """The files of one item: its image, then its annotation if there is one."""
@@ -94,12 +87,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read and transform one item.
-
-        Raises:
-            IndexError: there is no such item.
-            UserError: it cannot be read, or with `on_error="skip"` no item can.
-        """
+        """Read and transform one item; raises `UserError` if it, or with `on_error="skip"` any item, cannot be read."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         for shift in range(len(self)):
@@ -125,16 +113,12 @@ def make_sample(
 
 
 def first_problem(problems: Sequence[str]) -> str:
-    """The first problem, and how many more there are."""
+    """The first of some problems, and how many more there are."""
     return problems[0] + (f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else "")
 
 
 def find_files(folder: Path, suffix: str, hint: str, subfolders: str = "") -> dict[str, Path]:
-    """All files of a kind by name, without the suffix; `subfolders` is a pattern such as "*/".
-
-    Raises:
-        UserError: there are none.
-    """
+    """All files of a kind by name without the suffix, or `UserError`; `subfolders` is a pattern such as "*/"."""
     files = {path.name.removesuffix(suffix): path for path in folder.glob(f"{subfolders}*{suffix}")}
     if not files:
         problem = "has no files" if folder.is_dir() else "does not exist; expected are files"
@@ -145,37 +129,16 @@ def find_files(folder: Path, suffix: str, hint: str, subfolders: str = "") -> di
 def pair_files(
     images: Mapping[str, Path], annotations: Mapping[str, Path], hint: str
 ) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
-    """Bring images and annotations of the same name together.
-
-    Returns:
-        The pairs, sorted by name, and one problem for every file without counterpart.
-    """
+    """The pairs of the same name, sorted by it, and one problem for every file without counterpart."""
     problems = [f"{images[name]} has no annotation: {hint}" for name in sorted(images.keys() - annotations.keys())]
     problems += [f"{annotations[name]} has no image: {hint}" for name in sorted(annotations.keys() - images.keys())]
     return {name: (images[name], annotations[name]) for name in sorted(images.keys() & annotations.keys())}, problems
 
 
-class _Mapped(Dataset[Any]):
-    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self.function = function
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.function(self.items[index])
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
 def map_parallel(function: Callable[[Any], Any], items: Sequence[Any], workers: int, title: str) -> Iterable[Any]:
     """The function's results in order, from several processes (0: from this one), with a progress bar."""
-    loader = DataLoader(
-        _Mapped(function, items), batch_size=None, num_workers=min(workers, len(items)), collate_fn=_unchanged
-    )
+    dataset: Any = items  # a sequence is all that a loader needs
+    loader = DataLoader(dataset, batch_size=None, num_workers=min(workers, len(items)), collate_fn=function)
     return track(loader, title, total=len(items), transient=True)
 
 
@@ -194,43 +157,28 @@ _JPEG_END = b"\xff\xd9"
 def read_pair(
     image: Path, annotation: Path, hint: str, colored: bool = False
 ) -> tuple[UInt8[np.ndarray, "height width 3"], np.ndarray]:
-    """Read an image as RGB and the values of its annotation map, which may have RGB pixels.
-
-    Raises:
-        UserError: a file cannot be read, or the map has another size or other channels.
-    """
+    """Read an image as RGB, and the values of its annotation map of the same size, of one channel or RGB."""
     pixels, values = read_rgb(image, hint), read_map(annotation, hint)
     expected = pixels.shape if colored else pixels.shape[:2]
     if values.shape != expected:
-        found, needed = _describe(values.shape), _describe(expected)
+        found, needed = (
+            f"a {width}x{height} map of {channels[0] if channels else 1} channel(s)"
+            for height, width, *channels in (values.shape, expected)
+        )
         raise UserError(f"{annotation} is {found}, its image {image.name} needs {needed}: {hint}")
     return pixels, values
-
-
-def _describe(shape: tuple[int, ...]) -> str:
-    height, width, *channels = shape
-    return f"a {width}x{height} map of {channels[0] if channels else 1} channel(s)"
 
 
 def read_rgb(path: Path, hint: str, formats: tuple[str, ...] = FORMATS) -> UInt8[np.ndarray, "height width 3"]:
     """Read a photograph as RGB, see `to_rgb`. A JPEG's pixels have no checksums: only a cut file is surely noticed.
 
-    Args:
-        path: an image file.
-        hint: what the user can do about a broken file; ends the error.
-        formats: what it may be, by Pillow's names.
-
     Raises:
-        UserError: the file is missing, damaged, incomplete or of another format.
+        UserError: the file is missing, damaged, incomplete or none of `formats`; ends in `hint`.
     """
     return _decode(path, _read_complete(path, hint), hint, to_rgb, formats)
 
 
-def read_map(
-    path: Path, hint: str
-) -> (
-    UInt8[np.ndarray, "height width"] | UInt8[np.ndarray, "height width channels"] | UInt16[np.ndarray, "height width"]
-):
+def read_map(path: Path, hint: str) -> UInt[np.ndarray, "height width *channels"]:
     """Read the stored values of a PNG of any bit depth: grey values, palette indices or colours.
 
     Raises:
@@ -249,11 +197,7 @@ def read_map(
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """Decode an opened picture as RGB: upright by its EXIF, 16-bit grey scaled to 8, transparency laid on white.
-
-    Raises:
-        ValueError: its values are floating-point numbers.
-    """
+    """Decode an opened picture as RGB: upright by its EXIF, 16-bit grey scaled to 8, transparency laid on white."""
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -275,10 +219,8 @@ def _read_complete(path: Path, hint: str) -> bytes:
         raise UserError(f"{path} does not exist: {hint}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {hint}") from error
-    fault = None
-    if not data:
-        fault = "it is empty"
-    elif data.startswith(_PNG_SIGNATURE):
+    fault = None if data else "it is empty"
+    if data.startswith(_PNG_SIGNATURE):
         fault = _png_fault(data)
     elif data.startswith(_JPEG_SIGNATURE):
         fault = _jpeg_fault(data)
@@ -324,7 +266,7 @@ def _png_fault(data: bytes) -> str | None:
 
 
 def _jpeg_fault(data: bytes) -> str | None:
-    """Whether a JPEG lacks its end, which decoders forgive."""
+    """Whether a JPEG lacks its end."""
     place = 2
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker, length = struct.unpack_from(">xBH", data, place)
@@ -351,12 +293,7 @@ def distinct_color(index: int) -> tuple[int, int, int]:
 
 
 def describe_classes(name: str, entries: Sequence[tuple[Any, Any, bool, Any]], source: Path) -> DatasetInfo:
-    """Check the classes that a file lists.
-
-    Args:
-        name: of the data set.
-        entries: name, colour (None for `distinct_color`), whether it is a thing, and id of every class.
-        source: the file; named in errors.
+    """Check the classes that a file lists: their name, colour (None for `distinct_color`), thing or not, and id.
 
     Raises:
         UserError: an entry is not valid, there are none or too many, or two share an id or a name.

@@ -1,8 +1,8 @@
 """Which device loads which items in which order, and the seed that each is augmented with.
 
-The seed travels with the item's index instead of coming from a worker's generator. So a run repeats exactly with any
-number of workers, and the batches of all devices together are the same with any number of devices. Both samplers are
-PyTorch's `DistributedSampler` by type: Lightning would share out anew what any other kind yields.
+The seed travels with the item's index, so that a run repeats exactly with any number of workers, and all devices
+together load the same batches with any number of devices. The samplers are PyTorch's `DistributedSampler` by type:
+Lightning would share out anew what any other kind yields.
 """
 
 from __future__ import annotations
@@ -29,13 +29,7 @@ class SampleKey(NamedTuple):
 class TrainSampler(DistributedSampler[SampleKey]):
     """Every item once an epoch, in random order; devices get equal, disjoint parts, and a remainder is left out.
 
-    Every iteration is another epoch; Lightning says which by `set_epoch`.
-
-    Args:
-        length: number of items.
-        seed: of order and augmentation; the same on all devices.
-        rank: number of this device.
-        world_size: number of devices.
+    Every iteration is another epoch; Lightning says which by `set_epoch`. `seed` must be the same on all devices.
     """
 
     def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -58,14 +52,10 @@ class TrainSampler(DistributedSampler[SampleKey]):
 
 
 class EndlessSampler(TrainSampler):
-    """One epoch of `TrainSampler` after the other without an end, from any batch on.
+    """One epoch of `TrainSampler` after the other without an end, after `start` batches that were drawn before.
 
-    So training is one stream of batches: a run goes on exactly where another stopped, and loads no batch in order to
-    skip it. Every epoch leaves out what makes no full batch of all devices. Args as for `TrainSampler`, and:
-
-    Args:
-        batch_size: items of one device in one batch.
-        start: number of batches that were drawn before.
+    So a run goes on exactly where another stopped, and loads no batch in order to skip it. Every epoch leaves out what
+    makes no full batch of all devices; `batch_size` is that of one device.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
@@ -29,18 +29,14 @@ _ENTRY_KEYS = frozenset({"name", "color", "id"})
 _HINT = "expected are root/classes.yaml and root/{images,labels}/{train,val}/, see docs/data.md"
 
 
-class ClassList(NamedTuple):
-    """The classes of `classes.yaml` (category ids are the values in the maps), and the values of unlabelled pixels."""
-
-    info: DatasetInfo
-    void: frozenset[int]
-
-
-def read_classes(path: Path) -> ClassList:
+def read_classes(path: Path) -> tuple[DatasetInfo, frozenset[int]]:
     """Read `classes.yaml`: a list of classes, or that list as `classes` beside a list `void` of values.
 
     A class is a name, or a mapping with `name` and optionally `color` ([red, green, blue]) and `id` (its value in the
     maps, by default its position). `void` is [255] unless the file says otherwise or a class has that value.
+
+    Returns:
+        The classes, whose category ids are the values in the maps, and the values of unlabelled pixels.
 
     Raises:
         UserError: the file is missing or says anything else.
@@ -74,16 +70,11 @@ def read_classes(path: Path) -> ClassList:
         raise UserError(f"{path} has the id {max(info.category_ids)}: values of a map are at most {_MAX_VALUE}")
     if both := sorted(set(void) & set(info.category_ids)):
         raise UserError(f"{path}: the value {both[0]} is both void and a class: remove it from one of the two")
-    return ClassList(info, frozenset(void))
+    return info, frozenset(void)
 
 
 class SemanticFolderDataset(SegmentationDataset):
-    """Images with class maps of the same names, in folders as deep as the user likes.
-
-    Args:
-        root: holds `classes.yaml`, `images/<split>` and `labels/<split>`; maps are PNGs of one channel.
-        split: "train" or "val".
-        transform, on_error: see `SegmentationDataset`.
+    """`root` holds `classes.yaml`, images below `images/<split>`, and PNGs of the same names below `labels/<split>`.
 
     Raises:
         UserError: `classes.yaml` is missing or wrong, or files are missing or ambiguous.
@@ -145,12 +136,12 @@ class SemanticFolderDataModule(SegmentationDataModule):
         if task != "semantic":
             raise UserError(f"dataset=semantic_folder has no task={task}: choose task=semantic")
         super().__init__(root, task, *arguments, **loading)
-        self.info = read_classes(self.root / "classes.yaml").info
+        self.info = read_classes(self.root / "classes.yaml")[0]
 
     def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
-        """Those of ADE20K panoptic."""
+        """The paper's for ADE20K."""
         return square_transforms(640)
 
     def make_dataset(self, split: str, transform: SampleTransform | None) -> SemanticFolderDataset:
-        """One split as a dataset."""
+        """One split."""
         return SemanticFolderDataset(self.root, split, transform, self.on_error)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,10 +26,9 @@ _CAMERA_HEIGHT = 1.6
 
 
 class _Canvas:
-    """Draws every shape twice: its colour and, where it has one, its segment id.
+    """Draws every shape's colour and, where it has one, its segment id, at four times the size.
 
-    Colours are averaged down from four times the size, which smooths edges; ids are picked at pixel centres. Places are
-    in image heights, or in metres where they are projected by a pinhole camera that looks down the street.
+    Places are in image heights, or in metres where they are projected by a pinhole camera that looks down the street.
     """
 
     def __init__(self, height: int, width: int, vanishing_point: Point) -> None:
@@ -37,13 +38,12 @@ class _Canvas:
         self._scale = height * _OVERSAMPLING  # drawn pixels per image height
         self._colors = np.zeros((height * _OVERSAMPLING, width * _OVERSAMPLING, 3), np.uint8)
         self._ids = np.zeros(self._colors.shape[:2], np.uint16)
-        self._counts: dict[int, int] = {}
+        self._counts: Counter[int] = Counter()
 
     def new_id(self, label: int) -> int:
-        """The id of the next single thing of a class, numbered as Cityscapes numbers them."""
-        count = self._counts.get(label, 0)
-        self._counts[label] = count + 1
-        return label * 1000 + count
+        """The id of the next single thing of a class, as in Cityscapes."""
+        self._counts[label] += 1
+        return label * 1000 + self._counts[label] - 1
 
     def project(self, x: Number, y: Number, z: Number) -> tuple[float, float]:
         """From metres (right, up, ahead) to image heights."""
@@ -72,7 +72,7 @@ class _Canvas:
         region[...] = region * (1 - weight) + (0 if strength > 0 else 255) * weight
 
     def finish(self) -> tuple[UInt8[np.ndarray, "height width 3"], UInt16[np.ndarray, "height width"]]:
-        """The picture and its id map at their final size."""
+        """The picture, averaged down, and its ids, picked at pixel centres."""
         centre = _OVERSAMPLING // 2
         size = (self._ids.shape[1] // _OVERSAMPLING, self.height)
         image = cv2.resize(self._colors, size, interpolation=cv2.INTER_AREA)
@@ -81,10 +81,7 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Sprite:
-    """A flat drawing that stands upright in the street at (x, z) metres, facing the camera.
-
-    Shapes are given in metres from the point where it stands: to the right (to the left if mirrored) and up.
-    """
+    """A flat drawing that faces the camera, in metres right (left if mirrored) and up from where it stands."""
 
     canvas: _Canvas
     x: Number
@@ -109,14 +106,12 @@ class _Sprite:
         self.canvas.ellipse(center, (radius_x / self.z, radius_y / self.z), color, self.segment_id)
 
     def line(self, points: Points, width: Number, color: Color) -> None:
-        """Draw a line of a certain width through points."""
         for (x0, y0), (x1, y1) in pairwise(points):
             length = math.hypot(x1 - x0, y1 - y0)
             dx, dy = (y1 - y0) / length * width / 2, (x0 - x1) / length * width / 2
             self.polygon([(x0 - dx, y0 - dy), (x1 - dx, y1 - dy), (x1 + dx, y1 + dy), (x0 + dx, y0 + dy)], color)
 
     def shadow(self, width: Number) -> None:
-        """Darken the ground where it stands."""
         self.canvas.shade(self.canvas.project(self.x, 0, self.z), (0.6 * width / self.z, 0.22 / self.z), 0.55)
 
 
@@ -127,7 +122,6 @@ _SKIN = ((236, 188, 152), (198, 140, 100), (120, 78, 52))
 
 
 def _person(s: _Sprite, rng: np.random.Generator) -> None:
-    """A pedestrian in bright clothes, 1.6 to 1.9 m tall."""
     t = float(rng.uniform(0.94, 1.1))
     stride = float(rng.uniform(0.05, 0.25))
     trousers, coat = _hue(rng, 0.58, 0.72, 0.5, 0.4), _hue(rng, 0.0, 1.0, 0.7, 0.85)
@@ -135,8 +129,8 @@ def _person(s: _Sprite, rng: np.random.Generator) -> None:
     s.shadow(0.7)
     for foot in (-stride, stride):
         s.polygon([(foot - 0.1, 0), (foot + 0.12, 0), (0.17, 0.9 * t), (-0.17, 0.9 * t)], trousers)
-    s.line([(-0.2, 1.36 * t), (-0.3 - stride / 2, 0.85 * t)], 0.14, coat)
-    s.line([(0.2, 1.36 * t), (0.3 + stride / 2, 0.85 * t)], 0.14, coat)
+    for side in (-1, 1):
+        s.line([(side * 0.2, 1.36 * t), (side * (0.3 + stride / 2), 0.85 * t)], 0.14, coat)
     s.box(-0.22, 0.78 * t, 0.22, 1.4 * t, coat, slant=-0.05)
     s.box(-0.27, 1.4 * t, 0.27, 1.5 * t, coat, slant=0.17)
     s.disc(0, 1.6 * t, 0.15, skin)
@@ -144,7 +138,7 @@ def _person(s: _Sprite, rng: np.random.Generator) -> None:
 
 
 def _bicycle(s: _Sprite, rng: np.random.Generator) -> None:
-    """A bicycle from the side; the wheels count as full discs, as in Cityscapes."""
+    """The wheels count as full discs, as in Cityscapes."""
     frame = _hue(rng, 0.48, 0.56, 0.9, 0.75)
     s.shadow(1.6)
     for x in (-0.55, 0.55):
@@ -171,7 +165,7 @@ def _motorcycle(s: _Sprite, rng: np.random.Generator) -> None:
 
 
 def _rider(s: _Sprite, rng: np.random.Generator) -> None:
-    """Someone on a bicycle, in a safety vest; the bicycle is its own segment."""
+    """Without the bicycle, which is its own segment."""
     vest = _hue(rng, 0.04, 0.1, 0.95, 1.0)
     s.line([(-0.1, 0.95), (0.22, 0.72), (0.02, 0.3)], 0.19, (52, 56, 88))
     s.polygon([(-0.3, 0.88), (0.02, 0.88), (0.32, 1.4), (0.16, 1.56), (-0.1, 1.5)], vest)
@@ -208,7 +202,6 @@ def _car_side(s: _Sprite, rng: np.random.Generator) -> None:
 
 
 def _truck(s: _Sprite, rng: np.random.Generator) -> None:
-    """A lorry from the side or from the front: a coloured cab and a white cargo box."""
     cab = _hue(rng, 0.58, 0.64, 0.85, 0.7)
     s.shadow(3.0)
     if rng.integers(2):
@@ -253,7 +246,6 @@ def _bus(s: _Sprite, rng: np.random.Generator) -> None:
 
 
 def _train(s: _Sprite, rng: np.random.Generator) -> None:
-    """A tram from the side, green below and cream above."""
     paint = _hue(rng, 0.36, 0.4, 0.8, 0.5)
     s.shadow(6.0)
     s.box(-5.6, 0.1, 5.6, 0.5, _DARK)
@@ -273,7 +265,6 @@ def _pole(s: _Sprite, rng: np.random.Generator, height: float) -> None:
 
 
 def _traffic_light(s: _Sprite, rng: np.random.Generator, height: float) -> None:
-    """A signal box that hangs at a height; one lamp is lit."""
     s.box(-0.34, height - 1.5, 0.34, height, (24, 26, 26))
     lit = rng.integers(3)
     for i, lamp in enumerate(((246, 50, 40), (255, 184, 30), (60, 224, 110))):
@@ -281,7 +272,6 @@ def _traffic_light(s: _Sprite, rng: np.random.Generator, height: float) -> None:
 
 
 def _traffic_sign(s: _Sprite, rng: np.random.Generator, height: float) -> None:
-    """A triangle, disc, octagon or plate, 0.9 m wide, at a height."""
     y = height - 0.5
     white, red, blue = (248, 248, 248), (214, 28, 36), (24, 84, 196)
     kind = rng.integers(4)
@@ -300,7 +290,7 @@ def _traffic_sign(s: _Sprite, rng: np.random.Generator, height: float) -> None:
 
 
 def _tree(s: _Sprite, rng: np.random.Generator) -> None:
-    """A leafy tree; Cityscapes counts its trunk as vegetation too."""
+    """Cityscapes counts the trunk as vegetation, too."""
     size, leaves = float(rng.uniform(0.8, 1.3)), _hue(rng, 0.26, 0.34, 0.62, 0.5)
     s.box(-0.16, 0, 0.16, 2.4 * size, (92, 70, 50))
     for _ in range(12):
@@ -310,13 +300,12 @@ def _tree(s: _Sprite, rng: np.random.Generator) -> None:
 
 
 def _litter_bin(s: _Sprite, rng: np.random.Generator) -> None:
-    """A litter bin, which is of none of the classes."""
+    """It is of none of the classes."""
     s.box(-0.3, 0, 0.3, 1.0, (76, 84, 90), slant=-0.06)
     s.box(-0.4, 0.95, 0.4, 1.1, (54, 58, 62))
 
 
 def _rails(s: _Sprite, rng: np.random.Generator) -> None:
-    """The track that a tram stands on, across the whole street."""
     s.box(-40, -0.25, 40, 0.05, (120, 108, 100))
     s.box(-40, -0.15, 40, -0.08, (182, 184, 190))
 
@@ -334,7 +323,7 @@ def _car_paint(rng: np.random.Generator) -> Color:
 
 
 def _hue(rng: np.random.Generator, low: float, high: float, saturation: float, value: float) -> Color:
-    """A colour of a random hue in a range (0 to 1, red at both ends), its brightness varied a little."""
+    """A colour of a random hue in a range (0 to 1, red at both ends)."""
     value = min(value * float(rng.uniform(0.85, 1.1)), 1.0)
     r, g, b = colorsys.hsv_to_rgb(float(rng.uniform(low, high)) % 1.0, saturation, value)
     return int(255 * r), int(255 * g), int(255 * b)
@@ -349,7 +338,7 @@ LABELS = {info.name: info.category_id for info in CITYSCAPES.classes} | {
 """Official label ids by name: all classes, and some labels that belong to no class."""
 
 Draw = Callable[[_Sprite, np.random.Generator], None]
-Placed = tuple[Number, Callable[[], None]]  # depth in metres, and the drawing to make there
+Placed = tuple[Any, ...]  # depth in metres, drawing, sprite, and further arguments of the drawing
 Span = tuple[Number, Number]
 
 _FAR = 70.0
@@ -375,19 +364,15 @@ _CROWDS: tuple[tuple[str, Draw, float, float], ...] = (
 def draw_street(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[UInt8[np.ndarray, "height width 3"], UInt16[np.ndarray, "height width"]]:
-    """Draw one street scene.
-
-    Returns:
-        RGB image, and the annotation as an official `instanceIds` map.
-    """
+    """RGB image of one street scene, and the annotation as an official `instanceIds` map."""
     street = _Street(rng, height, width)
     street.draw_sky()
     street.draw_ground()
     for side in (-1, 1):
         street.draw_roadside(side)
     standing = [*street.furniture(), *street.crowds(), *street.things()]
-    for _, draw in sorted(standing, key=lambda placed: -placed[0]):
-        draw()
+    for _, draw, sprite, *arguments in sorted(standing, key=lambda placed: -placed[0]):
+        draw(sprite, rng, *arguments)
     if rng.random() < 0.35:
         street.draw_bonnet()
     image, ids = street.canvas.finish()
@@ -395,8 +380,6 @@ def draw_street(
 
 
 class _Street:
-    """One street with everything that is drawn at random about it."""
-
     def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
         self.rng = rng
         self.canvas = _Canvas(height, width, (width / height / 2 + self.draw(-0.25, 0.25), self.draw(0.4, 0.48)))
@@ -409,12 +392,8 @@ class _Street:
     def sprite(self, x: Number, z: Number, segment_id: int, mirrored: bool = False) -> _Sprite:
         return _Sprite(self.canvas, x, z, segment_id, mirrored)
 
-    def placed(self, z: Number, draw: Callable[..., None], sprite: _Sprite, *args: float) -> Placed:
-        """A drawing to be made when its depth is due."""
-        return z, lambda: draw(sprite, self.rng, *args)
-
     def draw_sky(self) -> None:
-        """Sky from top to horizon, clouds, and at the street's end haze of which nothing can be told."""
+        """Sky, clouds, and at the street's end haze of which nothing can be told."""
         tops: tuple[Color, ...] = ((92, 150, 220), (128, 176, 226), (150, 172, 200))
         bottoms: tuple[Color, ...] = ((206, 226, 244), (250, 226, 204), (222, 226, 230))
         kind, aspect, steps = self.rng.integers(3), self.canvas.aspect, 24
@@ -430,7 +409,6 @@ class _Street:
         self.sprite(0, _FAR, LABELS["unlabeled"]).box(-9, 0, 9, self.draw(2, 4), (176, 186, 198))
 
     def draw_ground(self) -> None:
-        """Grass, and on it the pavements and the road with its markings."""
         tone = int(self.rng.integers(-8, 9))
         slab, joint, asphalt, white = (190 + tone, 172 + tone, 164 + tone), (162, 144, 138), 94 + tone, (236, 236, 232)
         self._flat((-400, 400), (1.5, _FAR), (158, 168, 84), LABELS["terrain"])
@@ -451,7 +429,6 @@ class _Street:
                 self._flat((x, x + 0.5), (z, z * 1.35), white, None)
 
     def draw_roadside(self, side: int) -> None:
-        """Houses, trees, walls and fences along one side, block by block towards the camera."""
         edge = self.walk + (self.draw(1.5, 3) if self.rng.random() < 0.5 else 0.0)  # some streets have a verge
         near = _FAR * 0.8
         while near > 3.5:
@@ -484,7 +461,6 @@ class _Street:
                 self._upright(x, (z, z + pitch / 2), (y, y + 1.4), glass, "building")
 
     def _border(self, x: float, depths: Span) -> None:
-        """A wall, a fence, a hedge or nothing between the pavement and what is behind."""
         kind, (near, far) = self.rng.random(), depths
         if kind < 0.3:
             self._upright(x, depths, (0, 1.9), (148, 146, 160), "wall")
@@ -499,34 +475,31 @@ class _Street:
             self._upright(x, depths, (1.0, 1.3), (84, 144, 66), "vegetation")
 
     def furniture(self) -> Iterator[Placed]:
-        """Masts with traffic lights, signs or nothing on them, and litter bins."""
         for side in (-1, 1):
             x = side * (self.kerb + 0.45)
             for z in np.arange(self.draw(4, 7), 15, self.draw(4, 6)).tolist():
                 kind = self.rng.random()
                 height = self.draw(3.2, 4.2) if kind < 0.75 else 6.0
-                yield self.placed(z, _pole, self.sprite(x, z, LABELS["pole"]), height)
+                yield z, _pole, self.sprite(x, z, LABELS["pole"]), height
                 if kind < 0.4:
-                    light = self.sprite(x, z, LABELS["traffic light"])
-                    yield self.placed(z - 0.01, _traffic_light, light, height)
+                    yield z - 0.01, _traffic_light, self.sprite(x, z, LABELS["traffic light"]), height
                 elif kind < 0.75:
-                    sign = self.sprite(x, z, LABELS["traffic sign"])
-                    yield self.placed(z - 0.01, _traffic_sign, sign, height)
+                    yield z - 0.01, _traffic_sign, self.sprite(x, z, LABELS["traffic sign"]), height
             if self.rng.random() < 0.4:
                 z = self.draw(5, 12)
-                yield self.placed(z, _litter_bin, self.sprite(side * (self.walk - 0.5), z, LABELS["static"]))
+                yield z, _litter_bin, self.sprite(side * (self.walk - 0.5), z, LABELS["static"])
 
     def crowds(self) -> Iterator[Placed]:
-        """Groups that are not told apart, people waiting or bicycles leaning together: their id is the bare label."""
+        """Groups that are not told apart: their id is the bare label."""
         for label, draw, chance, distance in _CROWDS:
             if self.rng.random() < chance:
                 nearest, side = self.draw(5.5, 8), int(self.rng.choice((-1, 1)))
                 for i in range(self.rng.integers(4, 7)):
                     x, z = side * (self.kerb + 0.5 + distance * i), nearest + 0.05 * i
-                    yield self.placed(z, draw, self.sprite(x, z, LABELS[label]))
+                    yield z, draw, self.sprite(x, z, LABELS[label])
 
     def things(self) -> Iterator[Placed]:
-        """Up to five single things, spread over the picture; a rider brings a bicycle, a train its track."""
+        """Up to five single things; a rider brings a bicycle, a train its track."""
         frequency = np.array([thing[2] for thing in _THINGS])
         columns: list[float] = []
         for _ in range(self.rng.integers(3, 6)):
@@ -542,14 +515,12 @@ class _Street:
             columns.append(column)
             mirrored = bool(self.rng.integers(2))
             if label == "rider":
-                ridden = self.sprite(x, z, self.canvas.new_id(LABELS["bicycle"]), mirrored)
-                yield self.placed(z + 0.01, _bicycle, ridden)
+                yield z + 0.01, _bicycle, self.sprite(x, z, self.canvas.new_id(LABELS["bicycle"]), mirrored)
             if label == "train":
-                yield self.placed(z + 0.02, _rails, self.sprite(x, z, LABELS["rail track"]))
-            yield self.placed(z, draw, self.sprite(x, z, self.canvas.new_id(LABELS[label]), mirrored))
+                yield z + 0.02, _rails, self.sprite(x, z, LABELS["rail track"])
+            yield z, draw, self.sprite(x, z, self.canvas.new_id(LABELS[label]), mirrored)
 
     def draw_bonnet(self) -> None:
-        """The bonnet of the car that carries the camera."""
         middle = self.canvas.aspect / 2
         xs = np.linspace(0, 2 * middle, 40)
         arch = 0.93 + 0.07 * (xs / middle - 1) ** 2
@@ -558,13 +529,12 @@ class _Street:
         self.canvas.shade((middle, 0.97), (middle / 1.5, 0.03), -0.3)
 
     def _flat(self, xs: Span, depths: Span, color: Color, segment_id: int | None) -> None:
-        """A rectangle on the ground."""
         (left, right), (near, far) = xs, depths
         corners = [self.canvas.project(x, 0, z) for x, z in ((left, far), (right, far), (right, near), (left, near))]
         self.canvas.polygon(corners, color, segment_id)
 
     def _upright(self, x: float, depths: Span, heights: Span, color: Color, label: str) -> None:
-        """A rectangle that stands along the street."""
+        """A rectangle along the street."""
         (near, far), (low, high) = depths, heights
         corners = [self.canvas.project(x, y, z) for y, z in ((low, near), (low, far), (high, far), (high, near))]
         self.canvas.polygon(corners, color, LABELS[label])
@@ -586,6 +556,5 @@ def _light(
 
 
 def _mix(a: Color, b: Color, share: float) -> Color:
-    """The colour a share of the way from one to another."""
     red, green, blue = (int(p + (q - p) * share) for p, q in zip(a, b, strict=True))
     return red, green, blue

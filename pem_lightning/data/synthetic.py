@@ -30,19 +30,10 @@ _MANIFEST = "synthetic_manifest.json"
 def generate_synthetic(
     root: str | Path, *, train: int = 256, val: int = 64, height: int = 128, width: int = 256, seed: int = 0
 ) -> Path:
-    """Write the data set unless it is there already with these parameters.
+    """Write the data set unless it is there already with these parameters; returns `root`.
 
     It is drawn in a sibling folder and renamed when complete: a broken run leaves nothing that looks finished, and
-    processes that start at once do not disturb one another.
-
-    Args:
-        root: its folder, laid out as the official archives unzip.
-        train, val: numbers of images.
-        height, width: of the images, in pixels.
-        seed: the same seed gives the same bytes.
-
-    Returns:
-        `root`.
+    processes that start at once do not disturb one another. The same seed gives the same bytes.
 
     Raises:
         UserError: a number is out of range, or the folder holds files of something else.
@@ -105,20 +96,13 @@ def _is_complete(root: Path, manifest: dict[str, Any]) -> bool:
 
 def _is_replaceable(root: Path) -> bool:
     """Whether the folder holds nothing that the generator did not write; real data must never be replaced."""
-    if root.exists() and not root.is_dir():
-        return False
-    return all(path.is_dir() or path.name.startswith(f"{_CITY}_") for path in root.rglob("*"))
+    return (root.is_dir() or not root.exists()) and all(
+        path.is_dir() or path.name.startswith(f"{_CITY}_") for path in root.rglob("*")
+    )
 
 
 class SyntheticDataModule(CityscapesDataModule):
-    """Drawn street scenes with Cityscapes' classes; written on first use.
-
-    Args:
-        arguments, loading: see `SegmentationDataModule`.
-        num_train, num_val: numbers of images.
-        height, width: of the images, in pixels.
-        seed: of the drawing, not of the training.
-    """
+    """Drawn street scenes with Cityscapes' classes; written on first use. `seed` is that of the drawing."""
 
     def __init__(
         self,

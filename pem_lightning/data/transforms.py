@@ -1,9 +1,8 @@
 """The paper's augmentation (albumentations), and the resizing of evaluation, as callables from Sample to Sample.
 
-The annotation travels as one id map beside the image; masks are cut out of it afterwards. Each sample draws one seed
-from PyTorch's generator, which is seeded anew for every sample. albumentations' own generators ignore that, and
-`set_random_seed` gives every transform the same stream, which correlates scale and flip; here all draw from one
-generator in turn.
+Each sample draws one seed from PyTorch's generator, which is seeded anew for every sample. albumentations' own
+generators ignore that, and `set_random_seed` gives every transform the same stream, which correlates scale and flip;
+here all draw from one generator in turn.
 
 Legend: H W height and width of the source, h w those of the result.
 """
@@ -28,8 +27,6 @@ from PIL import Image
 from pem_lightning.types import VOID_ID, Sample, UserError
 
 PAPER_SHORTEST_EDGES = tuple(int(0.1 * step * 1024) for step in range(5, 21))
-"""0.5 to 2.0 times 1024 in steps of 0.1."""
-
 Window = tuple[slice, slice]
 """Rows and columns, each with start and stop."""
 
@@ -37,24 +34,21 @@ _NEUTRAL = np.arange(256, dtype=np.uint8)
 
 
 class RandomResizedCrop(A.DualTransform):
-    """Resize to a random one of some shortest edges and crop at a uniformly random place.
+    """Resize to a random one of some shortest edges and crop at a uniformly random place; only the crop is computed.
 
-    Size and place are drawn first, and only the crop is computed: most of an enlarged image would be thrown away.
     Image antialiased bilinear, map nearest, both as Pillow does it; albumentations resizes by OpenCV, which aliases.
-    An edge shorter than the crop stays whole.
     """
 
     def __init__(self, height: int, width: int, shortest_edges: Sequence[int], max_size: int | None) -> None:
         super().__init__(p=1.0)
-        self.height = height
-        self.width = width
+        self.height, self.width = height, width
         self.shortest_edges = tuple(shortest_edges)
         self.max_size = max_size
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw size and place."""
         shortest_edge = int(self.random_generator.choice(self.shortest_edges))
-        height, width = params["shape"][:2]
+        height, width, *_ = params["shape"]
         size = resized_size(height, width, shortest_edge, self.max_size)
         window = []
         for length, crop in zip(size, (self.height, self.width), strict=True):
@@ -63,29 +57,20 @@ class RandomResizedCrop(A.DualTransform):
         return {"size": size, "window": tuple(window)}
 
     def apply(self, img: np.ndarray, size: tuple[int, int], window: Window, **params: Any) -> np.ndarray:
-        """The crop of the resized image."""
+        """Of the image."""
         return resize_window(img, size, window)
 
     def apply_to_mask(self, mask: np.ndarray, size: tuple[int, int], window: Window, **params: Any) -> np.ndarray:
-        """The crop of the resized id map."""
+        """Of the id map."""
         return pick_window(mask, size, window)
 
 
 class SSDColorJitter(A.ImageOnlyTransform):
     """SSD's photometric distortion, with its numbers by default. (Liu et al., SSD, ECCV 2016)
 
-    Brightness first, then saturation and hue, with the contrast either before or after them. Each is a table of 256
-    values, one lookup per pixel.
-
-    Args:
-        brightness: at most so many grey levels are added or taken away.
-        contrast: range of the factor.
-        saturation: range of the factor.
-        hue: turned by at most so many of 180 steps.
-        probability: of each of the four.
-
-    Raises:
-        UserError: a number is out of range.
+    Brightness (by at most so many grey levels) first, then saturation (a factor from a range) and hue (turned by up to
+    so many of 180 steps), with the contrast (a factor) either before or after them; each with `probability`. All are
+    tables of 256 values, one lookup per pixel.
     """
 
     def __init__(
@@ -119,25 +104,16 @@ class SSDColorJitter(A.ImageOnlyTransform):
             "contrast_first": bool(draw.integers(2)),
         }
 
-    def apply(
-        self,
-        img: UInt8[np.ndarray, "height width 3"],
-        brightness: float,
-        contrast: float,
-        saturation: float,
-        hue: int,
-        contrast_first: bool,
-        **params: Any,
-    ) -> UInt8[np.ndarray, "height width 3"]:
+    def apply(self, img: UInt8[np.ndarray, "H W 3"], **drawn: Any) -> UInt8[np.ndarray, "H W 3"]:
         """Distort one RGB image."""
-        before, after = _table(1.0, brightness), _table(contrast, 0.0)
-        if contrast_first:
+        before, after = _table(1.0, drawn["brightness"]), _table(drawn["contrast"], 0.0)
+        if drawn["contrast_first"]:
             before, after = after[before], _NEUTRAL
         img = _look_up(img, before)
-        if saturation != 1.0 or hue != 0:
+        if drawn["saturation"] != 1.0 or drawn["hue"] != 0:
             hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV)
-            hues = ((np.arange(256) + hue) % 180).astype(np.uint8)
-            img = cv2.LUT(hsv, np.dstack([hues, _table(saturation, 0.0), _NEUTRAL]))
+            hues = ((np.arange(256) + drawn["hue"]) % 180).astype(np.uint8)
+            img = cv2.LUT(hsv, np.dstack([hues, _table(drawn["saturation"], 0.0), _NEUTRAL]))
             img = cv2.cvtColor(img, cv2.COLOR_HSV2RGB)
         return _look_up(img, after)
 
@@ -154,19 +130,15 @@ def _table(factor: float, offset: float) -> UInt8[np.ndarray, "256"]:
 class TrainTransform:
     """The paper's augmentation: resize, crop, colour jitter, flip, pad; by default with its numbers for Cityscapes.
 
-    Segments that the crop removed from the map stay listed in the sample.
+    Segments that the crop removed from the map stay listed in the sample. All sizes are in pixels.
 
     Args:
         crop_size: height and width of the crop; smaller images keep their size unless `pad` is set.
-        shortest_edges: one is drawn per sample, in pixels.
-        max_size: upper bound of the longest edge after resizing, in pixels; None for no bound.
-        color_jitter: the distortion of colours; True for SSD's, False or None for none.
+        shortest_edges: one is drawn per sample.
+        max_size: upper bound of the longest edge after resizing.
+        color_jitter: True for SSD's.
         flip: probability of a horizontal flip.
         pad: fill up to the crop size at bottom and right: image `pad_value`, map void.
-        pad_value: grey of padded image pixels, 0 to 255.
-
-    Raises:
-        UserError: a number is out of range.
     """
 
     def __init__(
@@ -204,15 +176,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resizes the image only; the annotation keeps its native size, at which results are judged.
-
-    Args:
-        shortest_edge: in pixels; None keeps the native size.
-        max_size: upper bound of the longest edge, in pixels.
-
-    Raises:
-        UserError: a size is not positive, or only `max_size` is given.
-    """
+    """Resizes the image, unless `shortest_edge` is None; the annotation keeps its size, at which results are judged."""
 
     def __init__(self, shortest_edge: int | None = None, max_size: int | None = None) -> None:
         if shortest_edge is None and max_size is not None:
@@ -232,11 +196,7 @@ class EvalTransform:
 
 
 def square_transforms(edge: int) -> tuple[TrainTransform, EvalTransform]:
-    """The paper's transforms for ADE20K: padded square crops of images whose shortest edge is 0.5 to 2.0 times theirs.
-
-    Args:
-        edge: of the crop and of evaluation images, in pixels; the paper's are 640 (panoptic) and 512 (semantic).
-    """
+    """The paper's for ADE20K (`edge` 640, semantic 512): padded square crops at 0.5 to 2.0 times their size."""
     edges = [int(0.1 * step * edge) for step in range(5, 21)]
     return TrainTransform((edge, edge), edges, max_size=4 * edge, pad=True), EvalTransform(edge, max_size=4 * edge)
 
@@ -267,10 +227,9 @@ def resize_window(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A window of `resize(image, size)`, computed from the part of the source that it depends on.
 
-    Within one grey level. Pillow resizes columns, rounds, and then rows, and keeps the ends of a box in single
-    precision, which can turn a value that lies between two; one call with a box would be off by two now and then. So
-    each axis is resized between places where source and result share a pixel border, which is exact: always
-    horizontally, vertically where such borders are near.
+    Within one grey level. Pillow keeps the ends of a box in single precision; one call with a box would be off by two
+    now and then. So each axis is resized between places where source and result share a pixel border, which is exact:
+    always horizontally, vertically where such borders are near.
     """
     (height, width), (new_height, new_width), (rows, columns) = image.shape[:2], size, window
     top, bottom = _widened(rows, new_height // math.gcd(height, new_height), at_most=_NEAR)

@@ -10,10 +10,8 @@ from pem_lightning.data.targets import build_target, class_map
 from pem_lightning.types import Segment, UserError
 
 
-def write(root, name, semantic, split="training", image=None):
-    """One image, a photograph by default, with its class map."""
-    if image is None:
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*semantic.shape, 3), np.uint8))
+def write(root, name, semantic, split="training"):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*semantic.shape, 3), np.uint8))
     for folder, suffix, picture in (("images", "jpg", image), ("annotations", "png", Image.fromarray(semantic))):
         path = root / folder / split / f"{name}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,12 +60,6 @@ def test_empty_and_single_class_images(tmp_path, value, segments):
 def test_unknown_values_are_named(tmp_path):
     write(tmp_path, "shifted", np.array([[0, 149, 255]], np.uint8))
     with pytest.raises(UserError, match=r"shifted\.png has the value 255, but ADE20K's are 0 \(void\) to 150"):
-        ADE20KDataset(tmp_path, "train")[0]
-
-
-def test_another_size_is_named(tmp_path):
-    write(tmp_path, "a", np.ones((4, 6), np.uint8), image=Image.new("RGB", (4, 6)))
-    with pytest.raises(UserError, match=r"a\.png is a 6x4 map of 1 channel.*a\.jpg needs a 4x6 map"):
         ADE20KDataset(tmp_path, "train")[0]
 
 

@@ -143,20 +143,16 @@ def test_missing_counterparts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Cityscapes, ADE20K])
-def test_truncated_image(kind, tmp_path):
+def test_truncated_image_and_damaged_map(kind, tmp_path):
     tree = kind(tmp_path)
-    path = tree.image("b")
-    path.write_bytes(path.read_bytes()[:-20])
-    assert tree.problem().startswith(f"cannot read {path} (it is truncated): ")
-
-
-def test_damaged_map(tmp_path):
-    tree = Cityscapes(tmp_path)
-    path = tree.label("a")
-    data = bytearray(path.read_bytes())
+    image, label = tree.image("b"), tree.label("a")
+    image.write_bytes(image.read_bytes()[:-20])
+    data = bytearray(label.read_bytes())
     data[data.index(b"IDAT") + 8] ^= 1
-    path.write_bytes(data)
-    assert tree.problem().startswith(f"cannot read {path} (its content is damaged: a checksum is wrong): ")
+    label.write_bytes(data)
+    first, second, *_ = sorted(problem for problem in tree.check().problems if problem.startswith("cannot read"))
+    for path, fault in ((label, "its content is damaged: a checksum is wrong"), (image, "it is truncated")):
+        assert any(problem.startswith(f"cannot read {path} ({fault}): ") for problem in (first, second))
 
 
 @pytest.mark.parametrize(
@@ -169,12 +165,6 @@ def test_wrong_size_or_mode(tmp_path, values, message):
     problem = tree.problem()
     assert problem.startswith(str(tree.label("b")))
     assert message in problem
-
-
-def test_lossy_map(tmp_path):
-    tree = Folder(tmp_path)
-    Image.fromarray(tree.values).save(tree.label("b"), "JPEG")
-    assert tree.problem().startswith(f"{tree.label('b')} is no PNG file")
 
 
 def test_unknown_ids(tmp_path):

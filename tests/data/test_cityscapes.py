@@ -87,18 +87,6 @@ def test_odd_size_all_void_and_single_class(tmp_path, write_sample):
     assert (single.segments, single.panoptic.tolist()) == ((Segment(11, 2, False),), [[11]])
 
 
-def test_every_countable_id_at_once(tmp_path, write_sample):
-    """All ids that 16 bits and the format allow: 10 labels of 1000 single things each, and the labels themselves."""
-    values = np.concatenate([np.arange(34), np.arange(24000, 34000)]).astype(np.uint16)[None]
-    write_sample("ulm_0_0", values)
-    sample = CityscapesDataset(tmp_path, "train")[0]
-    counted = [s for s in sample.segments if not s.is_crowd and s.is_thing]
-    assert len(counted) == 8000  # caravans and trailers are not evaluated
-    assert sum(s.is_crowd for s in sample.segments) == 8
-    kept = {s.id for s in sample.segments}
-    assert sample.panoptic[0].tolist() == [v if v in kept else 0 for v in values[0].tolist()]
-
-
 def test_files_of_cityscapesscripts_do_not_disturb(tmp_path, write_sample):
     write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
     folder = tmp_path / "gtFine" / "train" / "ulm"
@@ -134,7 +122,7 @@ def test_coarse_set(tmp_path, write_sample):
 
 def test_unknown_split(tmp_path):
     with pytest.raises(UserError, match=r"no split 'extra': choose from train, val, train_extra, test"):
-        CityscapesDataset(tmp_path, ["train_extra", "extra"][1:])
+        CityscapesDataset(tmp_path, "extra")
 
 
 def test_test_split_has_images_only(tmp_path):
@@ -149,17 +137,11 @@ def test_test_split_has_images_only(tmp_path):
     assert dataset[0].image[:, 0, 0].tolist() == [9, 8, 7]
 
 
-def test_missing_folders(tmp_path, write_sample):
-    (tmp_path / "leftImg8bit" / "val" / "ulm").mkdir(parents=True)
-    with pytest.raises(UserError, match="has no files"):
-        CityscapesDataset(tmp_path, "val")
+def test_missing_data_says_where_and_how(tmp_path, write_sample):
     write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
-    (tmp_path / "gtFine" / "train").rename(tmp_path / "gtFine" / "elsewhere")
+    (tmp_path / "gtFine" / "train").rename(tmp_path / "gtFine" / "val")
     with pytest.raises(UserError, match=r"gtFine.train does not exist"):
         CityscapesDataset(tmp_path, "train")
-
-
-def test_missing_data_says_where_and_how(tmp_path):
     with pytest.raises(UserError) as caught:
         CityscapesDataset(tmp_path / "nowhere", "train")
     message = str(caught.value)
@@ -182,13 +164,3 @@ def test_unpaired_file_is_named(tmp_path, write_sample, orphan, missing):
     (tmp_path / f"{orphan}.png").touch()
     with pytest.raises(UserError, match=rf"{Path(orphan).name}.png has no {missing}"):
         CityscapesDataset(tmp_path, "train")
-
-
-@pytest.mark.parametrize("shape", [(4, 5), (4, 4, 3)])
-def test_annotation_of_another_size_is_named(tmp_path, write_sample, shape):
-    write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
-    dataset = CityscapesDataset(tmp_path, "train")
-    path = next(tmp_path.rglob("*_instanceIds.png"))
-    Image.fromarray(np.zeros(shape, np.uint8)).save(path)
-    with pytest.raises(UserError, match=path.name):
-        dataset[0]

@@ -91,17 +91,12 @@ def test_task_decides_the_targets(root, task, classes):
     assert set(torch.cat(labels).tolist()) == classes
 
 
-def test_training_is_shuffled_and_reproducible(root):
-    first, again, other = train_batches(root, 1), train_batches(root, 1), train_batches(root, 2)
-    assert all_same(first, again)
-    assert not all_same(first, other)
-
-
 def test_batches_do_not_depend_on_the_number_of_workers(root):
     alone = train_batches(root, epochs=2)
     assert len(alone) == 4
     assert not same(alone[0], alone[2])
-    for num_workers in (1, 2):
+    assert not same(alone[0], train_batches(root, seed=8)[0])
+    for num_workers in (0, 2):
         assert all_same(alone, train_batches(root, epochs=2, num_workers=num_workers))
 
 
@@ -166,9 +161,8 @@ def test_devices_train_on_disjoint_parts_of_the_same_batches(root):
         assert all(torch.equal(a, b) for a, b in zip(batch.images, together, strict=True))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_devices_share_validation_without_repetition(root, world_size):
-    loaders = [on_device(make_data(root), rank, world_size).val_dataloader() for rank in range(world_size)]
+def test_devices_share_validation_without_repetition(root):
+    loaders = [on_device(make_data(root), rank, 2).val_dataloader() for rank in range(2)]
     names = [sample.name for loader in loaders for batch in loader for sample in batch.samples]
     assert sorted(names) == [f"ulm_{i:06d}_000000" for i in range(3)]
     with pytest.raises(UserError, match=r"3 validation images are too few for 4 devices: lower trainer\.devices"):
@@ -182,9 +176,8 @@ def test_segments_that_were_cropped_away(root, keep):
     assert any(not mask.any() for mask in masks) == keep
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_cache_changes_nothing_but_the_speed(root, tmp_path, num_workers):
-    cached = {"cache": tmp_path / "cache", "num_workers": num_workers}
+def test_a_cache_changes_nothing_but_the_speed(root, tmp_path):
+    cached = {"cache": tmp_path / "cache", "num_workers": 2}
     assert all_same(train_batches(root), train_batches(root, **cached))
     val, cached_val = (list(make_data(root, **options).val_dataloader()) for options in ({}, cached))
     for a, b in zip(val, cached_val, strict=True):

@@ -115,7 +115,7 @@ def test_semantic_folder(trained, capsys):
     assert set(np.unique(np.array(Image.open("out/a_semantic.png")))) <= {0, 1, 2}
 
 
-def test_cityscapes_test_split_is_predicted(trained):
+def test_cityscapes_test_split_is_predicted(trained, capfd):
     for name in ("train/ulm/ulm_0_0", "train/ulm/ulm_1_0", "val/ulm/ulm_2_0"):
         save(f"leftImg8bit/{name}_leftImg8bit.png", PHOTOGRAPH)
         save(f"gtFine/{name}_gtFine_instanceIds.png", halves(7, 26001).astype(np.uint16))
@@ -126,3 +126,13 @@ def test_cityscapes_test_split_is_predicted(trained):
     assert call("predict", "checkpoint=run/checkpoints/best.ckpt", pattern, "output=out") == 0
     found = {image["id"] for image in json.loads(Path("out/panoptic.json").read_text())["images"]}
     assert found == {"berlin_0_0_leftImg8bit", "bonn_0_0_leftImg8bit"}
+    # A broken file found by a loading process stops training with its name and the cure.
+    path = Path("leftImg8bit/train/ulm/ulm_1_0_leftImg8bit.png")
+    path.write_bytes(path.read_bytes()[:-100])
+    capfd.readouterr()
+    assert call("train", "dataset=cityscapes", "dataset.root=.", *TINY, "dataset.num_workers=1") == 2
+    printed = capfd.readouterr()
+    (error,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert str(path) in error
+    assert "unzip" in error
+    assert "Traceback" not in printed.err + printed.out

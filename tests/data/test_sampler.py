@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,9 +106,3 @@ def test_the_generator_of_training_goes_on_undisturbed(dataset, item):
     else:
         dataset[SampleKey(item, 5)]
     assert torch.equal(torch.rand(4), expected)
-
-
-def test_seeds_are_spread():
-    seeds = np.array([key.seed for key in TrainSampler(4000, 0)])
-    assert 0.45 < (seeds > 2**62).mean() < 0.55
-    assert 0.45 < (seeds % 2).mean() < 0.55
