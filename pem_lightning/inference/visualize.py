@@ -73,31 +73,22 @@ def region_of(mask: Bool[np.ndarray, "height width"]) -> Region | None:
 
 def overlay_panoptic(
     image: UInt8[Tensor, "3 height width"] | Picture,
-    panoptic: Int32[Tensor, "map_height map_width"],
+    panoptic: Int32[Tensor, "height width"],
     segments: Sequence[Segment],
     info: DatasetInfo,
     alpha: int | float = 0.55,
     draw_names: bool = True,
     shade_things: bool = True,
 ) -> Picture:
-    """Draw a panoptic map over its image.
+    """Draw a panoptic map over its RGB image; pixels of `VOID_ID` and of unlisted segments keep the photograph.
 
     Args:
-        image: RGB.
-        panoptic: segment ids; pixels of `VOID_ID` and of unlisted segments keep the photograph.
-        segments: what the ids mean.
-        info: names and colours of the classes.
         alpha: opacity of the colours, 0 to 1.
         draw_names: write class names on segments that are large enough.
         shade_things: give each thing its own shade of its class's colour; False for videos, where it would flicker.
-
-    Raises:
-        ValueError: image and map differ in size.
     """
     photo = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) else image
     ids = panoptic.cpu().numpy()
-    if photo.shape[:2] != ids.shape:
-        raise ValueError(f"the image has size {photo.shape[:2]}, but the map {ids.shape}")
     index = index_map(ids, [s.id for s in segments])
     regions = find_regions(index, len(segments))
     colors = [info.classes[s.class_id].color for s in segments]
@@ -111,7 +102,7 @@ def overlay_panoptic(
 
 def overlay_semantic(
     image: UInt8[Tensor, "3 height width"] | Picture,
-    class_map: Integer[Tensor, "map_height map_width"],
+    class_map: Integer[Tensor, "height width"],
     info: DatasetInfo,
     alpha: int | float = 0.55,
     draw_names: bool = True,
@@ -188,7 +179,7 @@ def _shade(color: RGB, n: int) -> RGB:
 
 def _blend(photo: Picture, index: IndexMap, colors: Sequence[RGB], alpha: np.float32) -> Picture:
     """The photograph under its segments' colours and the lines between them."""
-    opacity = np.array([0, *(alpha for _ in colors)], np.float32)
+    opacity = np.array([0] + [alpha] * len(colors), np.float32)
     paint = np.array([(0, 0, 0), *colors], np.float32) * opacity[:, None]
     drawn = np.empty(photo.shape, np.uint8)
     for top in range(0, len(photo), ROWS_AT_ONCE):
