@@ -26,7 +26,7 @@ class NonFiniteLoss(Callback):
 
     Batch, losses and random states of the step go into `non_finite_step_<step>.pt`, one file per device, which
     `torch.load` reads with `weights_only`. A skipped step counts as a step, so that schedule, data and checkpoints stay
-    in line; a run may skip `max_bad_steps`, logged as `train/bad_steps`. Infinite float16 gradients of a finite loss are
+    in line; a run may skip `max_bad_steps`, see `train/bad_steps`. Infinite float16 gradients of a finite loss are
     left to the loss scale.
     """
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from jaxtyping import Int32, Int64, UInt8
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -27,10 +26,10 @@ from pem_lightning.data.targets import class_map
 from pem_lightning.files import write_or_warn
 from pem_lightning.inference.postprocess import Result
 from pem_lightning.inference.results import encode_png, stack_instances
-from pem_lightning.inference.visualize import index_map, overlay_panoptic, side_by_side
+from pem_lightning.inference.visualize import class_segments, index_map, overlay_panoptic, side_by_side
 from pem_lightning.training.distributed import all_gather
 from pem_lightning.training.module import PEMModule
-from pem_lightning.types import VOID_ID, Batch, DatasetInfo, Sample, Segment
+from pem_lightning.types import Batch, DatasetInfo, Sample, Segment
 
 MIN_PANEL_HEIGHT = 256
 """Smaller images are enlarged, so that the class names on them can be read."""
@@ -53,13 +52,10 @@ def make_panel(sample: Sample, result: Result, info: DatasetInfo) -> Panel:
     if result.panoptic is not None:
         return Panel(image, (ids, sample.segments), (result.panoptic, result.segments))
     if result.semantic is not None:
-        classes = (class_map(sample._replace(panoptic=ids)), result.semantic)
-        truth, prediction = (torch.where(c < info.num_classes, c + 1, VOID_ID).int() for c in classes)
-        regions = tuple(Segment(k + 1, k, is_thing=False) for k in range(info.num_classes))
-        return Panel(image, (truth, regions), (prediction, regions))
-    objects, segments = stack_instances(result.instances, tuple(ids.shape))
+        truth = class_map(sample._replace(panoptic=ids))
+        return Panel(image, class_segments(truth, info), class_segments(result.semantic, info))
     things = tuple(segment for segment in sample.segments if segment.is_thing)
-    return Panel(image, (ids, things), (objects, tuple(segments)))
+    return Panel(image, (ids, things), stack_instances(result.instances, tuple(ids.shape)))
 
 
 def draw_panel(panel: Panel, info: DatasetInfo) -> UInt8[np.ndarray, "height width 3"]:

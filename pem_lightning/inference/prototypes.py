@@ -134,15 +134,10 @@ def trace_decoder(predictor: Predictor, image: ImageLike) -> DecoderTrace:
         raise UserError(f"{type(model).__name__} has no transformer decoder to look into: give a predictor of PEM")
     photo = read_image(image)
     inputs = predictor.prepare(photo)
-    selections = [m for m in decoder.modules() if isinstance(m, PrototypeSelection)]
-    if len(selections) < len(decoder.layers):
-        raise UserError(
-            f"attention={decoder.attention} chooses no prototypes: train with ablation=prototype, the default"
-        )
     mask_features: list[Tensor] = []
     choices: list[tuple[Tensor, Tensor, Tensor | None]] = []
     queries = [decoder.query_features.weight[None]]
-    layers: list[LayerPrototypes] = []
+    grids: list[Size] = []
 
     def record_choice(_: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         _, projected_queries, background = inputs
@@ -152,19 +147,24 @@ def trace_decoder(predictor: Predictor, image: ImageLike) -> DecoderTrace:
 
     def record_layer(_: nn.Module, layer_inputs: tuple[Any, ...], output: Tensor) -> None:
         queries.append(output)
-        choice = choices[len(layers)]
-        layers.append(
-            _layer_prototypes(len(layers) + 1, *choice, size_of(layer_inputs[2]), size_of(inputs), photo.shape)
-        )
+        grids.append(size_of(layer_inputs[2]))
 
     handles = [decoder.register_forward_pre_hook(lambda _, inputs: mask_features.append(inputs[0]))]
-    handles += [selection.register_forward_hook(record_choice) for selection in selections]
+    handles += [m.register_forward_hook(record_choice) for m in decoder.modules() if isinstance(m, PrototypeSelection)]
     handles += [layer.register_forward_hook(record_layer) for layer in decoder.layers]
     try:
         model(inputs[None])
     finally:
         for handle in handles:
             handle.remove()
+    if not choices:
+        raise UserError(
+            f"attention={decoder.attention} chooses no prototypes: train with ablation=prototype, the default"
+        )
+    layers = [
+        _layer_prototypes(i, *choice, grid, size_of(inputs), photo.shape)
+        for i, (choice, grid) in enumerate(zip(choices, grids, strict=True), start=1)
+    ]
     predictions = [decoder.predict(q, mask_features[0]) for q in queries]
     predictions = [Predictions(p.class_logits.float().cpu(), p.mask_logits.float().cpu()) for p in predictions]
     return DecoderTrace(photo, size_of(inputs), tuple(layers), tuple(predictions))

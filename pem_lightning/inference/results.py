@@ -23,10 +23,10 @@ from pem_lightning.inference.visualize import (
     Box,
     Picture,
     Region,
+    class_segments,
     find_regions,
     index_map,
     overlay_panoptic,
-    overlay_semantic,
     region_of,
 )
 from pem_lightning.types import VOID_ID, DatasetInfo, Segment, UserError
@@ -103,9 +103,10 @@ class SegmentedImage:
     def overlay(self, alpha: int | float = 0.55, draw_names: bool = True, shade_things: bool = True) -> Picture:
         """The segmentation drawn over the image. See `overlay_panoptic`."""
         if self.semantic is not None:
-            return overlay_semantic(self.image, self.semantic, self.info, alpha, draw_names)
-        id_map, segments = self.panoptic, list(self._segments)
-        if id_map is None:
+            id_map, segments = class_segments(self.semantic, self.info)
+        elif self.panoptic is not None:
+            id_map, segments = self.panoptic, self._segments
+        else:
             id_map, segments = stack_instances(self._instances or (), self.image.shape[:2])
         return overlay_panoptic(self.image, id_map, segments, self.info, alpha, draw_names, shade_things)
 
@@ -209,7 +210,7 @@ def official_class_map(
 
 def stack_instances(
     instances: Iterable[Instance], size: tuple[int, ...]
-) -> tuple[Int32[Tensor, "height width"], list[Segment]]:
+) -> tuple[Int32[Tensor, "height width"], tuple[Segment, ...]]:
     """The confident instances as an id map, the most confident on top."""
     id_map = torch.full(size, VOID_ID, dtype=torch.int32)
     segments = []
@@ -217,7 +218,7 @@ def stack_instances(
     for segment_id, instance in enumerate(shown, start=1):
         id_map[instance.mask] = segment_id
         segments.append(Segment(segment_id, instance.class_id, is_thing=True, score=instance.score))
-    return id_map, segments
+    return id_map, tuple(segments)
 
 
 def encode_png(array: np.ndarray) -> bytes:

@@ -26,13 +26,10 @@ from pem_lightning.types import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
-FORMATS = (*reading.FORMATS, "GIF", "JPEG2000")
-"""Files are recognised by content. Of several frames or pages the first one counts."""
-DEFAULT_FPS = 25.0
-"""Of sources that do not say how fast they are."""
+FORMATS = (*reading.FORMATS, "GIF", "JPEG2000")  # files are recognised by content
+DEFAULT_FPS = 25.0  # of sources that do not say how fast they are
 CODEC = "mp4v"
-LARGEST_SIDE = 8190
-"""MPEG-4 part 2 has 13 bits for each side."""
+LARGEST_SIDE = 8190  # MPEG-4 part 2 has 13 bits for each side
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Frame = UInt8[np.ndarray, "height width 3"]
@@ -43,11 +40,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def find_images(source: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """One file of any name, or the sorted images in a folder or of a pattern with `*`, `?`, `[...]` or `**`.
-
-    Raises:
-        UserError: there is no such file or folder, or no image in it.
-    """
+    """One file of any name, or the sorted images in a folder or of a pattern with `*`, `?`, `[...]` or `**`."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -171,11 +164,7 @@ class VideoWriter:
         self._size = (0, 0)
 
     def write(self, frame: Frame) -> None:
-        """Add a frame, resized to the first one's size. The codec needs even sides: the last row or column is repeated.
-
-        Raises:
-            UserError: the file cannot be written, or the frame is too large for the codec.
-        """
+        """Add a frame at the first one's size. The codec needs even sides: the last row or column is repeated."""
         height, width = frame.shape[:2]
         if self._writer is None:
             self._size = width, height

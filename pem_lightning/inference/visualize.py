@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from jaxtyping import Bool, Float32, Int32, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
@@ -24,11 +25,9 @@ IndexMap = Integer[np.ndarray, "height width"]
 
 CONTOUR: RGB = (255, 255, 255)
 CONTOUR_OPACITY = 0.75
-MIN_NAMED_AREA = 0.002
-"""Segments that cover a smaller fraction of the picture get no name."""
+MIN_NAMED_AREA = 0.002  # segments that cover a smaller fraction of the picture get no name
 GOLDEN = 0.618034
-ROWS_AT_ONCE = 32
-"""Are blended together: few enough to stay in a core's cache."""
+ROWS_AT_ONCE = 32  # are blended together: few enough to stay in a core's cache
 
 
 class Region(NamedTuple):
@@ -100,18 +99,12 @@ def overlay_panoptic(
     return drawn
 
 
-def overlay_semantic(
-    image: UInt8[Tensor, "3 height width"] | Picture,
-    class_map: Integer[Tensor, "height width"],
-    info: DatasetInfo,
-    alpha: int | float = 0.55,
-    draw_names: bool = True,
-) -> Picture:
-    """`overlay_panoptic` for a class map; values that are no class keep the photograph."""
-    classes = class_map.cpu().int()
-    known = (classes >= 0) & (classes < info.num_classes)
-    segments = [Segment(k + 1, k, is_thing=False) for k in range(info.num_classes)]
-    return overlay_panoptic(image, (classes + 1).where(known, VOID_ID), segments, info, alpha, draw_names)
+def class_segments(
+    class_map: Integer[Tensor, "height width"], info: DatasetInfo
+) -> tuple[Int32[Tensor, "height width"], tuple[Segment, ...]]:
+    """A class map as one segment per class; values that are no class become `VOID_ID`."""
+    segments = tuple(Segment(k + 1, k, is_thing=False) for k in range(info.num_classes))
+    return torch.where(class_map < info.num_classes, class_map.int() + 1, VOID_ID).int(), segments
 
 
 def side_by_side(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], titles: Sequence[str]) -> Picture:

@@ -142,13 +142,6 @@ def test_too_little_memory_is_said_in_one_line_and_bugs_stay_visible(photo, erro
         predictor("panoptic", model)(photo)
 
 
-@pytest.mark.slow
-def test_sixteen_megapixels():
-    result = predictor("panoptic")(np.zeros((4096, 4096, 3), np.uint8))
-    assert [s.area for s in result.segments] == [4096 * 2048] * 2
-    assert result.overlay().shape == (4096, 4096, 3)
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A checkpoint of a network that has learnt nothing."""
