@@ -26,11 +26,8 @@ class NonFiniteLoss(Callback):
 
     Batch, losses and random states of the step go into `non_finite_step_<step>.pt`, one file per device, which
     `torch.load` reads with `weights_only`. A skipped step counts as a step, so that schedule, data and checkpoints stay
-    in line. Infinite float16 gradients of a finite loss are left to the loss scale.
-
-    Args:
-        directory: where the files go.
-        max_bad_steps: how many such steps a run may skip. They are logged as `train/bad_steps`.
+    in line; a run may skip `max_bad_steps`, see `train/bad_steps`. Infinite float16 gradients of a finite loss are
+    left to the loss scale.
     """
 
     def __init__(self, directory: str | Path, max_bad_steps: int = 0) -> None:
@@ -79,9 +76,24 @@ class NonFiniteLoss(Callback):
             return
         self.bad_steps += 1
         step = trainer.global_step
-        path = self._dump(trainer, batch, step)
-        files = [name for part in all_gather(_files(trainer, batch)) for name in part]
-        message = f"the loss of step {step} is not finite (images {', '.join(files)})"
+        files = _files(trainer, batch)
+        content = {
+            "step": step,
+            "names": list(batch.names),
+            "files": files,
+            "images": [image.cpu() for image in batch.images],
+            "labels": [target.labels.cpu() for target in batch.targets],
+            "masks": [target.masks.cpu() for target in batch.targets],
+            "losses": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
+            "generators": self._generators,
+        }
+        rank = f"_device_{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = self.directory / f"non_finite_step_{step:06d}{rank}.pt"
+        file = io.BytesIO()
+        torch.save(content, file)
+        write_or_warn(path, file.getvalue())
+        everywhere = [name for part in all_gather(files) for name in part]
+        message = f"the loss of step {step} is not finite (images {', '.join(everywhere)})"
         if self.bad_steps > self.max_bad_steps:
             raise UserError(
                 f"{message}: see torch.load('{path}'), and resume with a lower learning rate, another precision, "
@@ -99,24 +111,6 @@ class NonFiniteLoss(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the count."""
         self.bad_steps = state_dict["bad_steps"]
-
-    def _dump(self, trainer: Trainer, batch: Batch, step: int) -> Path:
-        rank = f"_device_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = self.directory / f"non_finite_step_{step:06d}{rank}.pt"
-        content = {
-            "step": step,
-            "names": list(batch.names),
-            "files": _files(trainer, batch),
-            "images": [image.cpu() for image in batch.images],
-            "labels": [target.labels.cpu() for target in batch.targets],
-            "masks": [target.masks.cpu() for target in batch.targets],
-            "losses": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
-            "generators": self._generators,
-        }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_or_warn(path, buffer.getvalue())
-        return path
 
 
 def _files(trainer: Trainer, batch: Batch) -> list[str]:

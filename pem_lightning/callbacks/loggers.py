@@ -23,10 +23,7 @@ SUMMARIES = {"val/*": "max", "train/loss*": "min"}
 class OfflineWandbLogger(WandbLogger):
     """Lightning's wandb logger, offline by itself when nobody is logged in or the server does not accept the run.
 
-    Args:
-        save_dir: the run's folder.
-        resumed_from: the checkpoint of a resumed run, which continues the wandb run in this folder.
-        kwargs: of `WandbLogger` and `wandb.init`.
+    With the checkpoint that it is `resumed_from`, a run continues the wandb run in its folder.
     """
 
     def __init__(self, save_dir: str | Path, *, resumed_from: str | None = None, **kwargs: Any) -> None:
@@ -40,11 +37,8 @@ class OfflineWandbLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The wandb run, which starts with the first call."""
-        if self._experiment is None:
-            self._start()
-        return self._experiment
-
-    def _start(self) -> None:
+        if self._experiment is not None:
+            return self._experiment
         import wandb
 
         arguments = self._arguments
@@ -60,6 +54,7 @@ class OfflineWandbLogger(WandbLogger):
         for name, summary in SUMMARIES.items():
             run.define_metric(name, step_metric="trainer/global_step", summary=summary)
         run.log_code(str(Path(__file__).parents[1]))
+        return run
 
 
 def log_picture(

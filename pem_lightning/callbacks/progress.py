@@ -52,11 +52,7 @@ class Throughput(Callback):
 
 
 def progress_bar(monitor: str) -> ProgressBar:
-    """A live bar on a terminal, otherwise a line now and then.
-
-    Args:
-        monitor: logged name of the metric to show.
-    """
+    """A live bar on a terminal, otherwise a line now and then; with the metric that is logged as `monitor`."""
     return LiveProgress(monitor) if sys.stdout.isatty() else PlainProgress(monitor)
 
 
@@ -105,17 +101,11 @@ class LiveProgress(RichProgressBar):
 
 
 class PlainProgress(ProgressBar):
-    """Prints a line of numbers now and then, and the metric after every validation.
+    """Prints a line of numbers every 15 seconds or later, and the metric after every validation."""
 
-    Args:
-        monitor: logged name of the metric to show.
-        interval: least seconds between lines.
-    """
-
-    def __init__(self, monitor: str, interval: float = 15.0) -> None:
+    def __init__(self, monitor: str) -> None:
         super().__init__()
         self.monitor = monitor
-        self.interval = interval
         self._enabled = True
         self._start = self._last = 0.0
         self._first_step = 0
@@ -134,7 +124,7 @@ class PlainProgress(ProgressBar):
     ) -> None:
         """Print if it is time. Only in logging steps, because reading values waits for the GPU."""
         now, step, total = time.monotonic(), trainer.global_step, trainer.max_steps
-        is_due = now - self._last >= self.interval and _is_logging_step(trainer)
+        is_due = now - self._last >= 15 and _is_logging_step(trainer)
         if not self._enabled or not (is_due or step == total):
             return
         self._last = now

@@ -40,11 +40,7 @@ FILES = {
 
 
 class Results(Callback):
-    """Gives loggers the configuration and every validation's classes; writes and prints the results at the end.
-
-    Args:
-        directory: gets `metrics.json` and `per_class.csv`.
-    """
+    """Gives loggers the configuration and every validation's classes; writes and prints the results at the end."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -102,20 +98,16 @@ class Results(Callback):
         lines = [(name, readable(self.directory / file)) for name, file in FILES.items()]
         lines = [(name, path) for name, path in lines if Path(path).exists()]
         if trainer.state.fn == "fit":
-            lines = [*self._course(trainer), *lines, *next_steps(trainer, self.directory, module.record)]
+            start, first_step = self._start
+            took = timedelta(seconds=round(time.monotonic() - start))
+            course = [("time", f"{took} for {trainer.global_step - first_step} steps")]
+            if (speed := trainer.callback_metrics.get("train/images_per_second")) is not None:
+                course.append(("throughput", f"{float(speed):.1f} images/s at the end"))
+            if (best := _best(trainer)) is not None:
+                course.append(("best", f"{best[0].removeprefix('val/')} {best[1]:.1f}"))
+            lines = [*course, *lines, *next_steps(trainer, self.directory, module.record)]
         for name, text in lines:
             console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
-
-    def _course(self, trainer: Trainer) -> list[tuple[str, str]]:
-        """How long, how fast, how well."""
-        start, first_step = self._start
-        took = timedelta(seconds=round(time.monotonic() - start))
-        lines = [("time", f"{took} for {trainer.global_step - first_step} steps")]
-        if (speed := trainer.callback_metrics.get("train/images_per_second")) is not None:
-            lines.append(("throughput", f"{float(speed):.1f} images/s at the end"))
-        if (best := _best(trainer)) is not None:
-            lines.append(("best", f"{best[0].removeprefix('val/')} {best[1]:.1f}"))
-        return lines
 
 
 def _best(trainer: Trainer) -> tuple[str, float] | None:
@@ -172,13 +164,7 @@ def readable(path: Path) -> str:
 
 
 def next_steps(trainer: Trainer, directory: Path, record: Any) -> list[tuple[str, str]]:
-    """Commands to train on, evaluate and predict.
-
-    Args:
-        trainer: after training.
-        directory: the run's.
-        record: of the `PEMModule`; its "overrides" are repeated.
-    """
+    """Commands to train on, with the overrides in the `PEMModule`'s record, to evaluate and to predict."""
     lines = []
     best, last = (directory / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     if last.exists():
@@ -209,10 +195,8 @@ class SavePredictions(Callback):
     | panoptic | `panoptic/<name>.png` with ids as colours, `panoptic.json`: COCO's panoptic results |
     | instance | `instances.json`: COCO's instance results, a list with run-length masks |
 
-    All processes write into the same folder. The JSON is written at the end, in the data set's order.
-
-    Args:
-        directory: is made if needed; files of an earlier run are overwritten. None writes nothing.
+    All processes write into the same folder, files of an earlier run are overwritten; None writes nothing. The JSON is
+    written at the end, in the data set's order.
     """
 
     def __init__(self, directory: str | Path | None) -> None:
@@ -220,11 +204,7 @@ class SavePredictions(Callback):
         self._entries: list[str] = []  # this process's, one per image
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the folder before the work.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Refuse a folder that cannot be written before the work."""
         self._entries = []
         if self.directory is not None:
             check_writable(self.directory)
@@ -238,11 +218,7 @@ class SavePredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the images of one batch.
-
-        Raises:
-            UserError: a file cannot be written.
-        """
+        """Write the images of one batch."""
         if self.directory is None:
             return
         module, datamodule = cast(PEMModule, pl_module), cast(SegmentationDataModule, cast(Any, trainer).datamodule)
@@ -262,11 +238,7 @@ class SavePredictions(Callback):
             self._entries.append(", ".join(map(json.dumps, entries)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the entries of all processes.
-
-        Raises:
-            UserError: the JSON cannot be written.
-        """
+        """Write the entries of all processes."""
         if self.directory is None:
             return
         parts, self._entries = all_gather(self._entries), []

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
-from jaxtyping import Float64, Int32, Int64, Integer, UInt8
+from jaxtyping import Int32, Int64, UInt8
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from PIL import Image
@@ -28,10 +26,10 @@ from pem_lightning.data.targets import class_map
 from pem_lightning.files import write_or_warn
 from pem_lightning.inference.postprocess import Result
 from pem_lightning.inference.results import encode_png, stack_instances
-from pem_lightning.inference.visualize import index_map, overlay_panoptic, side_by_side
+from pem_lightning.inference.visualize import class_segments, index_map, overlay_panoptic, side_by_side
 from pem_lightning.training.distributed import all_gather
 from pem_lightning.training.module import PEMModule
-from pem_lightning.types import VOID_ID, Batch, DatasetInfo, Sample, Segment
+from pem_lightning.types import Batch, DatasetInfo, Sample, Segment
 
 MIN_PANEL_HEIGHT = 256
 """Smaller images are enlarged, so that the class names on them can be read."""
@@ -55,16 +53,9 @@ def make_panel(sample: Sample, result: Result, info: DatasetInfo) -> Panel:
         return Panel(image, (ids, sample.segments), (result.panoptic, result.segments))
     if result.semantic is not None:
         truth = class_map(sample._replace(panoptic=ids))
-        return Panel(image, _regions(truth, info), _regions(result.semantic, info))
-    objects, segments = stack_instances(result.instances, tuple(ids.shape))
+        return Panel(image, class_segments(truth, info), class_segments(result.semantic, info))
     things = tuple(segment for segment in sample.segments if segment.is_thing)
-    return Panel(image, (ids, things), (objects, tuple(segments)))
-
-
-def _regions(classes: Integer[Tensor, "map_height map_width"], info: DatasetInfo) -> Segmentation:
-    """A class map as one segment per class."""
-    ids = torch.where(classes < info.num_classes, classes + 1, VOID_ID).int()
-    return ids, tuple(Segment(k + 1, k, is_thing=False) for k in range(info.num_classes))
+    return Panel(image, (ids, things), stack_instances(result.instances, tuple(ids.shape)))
 
 
 def draw_panel(panel: Panel, info: DatasetInfo) -> UInt8[np.ndarray, "height width 3"]:
@@ -99,12 +90,7 @@ def panel_masks(panel: Panel, info: DatasetInfo) -> dict[str, dict[str, Any]]:
 
 
 class PredictionPanels(Callback):
-    """Draws the first images of every validation, for files and loggers.
-
-    Args:
-        directory: pictures go to `directory/step_<step>_<name>.png`.
-        num_images: how many.
-    """
+    """Draws the first `num_images` of every validation, for loggers and as `directory/step_<step>_<name>.png`."""
 
     def __init__(self, directory: str | Path, num_images: int = 4) -> None:
         self.directory = Path(directory)
@@ -133,13 +119,10 @@ class PredictionPanels(Callback):
 
 
 class WorstImages(Callback):
-    """Draws the images with the lowest scores (see `Evaluator.update`) at the end of an evaluation.
+    """Draws the `num_images` with the lowest scores of all processes (see `Evaluator.update`) after an evaluation.
 
-    Images without a score, where nothing is annotated, are left out. Equal scores are ordered by name.
-
-    Args:
-        directory: pictures go to `directory/<rank>_<score>_<name>.png`; rank 01 is the worst, the score in percent.
-        num_images: how many, over all processes.
+    Images without a score, where nothing is annotated, are left out. Equal scores are ordered by name. Pictures go to
+    `directory/<rank>_<score>_<name>.png`; rank 01 is the worst, the score in percent.
     """
 
     def __init__(self, directory: str | Path, num_images: int = 10) -> None:
@@ -252,12 +235,12 @@ def draw_curves(series: Series, path: Path) -> None:
     write_or_warn(path, _as_png(figure))
 
 
-def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
+def _smooth(values: tuple[float, ...]) -> list[float]:
     """Exponential moving average with bias correction."""
     out, average = [], 0.0
     for i, value in enumerate(values, 1):
-        average = weight * average + (1 - weight) * value
-        out.append(average / (1 - weight**i))
+        average = 0.9 * average + (1 - 0.9) * value
+        out.append(average / (1 - 0.9**i))
     return out
 
 
@@ -295,11 +278,9 @@ MAX_NAME = 24
 
 
 def draw_confusion(confusion: Int64[np.ndarray, "K columns"], info: DatasetInfo) -> bytes:
-    """Draw a confusion matrix in percent of each true class's pixels, as a PNG.
+    """Draw pixel counts, true class by predicted class, in percent of each true class's pixels, as a PNG.
 
-    Args:
-        confusion: pixel counts, true class by predicted class. A last column for "no class" is drawn if it is not 0.
-        info: the classes.
+    A last column for "no class" is drawn if it is not 0.
     """
     names = [n if len(n) <= MAX_NAME else n[: MAX_NAME - 3].rstrip(" ,") + "..." for n in info.class_names]
     if confusion[:, info.num_classes :].any():
@@ -315,34 +296,25 @@ def draw_confusion(confusion: Int64[np.ndarray, "K columns"], info: DatasetInfo)
     axes = figure.subplots()
     # Not linear, because small shares matter.
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto", interpolation="nearest")
-    _label(axes, names[: info.num_classes], names, size)
-    if numbered:
-        _write_numbers(axes, percent, size - 1.5)
+    axes.set_yticks(range(info.num_classes), names[: info.num_classes], fontsize=size)
+    axes.set_xticks(range(len(names)), names, fontsize=size, rotation=90)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.set_ylabel("true class", fontsize=size + 2)
+    axes.set_xlabel("predicted class", fontsize=size + 2)
+    axes.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(info.num_classes + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="#cccccc", linewidth=0.3)
+    axes.tick_params(which="minor", length=0, top=False)
+    for (row, column), value in np.ndenumerate(percent):
+        if numbered and value >= 0.05:  # less would read 0.0
+            text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+            color = "white" if value > 40 else "#222222"
+            axes.text(column, row, text, ha="center", va="center", fontsize=size - 1.5, color=color)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
     bar.set_label("percent of the true class's pixels", fontsize=size + 1)
     bar.ax.tick_params(labelsize=size)
     axes.set_facecolor("#e4e4e4")  # rows of classes that do not occur
     return _as_png(figure)
-
-
-def _label(axes: Axes, rows: list[str], columns: list[str], size: float) -> None:
-    axes.set_yticks(range(len(rows)), rows, fontsize=size)
-    axes.set_xticks(range(len(columns)), columns, fontsize=size, rotation=90)
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    axes.set_ylabel("true class", fontsize=size + 2)
-    axes.set_xlabel("predicted class", fontsize=size + 2)
-    axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="#cccccc", linewidth=0.3)
-    axes.tick_params(which="minor", length=0, top=False)
-
-
-def _write_numbers(axes: Axes, percent: Float64[np.ndarray, "K columns"], size: float) -> None:
-    for (row, column), value in np.ndenumerate(percent):
-        if value >= 0.05:  # less would read 0.0
-            text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
-            color = "white" if value > 40 else "#222222"
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
 
 
 class ConfusionMatrix(Callback):

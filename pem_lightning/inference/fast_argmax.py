@@ -101,10 +101,7 @@ def fast_class_map(
     A class wins a whole cell if its score at the lowest logits beats those of all others at the highest. Queries of
     small weight count with all that they could add; they are computed only where that leaves the winner open.
 
-    Args:
-        weights: class probabilities.
-        mask_logits: at a quarter of the padded size.
-        image_size: without padding.
+    `weights` are class probabilities.
     """
     heavy, slack = _heavy_queries(weights)
     everything = Cells(mask_logits, image_size)

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -22,11 +22,7 @@ NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
 def check_compile(key: str, mode: str | None) -> None:
-    """Check a mode of `torch.compile`, or None for no compilation; `key` names the setting in errors.
-
-    Raises:
-        UserError: the mode is unknown, or there is no compiler.
-    """
+    """Refuse an unknown mode of `torch.compile`, or a missing compiler; `key` names the setting."""
     if mode is None:
         return
     if mode not in get_args(CompileMode):
@@ -41,8 +37,7 @@ class OptimizedNetwork(nn.Module):
     Args:
         network: is copied.
         precision: of weights and features. Logits come out in float32 (float64 if the network is).
-        compile: a mode of `torch.compile`, or None. "reduce-overhead" records CUDA graphs on a GPU. The first image of
-            every new size then takes minutes.
+        compile: a mode of `torch.compile`, or None. The first image of every new size then takes minutes.
 
     Raises:
         UserError: the precision or the mode is unknown, or there is no compiler.
@@ -56,16 +51,14 @@ class OptimizedNetwork(nn.Module):
         self.compile_mode = compile
         self.network = fuse_batch_norms(network)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.dtype = next(network.parameters()).dtype
-        if precision != "float32":
-            self.dtype = getattr(torch, precision)
-            self.network.to(self.dtype)
+        self.dtype = next(network.parameters()).dtype if precision == "float32" else getattr(torch, precision)
+        self.network.to(self.dtype)
         if compile is not None:
             self.network.compile(mode=compile, dynamic=False)
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-        """Predict, with the arguments and the result of `PEM.forward`."""
+        """As `PEM.forward`."""
         out = self.network(images.to(self.dtype, memory_format=torch.channels_last))
         if self.dtype in (torch.float32, torch.float64):
             return out
@@ -86,8 +79,7 @@ def fuse_batch_norms(network: nn.Module) -> nn.Module:
                 if type(child) is nn.Conv2d and type(follower) in NORMS:
                     pairs.append((name, next_name))
         for conv_name, norm_name in pairs:
-            conv: Any = parent.get_submodule(conv_name)
-            norm: Any = parent.get_submodule(norm_name)
+            conv, norm = (cast(Any, parent.get_submodule(name)) for name in (conv_name, norm_name))
             if type(norm) in NORMS:
                 conv.weight, conv.bias = fuse_conv_bn_weights(
                     conv.weight,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,12 +53,10 @@ class Result(NamedTuple):
         )
 
 
-class Sizes(TypedDict):
-    """The size arguments of the functions below."""
-
-    padded_size: Size  # what the network saw, padding included
-    image_size: Size  # its part that is image, at the top left
-    output_size: Size  # of the result
+class _Sizes(NamedTuple):
+    padded: Size
+    image: Size
+    output: Size
 
 
 def semantic(
@@ -75,12 +73,14 @@ def semantic(
     Args:
         class_logits: scores of the K classes and, last, of "no object".
         mask_logits: positive means foreground.
-        padded_size, image_size, output_size: see `Sizes`.
+        padded_size: what the network saw, padding included.
+        image_size: its part that is image, at the top left.
+        output_size: of the result.
         resize_first: resize masks to the output size and then score (the authors' panoptic models), or score at
             the image's size and then resize (their semantic models).
     """
-    strips = _score_strips(class_logits, mask_logits, padded_size, image_size, output_size, resize_first)
-    return torch.cat(list(strips), dim=1)
+    sizes = _Sizes(padded_size, image_size, output_size)
+    return torch.cat(list(_score_strips(class_logits, mask_logits, sizes, resize_first)), dim=1)
 
 
 def semantic_map(
@@ -93,11 +93,12 @@ def semantic_map(
     resize_first: bool,
 ) -> Int32[Tensor, "H W"]:
     """The class with the highest score of `semantic`, without holding the scores."""
-    if output_size == image_size and _is_quarter(mask_logits, padded_size):
+    sizes = _Sizes(padded_size, image_size, output_size)
+    if _is_upsampled_by_stride(mask_logits, sizes):
         mask_logits = _full_precision(mask_logits)
         weights = class_logits.to(mask_logits.dtype).softmax(-1)[:, :-1]
         return fast_class_map(weights, mask_logits, image_size)
-    strips = _score_strips(class_logits, mask_logits, padded_size, image_size, output_size, resize_first)
+    strips = _score_strips(class_logits, mask_logits, sizes, resize_first)
     return torch.cat([scores.argmax(0).int() for scores in strips])
 
 
@@ -115,8 +116,7 @@ def panoptic(
     """Every pixel goes to the query with the highest class times mask probability, or to none.
 
     Args:
-        class_logits, mask_logits: see `semantic`.
-        padded_size, image_size, output_size: see `Sizes`.
+        class_logits, mask_logits, padded_size, image_size, output_size: see `semantic`.
         thing_classes: their queries are separate segments; queries of any other class are merged.
         object_mask_threshold: queries are left out unless their class probability is above it.
         overlap_threshold: a query is dropped unless it wins this fraction of its own mask.
@@ -132,10 +132,11 @@ def panoptic(
         return torch.full(output_size, VOID_ID, dtype=torch.int32, device=mask_logits.device), []
 
     scores, labels = scores[kept], labels[kept]
-    if output_size == image_size and _is_quarter(mask_logits, padded_size):
+    sizes = _Sizes(padded_size, image_size, output_size)
+    if _is_upsampled_by_stride(mask_logits, sizes):
         winner, areas = fast_winner_map(_full_precision(mask_logits[kept]), scores, image_size)
     else:
-        winner, areas = _winner_map(mask_logits[kept], scores, padded_size, image_size, output_size)
+        winner, areas = _winner_map(mask_logits[kept], scores, sizes)
     segments: list[Segment] = []
     stuff_ids: dict[int, int] = {}
     ids = [VOID_ID] * (len(kept) + 1)  # of each query's pixels; the last is for pixels outside the winner's mask
@@ -181,11 +182,10 @@ def instances(
         if class_id not in thing_classes:
             continue
         if query not in masks:
-            rows = range(output_size[0])
-            logits = _mask_rows(mask_logits[query : query + 1], rows, padded_size, image_size, output_size)[0]
+            sizes = _Sizes(padded_size, image_size, output_size)
+            logits = _mask_rows(mask_logits[query : query + 1], range(output_size[0]), sizes)[0]
             mask = logits > 0
-            inside = (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)
-            masks[query] = mask, inside.item()
+            masks[query] = mask, ((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)).item()
         mask, mask_score = masks[query]
         found.append(Instance(mask, class_id, score * mask_score))
     return found
@@ -206,21 +206,16 @@ class TaskInference:
     def __call__(
         self, predictions: Predictions, image_size: Size, output_size: Size, *, with_semantic: bool = False
     ) -> Result:
-        """Process one image.
-
-        Args:
-            predictions: a batch of one.
-            image_size: height and width of what the network was given.
-            output_size: of the result.
-            with_semantic: fill `Result.semantic` whatever the task.
-        """
+        """Process one image, a batch of one; `with_semantic` fills `Result.semantic` whatever the task."""
         class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]
         height, width = size_of(mask_logits)
-        at = Sizes(padded_size=(STRIDE * height, STRIDE * width), image_size=image_size, output_size=output_size)
-        result = Result()
+        padded_size = STRIDE * height, STRIDE * width
+        at = {"padded_size": padded_size, "image_size": image_size, "output_size": output_size}
+        class_map, id_map = None, None
+        segments: list[Segment] = []
+        found: list[Instance] = []
         if with_semantic or self.task == "semantic":
             class_map = semantic_map(class_logits, mask_logits, resize_first=self.resize_first, **at)
-            result = result._replace(semantic=class_map)
         if self.task == "panoptic":
             id_map, segments = panoptic(
                 class_logits,
@@ -230,32 +225,25 @@ class TaskInference:
                 overlap_threshold=self.overlap_threshold,
                 **at,
             )
-            result = result._replace(panoptic=id_map, segments=tuple(segments))
         if self.task == "instance":
             found = instances(class_logits, mask_logits, thing_classes=self.thing_classes, top_k=self.top_k, **at)
-            result = result._replace(instances=tuple(found))
-        return result
+        return Result(class_map, id_map, tuple(segments), tuple(found))
 
 
 def size_of(x: Tensor) -> Size:
     """Height and width, the last two axes."""
-    height, width = x.shape[-2:]
-    return height, width
+    return x.shape[-2], x.shape[-1]
 
 
 def _winner_map(
-    mask_logits: Float[Tensor, "M h w"],
-    scores: Float[Tensor, " M"],
-    padded_size: Size,
-    image_size: Size,
-    output_size: Size,
+    mask_logits: Float[Tensor, "M h w"], scores: Float[Tensor, " M"], sizes: _Sizes
 ) -> tuple[Int32[Tensor, "H W"], Int64[Tensor, "M 3"]]:
     """`fast_winner_map` for any output size."""
     M = len(mask_logits)
     areas = torch.zeros(M, 3, dtype=torch.int64, device=mask_logits.device)
     winners = []
-    for rows in _strips(output_size, M):
-        probability = _mask_rows(mask_logits, rows, padded_size, image_size, output_size).sigmoid()
+    for rows in _strips(sizes.output, M):
+        probability = _mask_rows(mask_logits, rows, sizes).sigmoid()
         own = probability >= 0.5  # not `logit >= 0`: a slightly negative logit rounds to 0.5
         winner = probability.mul_(scores[:, None, None]).argmax(0)
         visible = own.gather(0, winner[None])[0]
@@ -270,25 +258,18 @@ def _winner_map(
 def _score_strips(
     class_logits: Float[Tensor, "Q classes_and_none"],
     mask_logits: Float[Tensor, "Q h w"],
-    padded_size: Size,
-    image_size: Size,
-    output_size: Size,
+    sizes: _Sizes,
     resize_first: bool,
 ) -> Iterator[Float[Tensor, "K R W"]]:
     """Class scores of some rows of the output at once."""
     weights = class_logits.to(_full_precision(mask_logits).dtype).softmax(-1)[:, :-1].T  # K Q
-    scoring_size = output_size if resize_first else image_size
-
-    def score(rows: range) -> Float[Tensor, "K R W"]:
-        masks = _mask_rows(mask_logits, rows, padded_size, image_size, scoring_size).sigmoid()
-        return (weights @ masks.flatten(1)).unflatten(1, masks.shape[1:])
-
-    for rows in _strips(output_size, len(mask_logits)):
-        if scoring_size == output_size:
-            yield score(rows)
-        else:
-            source = source_rows(rows, scoring_size[0], output_size[0])
-            yield resize_rows(score(source), source, rows, scoring_size, output_size)
+    scored = sizes if resize_first else sizes._replace(output=sizes.image)
+    for rows in _strips(sizes.output, len(mask_logits)):
+        same = scored.output == sizes.output
+        source = rows if same else source_rows(rows, scored.output[0], sizes.output[0])
+        masks = _mask_rows(mask_logits, source, scored).sigmoid()
+        scores = (weights @ masks.flatten(1)).unflatten(1, masks.shape[1:])
+        yield scores if same else resize_rows(scores, source, rows, scored.output, sizes.output)
 
 
 def _strips(size: Size, num_maps: int) -> Iterator[range]:
@@ -297,16 +278,15 @@ def _strips(size: Size, num_maps: int) -> Iterator[range]:
         yield range(start, min(start + step, size[0]))
 
 
-def _mask_rows(
-    mask_logits: Float[Tensor, "M h w"], rows: range, padded_size: Size, image_size: Size, output_size: Size
-) -> Float[Tensor, "M R W"]:
+def _mask_rows(mask_logits: Float[Tensor, "M h w"], rows: range, sizes: _Sizes) -> Float[Tensor, "M R W"]:
     """Some rows of the masks at the output size."""
-    quarter_size = (mask_logits.shape[1], mask_logits.shape[2])
-    image_rows = rows if output_size == image_size else source_rows(rows, image_size[0], output_size[0])
-    quarter_rows = source_rows(image_rows, quarter_size[0], padded_size[0])
+    quarter_size = size_of(mask_logits)
+    same = sizes.output == sizes.image
+    image_rows = rows if same else source_rows(rows, sizes.image[0], sizes.output[0])
+    quarter_rows = source_rows(image_rows, quarter_size[0], sizes.padded[0])
     part = _full_precision(mask_logits[:, quarter_rows.start : quarter_rows.stop])
-    image = resize_rows(part, quarter_rows, image_rows, quarter_size, padded_size)[:, :, : image_size[1]]
-    return image if output_size == image_size else resize_rows(image, image_rows, rows, image_size, output_size)
+    image = resize_rows(part, quarter_rows, image_rows, quarter_size, sizes.padded)[:, :, : sizes.image[1]]
+    return image if same else resize_rows(image, image_rows, rows, sizes.image, sizes.output)
 
 
 def source_rows(rows: range, source_height: int, height: int) -> range:
@@ -321,12 +301,7 @@ def resize_rows(
 ) -> Float[Tensor, "M R W_out"]:
     """Some rows of a resized map, equal to those of `F.interpolate(mode="bilinear", align_corners=False)`.
 
-    Args:
-        part: of the source, at least the rows that `source_rows` names.
-        part_rows: which rows of the source these are.
-        rows: the wanted rows of the result.
-        source_size: of the whole source.
-        size: of the whole result.
+    `part` has at least the rows that `source_rows` names; `part_rows` are their numbers in the whole source.
     """
     if source_size[0] == size[0]:
         part = part[:, rows.start - part_rows.start : rows.stop - part_rows.start]
@@ -348,8 +323,9 @@ def _neighbours(
     return upper, (upper + 1).clamp(max=source_height - 1), (place - upper).clamp(0, 1)
 
 
-def _is_quarter(mask_logits: Float[Tensor, "Q h w"], padded_size: Size) -> bool:
-    return padded_size == (STRIDE * mask_logits.shape[1], STRIDE * mask_logits.shape[2])
+def _is_upsampled_by_stride(mask_logits: Float[Tensor, "Q h w"], sizes: _Sizes) -> bool:
+    _, height, width = mask_logits.shape
+    return sizes.output == sizes.image and sizes.padded == (STRIDE * height, STRIDE * width)
 
 
 def _full_precision(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

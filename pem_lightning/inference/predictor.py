@@ -41,7 +41,7 @@ class Predictor:
         checkpoint: the path of a .ckpt that train.py wrote, or one that is read already. It knows the network, its
             classes and the size at which it was evaluated.
         task: "panoptic", "semantic" or "instance"; by default the checkpoint's.
-        device: "auto" for a GPU if there is one and else the CPU; or a name of PyTorch's such as "cuda:1".
+        device: see `choose_device`.
         classes: names of the classes to keep; None keeps all.
         batch_size: how many images of one size run through the network at once.
         object_mask_threshold, overlap_threshold: see `postprocess.panoptic`; by default the checkpoint's.
@@ -58,16 +58,11 @@ class Predictor:
         checkpoint: str | Path | Checkpoint,
         *,
         task: str | None = None,
-        device: str | torch.device = "auto",
-        classes: Iterable[str] | None = None,
-        batch_size: int = 1,
         object_mask_threshold: int | float | None = None,
         overlap_threshold: int | float | None = None,
-        score_threshold: int | float = 0.0,
-        scales: Sequence[float] = (1.0,),
-        flip: bool = False,
         precision: str = "float32",
         compile: str | None = None,
+        **options: Any,
     ) -> None:
         from hydra.utils import instantiate  # here, because `from_parts` needs no Hydra
 
@@ -84,12 +79,7 @@ class Predictor:
             trained.info,
             TaskInference(task, trained.info.thing_classes, **settings),
             resize=instantiate(trained.config["recipe"]["eval_transform"]),
-            device=device,
-            classes=classes,
-            batch_size=batch_size,
-            score_threshold=score_threshold,
-            scales=scales,
-            flip=flip,
+            **options,
         )
 
     @classmethod
@@ -103,9 +93,6 @@ class Predictor:
             inference: the task and its thresholds.
             options: `resize`, what evaluation does to an image before the model, such as `EvalTransform(640, 2560)`;
                 and `device`, `classes`, `batch_size`, `score_threshold`, `scales` and `flip` of the class.
-
-        Raises:
-            UserError: an option is impossible.
         """
         predictor = cls.__new__(cls)
         predictor._set_up(model, info, inference, **options)
@@ -149,7 +136,7 @@ class Predictor:
         """Segment one image, or a list of them.
 
         Args:
-            image: see `read_image`; a list or tuple of images gives a list.
+            image: see `read_image`.
             name: of the result; for a list a list of names. By default the file's name without suffix, or "image".
 
         Raises:
@@ -165,11 +152,7 @@ class Predictor:
         return [results[i] for i in range(len(photos))]
 
     def stream(self, photos: Iterable[Photo]) -> Iterator[SegmentedImage]:
-        """Segment images as they come; successive ones of the same size run in batches.
-
-        Raises:
-            UserError: an image is too large for the device's memory.
-        """
+        """Segment images as they come; successive ones of the same size run in batches."""
         for _, alike in groupby(photos, key=lambda photo: photo.image.shape):
             while batch := list(islice(alike, self.batch_size)):
                 yield from self._segment(batch)
@@ -206,22 +189,14 @@ class Predictor:
 
 
 def read_photo(image: ImageLike, name: str | None = None) -> Photo:
-    """Read an image and name it, by default after its file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Read an image and name it, by default after its file."""
     if name is None:
         name = Path(image).stem if isinstance(image, str | Path) else "image"
     return Photo(name, read_image(image))
 
 
 def choose_device(name: str | torch.device) -> torch.device:
-    """The device by that name; "auto" is a GPU if there is one and else the CPU.
-
-    Raises:
-        UserError: there is no such device here.
-    """
+    """The device by PyTorch's name, such as "cuda:1"; "auto" is a GPU if there is one and else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -6,10 +6,9 @@ Legend: B batch, Q queries, M heads, D channels of a head, P positions, h w the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,33 +44,6 @@ TINT = 0.4
 GRID_OPACITY = 0.16
 TEXT_SIZES = (10, 16)
 """Smallest and largest; between them half a cell."""
-
-
-class Selection(NamedTuple):
-    """One layer's choice, made by `PrototypeSelection`."""
-
-    positions: Int64[Tensor, "B M Q"]
-    similarity: Float[Tensor, "B M Q"]  # of prototype and query, the highest of all positions
-    background: Bool[Tensor, "B Q P"] | None  # where a query could not choose; None without masking
-
-
-@contextmanager
-def record_selections(network: nn.Module) -> Iterator[list[Selection]]:
-    """Fill a list with every layer's choice of prototypes, if it makes one, while the context is open."""
-    selections: list[Selection] = []
-
-    def record(_: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-        _, queries, background = inputs
-        prototypes, positions = outputs
-        products = (prototypes * queries).float().unflatten(2, (positions.shape[1], -1))  # B Q M D
-        selections.append(Selection(positions, products.sum(-1).mT, background))
-
-    handles = [m.register_forward_hook(record) for m in network.modules() if isinstance(m, PrototypeSelection)]
-    try:
-        yield selections
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -123,7 +95,7 @@ class DecoderTrace:
         """The query behind each segment of the same predictor's panoptic result, by segment id.
 
         It is the query of the segment's class whose mask has the highest IoU with it (stuff can come from several
-        queries). Compared at a quarter of the size, where a segment of few pixels can be missing.
+        queries), at a quarter of the size, where a segment of few pixels can be missing.
 
         Raises:
             UserError: the result is not panoptic.
@@ -149,9 +121,7 @@ class DecoderTrace:
 def trace_decoder(predictor: Predictor, image: ImageLike) -> DecoderTrace:
     """Follow an image's queries through the decoder of a predictor's network, as it predicts.
 
-    Args:
-        predictor: its task, classes, scales and flip have no effect here.
-        image: see `read_image`.
+    The predictor's task, classes, scales and flip have no effect here.
 
     Raises:
         UserError: the image cannot be read; the network is compiled, or its layers choose no prototypes.
@@ -165,28 +135,35 @@ def trace_decoder(predictor: Predictor, image: ImageLike) -> DecoderTrace:
     photo = read_image(image)
     inputs = predictor.prepare(photo)
     mask_features: list[Tensor] = []
+    choices: list[tuple[Tensor, Tensor, Tensor | None]] = []
     queries = [decoder.query_features.weight[None]]
     grids: list[Size] = []
 
-    def record(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def record_choice(_: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+        _, projected_queries, background = inputs
+        prototypes, positions = outputs
+        products = (prototypes * projected_queries).float().unflatten(2, (positions.shape[1], -1))  # B Q M D
+        choices.append((positions[0].cpu(), products.sum(-1).mT[0].cpu(), background))
+
+    def record_layer(_: nn.Module, layer_inputs: tuple[Any, ...], output: Tensor) -> None:
         queries.append(output)
-        grids.append(size_of(inputs[2]))
+        grids.append(size_of(layer_inputs[2]))
 
     handles = [decoder.register_forward_pre_hook(lambda _, inputs: mask_features.append(inputs[0]))]
-    handles += [layer.register_forward_hook(record) for layer in decoder.layers]
+    handles += [m.register_forward_hook(record_choice) for m in decoder.modules() if isinstance(m, PrototypeSelection)]
+    handles += [layer.register_forward_hook(record_layer) for layer in decoder.layers]
     try:
-        with record_selections(model) as selections:
-            model(inputs[None])
+        model(inputs[None])
     finally:
         for handle in handles:
             handle.remove()
-    if len(selections) < len(decoder.layers):
+    if not choices:
         raise UserError(
             f"attention={decoder.attention} chooses no prototypes: train with ablation=prototype, the default"
         )
     layers = [
-        _layer_prototypes(i, selection, grid, size_of(inputs), (photo.shape[0], photo.shape[1]))
-        for i, (selection, grid) in enumerate(zip(selections, grids, strict=True), start=1)
+        _layer_prototypes(i, *choice, grid, size_of(inputs), photo.shape)
+        for i, (choice, grid) in enumerate(zip(choices, grids, strict=True), start=1)
     ]
     predictions = [decoder.predict(q, mask_features[0]) for q in queries]
     predictions = [Predictions(p.class_logits.float().cpu(), p.mask_logits.float().cpu()) for p in predictions]
@@ -194,20 +171,25 @@ def trace_decoder(predictor: Predictor, image: ImageLike) -> DecoderTrace:
 
 
 def _layer_prototypes(
-    layer: int, selection: Selection, grid: Size, input_size: Size, image_size: Size
+    layer: int,
+    positions: Int64[Tensor, "M Q"],
+    similarity: Float[Tensor, "M Q"],
+    background: Bool[Tensor, "B Q P"] | None,
+    grid: Size,
+    input_size: Size,
+    image_size: tuple[int, ...],
 ) -> LayerPrototypes:
-    positions = selection.positions[0].cpu()  # M Q
     stride = padded_size(*input_size)[0] // grid[0]
-    if selection.background is None or selection.background.all():
+    if background is None or background.all():
         masks = torch.ones(positions.shape[1], *grid, dtype=torch.bool)
     else:
-        masks = ~selection.background[0].cpu().unflatten(1, grid)
+        masks = ~background[0].cpu().unflatten(1, grid)
     return LayerPrototypes(
         layer=layer,
         stride=stride,
         cells=torch.stack((positions // grid[1], positions % grid[1]), dim=-1),
         cell_size=(stride * image_size[1] / input_size[1], stride * image_size[0] / input_size[0]),
-        similarity=selection.similarity[0].cpu(),
+        similarity=similarity,
         masks=masks,
     )
 
@@ -218,19 +200,11 @@ def draw_trace(
     *,
     layers: Sequence[int] | None = None,
     scale: int = 1,
-    colors: Sequence[RGB] = COLORS,
     per_row: int = 3,
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-    """Draw the prototypes of some queries, layer after layer under their titles.
-
-    Args:
-        trace: of the image.
-        queries, scale, colors: see `draw_prototypes`.
-        layers: their numbers, from 1, at least one; None draws all.
-        per_row: number of pictures in a row.
-    """
+    """`draw_prototypes` for some layers (their numbers, from 1) or all, `per_row` in a row under their titles."""
     chosen = [layer for layer in trace.layers if layers is None or layer.layer in layers]
-    pictures = [draw_prototypes(trace.image, layer, queries, scale=scale, colors=colors) for layer in chosen]
+    pictures = [draw_prototypes(trace.image, layer, queries, scale) for layer in chosen]
     titles = [f"layer {layer.layer}, stride {layer.stride}" for layer in chosen]
     starts = range(0, len(chosen), per_row)
     rows = [side_by_side(pictures[i : i + per_row], titles[i : i + per_row]) for i in starts]
@@ -244,21 +218,13 @@ def draw_prototypes(
     image: UInt8[np.ndarray, "height width 3"],
     layer: LayerPrototypes,
     queries: Sequence[int],
-    *,
     scale: int = 1,
-    colors: Sequence[RGB] = COLORS,
 ) -> UInt8[np.ndarray, "scaled_height scaled_width 3"]:
     """Draw the prototypes of some queries in one layer over the greyed image.
 
     The cells from which a query could choose are tinted in its colour, the prototypes' cells are framed, and a plate in
-    each names the heads, from 1, that chose it. Queries that did not choose are left out.
-
-    Args:
-        image: the trace's.
-        layer: of the trace.
-        queries: their indices.
-        scale: enlarges the picture; cells should have 30 pixels or more for the plates.
-        colors: of the queries, in turn.
+    each names the heads, from 1, that chose it. Queries that did not choose are left out. `scale` enlarges the picture;
+    cells should have 30 pixels or more for the plates.
     """
     height, width = image.shape[0] * scale, image.shape[1] * scale
     photo = Image.fromarray(image).resize((width, height))
@@ -267,7 +233,7 @@ def draw_prototypes(
     cell_width, cell_height = layer.cell_size
     rows = (np.arange(layer.masks.shape[1] + 1) * (cell_height * scale)).round().astype(int)
     columns = (np.arange(layer.masks.shape[2] + 1) * (cell_width * scale)).round().astype(int)
-    shown = [(q, colors[i % len(colors)]) for i, q in enumerate(queries) if not layer.empty[q]]
+    shown = [(q, COLORS[i % len(COLORS)]) for i, q in enumerate(queries) if not layer.empty[q]]
     for query, color in shown:
         mask = layer.masks[query].numpy().repeat(np.diff(rows), axis=0).repeat(np.diff(columns), axis=1)
         mask = mask[:height, :width]  # without the padding
@@ -275,18 +241,7 @@ def draw_prototypes(
     canvas[rows[(rows > 0) & (rows < height)]] *= 1 - GRID_OPACITY
     canvas[:, columns[(columns > 0) & (columns < width)]] *= 1 - GRID_OPACITY
     picture = Image.fromarray(canvas.round().astype(np.uint8))
-    _draw_choices(ImageDraw.Draw(picture), layer, shown, rows, columns)
-    return np.array(picture)
-
-
-def _draw_choices(
-    draw: ImageDraw.ImageDraw,
-    layer: LayerPrototypes,
-    shown: Sequence[tuple[int, RGB]],
-    rows: np.ndarray,
-    columns: np.ndarray,
-) -> None:
-    """Frames around the chosen cells; in them one plate per query with the numbers of the heads."""
+    draw = ImageDraw.Draw(picture)
     choices: dict[tuple[int, int], list[tuple[str, RGB]]] = defaultdict(list)
     for query, color in shown:
         heads: dict[tuple[int, int], list[str]] = defaultdict(list)
@@ -306,3 +261,4 @@ def _draw_choices(
             box = (x - half_width, y - half_height, x + half_width, y + half_height)
             draw.rounded_rectangle(box, radius=0.4 * font.size, fill=color, outline=(255, 255, 255))
             draw.text((x, y), text, fill=(20, 20, 20), font=font, anchor="mm")
+    return np.array(picture)

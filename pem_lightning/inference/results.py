@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ from pem_lightning.inference.visualize import (
     Box,
     Picture,
     Region,
+    class_segments,
     find_regions,
     index_map,
     overlay_panoptic,
-    overlay_semantic,
     region_of,
 )
 from pem_lightning.types import VOID_ID, DatasetInfo, Segment, UserError
@@ -80,12 +80,8 @@ class SegmentedImage:
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
-        if self.semantic is not None:
-            found = "a class map"
-        elif self.panoptic is not None:
-            found = f"{len(self._segments)} segments"
-        else:
-            found = f"{len(self._instances or ())} instances"
+        found = f"{len(self._segments)} segments" if self._instances is None else f"{len(self._instances)} instances"
+        found = found if self.semantic is None else "a class map"
         return f"SegmentedImage({self.name!r}, {width} x {height}: {found})"
 
     @cached_property
@@ -107,9 +103,10 @@ class SegmentedImage:
     def overlay(self, alpha: int | float = 0.55, draw_names: bool = True, shade_things: bool = True) -> Picture:
         """The segmentation drawn over the image. See `overlay_panoptic`."""
         if self.semantic is not None:
-            return overlay_semantic(self.image, self.semantic, self.info, alpha, draw_names)
-        id_map, segments = self.panoptic, list(self._segments)
-        if id_map is None:
+            id_map, segments = class_segments(self.semantic, self.info)
+        elif self.panoptic is not None:
+            id_map, segments = self.panoptic, self._segments
+        else:
             id_map, segments = stack_instances(self._instances or (), self.image.shape[:2])
         return overlay_panoptic(self.image, id_map, segments, self.info, alpha, draw_names, shade_things)
 
@@ -120,12 +117,6 @@ class SegmentedImage:
 
         The latter is `<name>_panoptic.png` (ids as colours, as in COCO) with `<name>_segments.json`, or
         `<name>_semantic.png` (see `official_class_map`), or `<name>_instances.json` (COCO results with RLE masks).
-
-        Args:
-            directory: is made if need be.
-            name: instead of the result's own.
-            masks: False for the overlay alone.
-            overlay: False for the result alone.
 
         Raises:
             UserError: a file cannot be written.
@@ -147,38 +138,27 @@ class SegmentedImage:
 def write_coco_panoptic(
     results: Iterable[SegmentedImage], directory: str | Path, info: DatasetInfo, *, overlays: bool = False
 ) -> Path:
-    """Write panoptic results in COCO's format: `panoptic/<name>.png`, and `panoptic.json` at the end.
-
-    Args:
-        results: with unique names; consumed one by one.
-        directory: is made if need be.
-        info: the classes.
-        overlays: also write `<name>_overlay.png`.
+    """Write panoptic results of unique names in COCO's format: `panoptic/<name>.png`, then `panoptic.json`.
 
     Raises:
-        UserError: two images have the same name, or a file cannot be written.
-        ValueError: a result is not panoptic.
+        UserError: a file cannot be written.
     """
     directory = Path(directory)
-    images: dict[str, dict[str, Any]] = {}
-    annotations = []
+    images, annotations = [], []
     for result in results:
-        if result.panoptic is None:
-            raise ValueError(f"the result of {result.name} is not panoptic")
-        if result.name in images:
-            raise UserError(f"two images are named {result.name}: rename one of them, or write to two folders")
+        assert result.panoptic is not None
         file_name = f"{result.name}.png"
         write_file(directory / "panoptic" / file_name, encode_png(id_to_rgb(result.panoptic.numpy())))
         if overlays:
             result.save(directory, masks=False)
         height, width = result.panoptic.shape
-        images[result.name] = {"id": result.name, "file_name": file_name, "height": height, "width": width}
+        images.append({"id": result.name, "file_name": file_name, "height": height, "width": width})
         described = segments_info(result.panoptic, result._segments, info)
         annotations.append({"image_id": result.name, "file_name": file_name, "segments_info": described})
     categories = [
         {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
     ]
-    content = {"images": list(images.values()), "annotations": annotations, "categories": categories}
+    content = {"images": images, "annotations": annotations, "categories": categories}
     return write_file(directory / "panoptic.json", _json(content))
 
 
@@ -230,7 +210,7 @@ def official_class_map(
 
 def stack_instances(
     instances: Iterable[Instance], size: tuple[int, ...]
-) -> tuple[Int32[Tensor, "height width"], list[Segment]]:
+) -> tuple[Int32[Tensor, "height width"], tuple[Segment, ...]]:
     """The confident instances as an id map, the most confident on top."""
     id_map = torch.full(size, VOID_ID, dtype=torch.int32)
     segments = []
@@ -238,7 +218,7 @@ def stack_instances(
     for segment_id, instance in enumerate(shown, start=1):
         id_map[instance.mask] = segment_id
         segments.append(Segment(segment_id, instance.class_id, is_thing=True, score=instance.score))
-    return id_map, segments
+    return id_map, tuple(segments)
 
 
 def encode_png(array: np.ndarray) -> bytes:
@@ -249,18 +229,19 @@ def encode_png(array: np.ndarray) -> bytes:
 
 
 def find_classes(names: Iterable[str], info: DatasetInfo) -> frozenset[int]:
-    """Class indices by name.
-
-    Raises:
-        UserError: there is no such class.
-    """
+    """Class indices by name."""
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
         if name not in info.class_names:
-            close = difflib.get_close_matches(str(name), info.class_names, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
+            hint = nearest(str(name), info.class_names)
             raise UserError(f"there is no class {name}{hint}; choose from: {', '.join(info.class_names)}")
     return frozenset(info.class_names.index(name) for name in wanted)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint at what may have been meant; empty if nothing is similar."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def only_classes(result: Result, classes: Collection[int]) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import signal
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from rich.progress import track
 
 from pem_lightning.inference.predictor import Photo, Predictor, read_photo
-from pem_lightning.inference.results import SegmentedImage, write_coco_panoptic
+from pem_lightning.inference.results import SegmentedImage, nearest, write_coco_panoptic
 from pem_lightning.inference.sources import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -62,9 +61,7 @@ def segment_files(
             files could not be read. These are named and skipped, and raise when all others are done.
     """
     if save is not None and save not in SAVE:
-        close = difflib.get_close_matches(str(save), SAVE, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(f"there is no save={save}{hint}; choose one of: {', '.join(SAVE)}")
+        raise UserError(f"there is no save={save}{nearest(str(save), SAVE)}; choose one of: {', '.join(SAVE)}")
     for name, number in (("every", every), ("max_frames", max_frames)):
         if number is not None and number < 1:
             raise UserError(f"{name}={number}: choose 1 or more")
@@ -143,22 +140,13 @@ def _write(
 
 
 def _segment_video(
-    predictor: Predictor,
-    video: str,
-    output: Path,
-    save: str,
-    every: int,
-    max_frames: int | None,
-    show_fps: bool,
+    predictor: Predictor, video: str, output: Path, save: str, every: int, max_frames: int | None, show_fps: bool
 ) -> None:
     name = _video_name(video)
     target, masks = output / f"{name}.mp4", output / f"{name}_masks"
     reader = VideoReader(video)
     count = 0
-    with (
-        stop_on_interrupt() as stopped,
-        VideoWriter(target, reader.fps / every) as writer,
-    ):
+    with stop_on_interrupt() as stopped, VideoWriter(target, reader.fps / every) as writer:
         expected = None if reader.num_frames is None else -(-reader.num_frames // every)
         if max_frames is not None:
             expected = max_frames if expected is None else min(expected, max_frames)
@@ -166,7 +154,6 @@ def _segment_video(
         times = deque([start], maxlen=16)  # of the last results
 
         def photos() -> Iterator[Photo]:
-            """Named by their place in the video."""
             for i, frame in enumerate(islice(reader.frames(every), max_frames)):
                 if stopped.is_set():
                     return
@@ -196,7 +183,7 @@ def _segment_video(
         print(f"{name} {ended} 0 frames")
         return
     seconds = times[-1] - start
-    frames = f"{count} of {expected}" if expected and count < expected and not stopped.is_set() else f"{count}"
+    frames = f"{count} of {expected}" if expected and count < expected and not stopped.is_set() else str(count)
     where = {"masks": str(masks), "overlays": str(target), "all": f"{target} and {masks}"}[save]
     print(
         f"{name} {ended} {frames} frames in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} frames per second, "

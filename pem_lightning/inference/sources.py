@@ -26,13 +26,10 @@ from pem_lightning.types import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
-FORMATS = (*reading.FORMATS, "GIF", "JPEG2000")
-"""Files are recognised by content. Of several frames or pages the first one counts."""
-DEFAULT_FPS = 25.0
-"""Of sources that do not say how fast they are."""
+FORMATS = (*reading.FORMATS, "GIF", "JPEG2000")  # files are recognised by content
+DEFAULT_FPS = 25.0  # of sources that do not say how fast they are
 CODEC = "mp4v"
-LARGEST_SIDE = 8190
-"""MPEG-4 part 2 has 13 bits for each side."""
+LARGEST_SIDE = 8190  # MPEG-4 part 2 has 13 bits for each side
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Frame = UInt8[np.ndarray, "height width 3"]
@@ -43,11 +40,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def find_images(source: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """One file of any name, or the sorted images in a folder or of a pattern with `*`, `?`, `[...]` or `**`.
-
-    Raises:
-        UserError: there is no such file or folder, or no image in it.
-    """
+    """One file of any name, or the sorted images in a folder or of a pattern with `*`, `?`, `[...]` or `**`."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -86,22 +79,17 @@ def read_image(source: ImageLike) -> Frame:
         return _from_array(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images half as large as those refused
-        if not isinstance(source, Image.Image):
-            return _from_file(Path(source))
         try:
-            return reading.to_rgb(source)
+            if isinstance(source, Image.Image):
+                return reading.to_rgb(source)
+            return reading.read_rgb(Path(source), "check that it is a complete image file", FORMATS)
+        except UserError as error:
+            if not isinstance(error.__cause__, Image.DecompressionBombError):
+                raise
+            limit = round(2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6)
+            raise UserError(f"{source} has more than {limit} million pixels: shrink it or cut it into parts") from error
         except (OSError, SyntaxError, ValueError) as error:  # it was opened, but not read yet
             raise UserError(f"cannot read the image ({error}): check that it is a complete image") from error
-
-
-def _from_file(path: Path) -> Frame:
-    try:
-        return reading.read_rgb(path, "check that it is a complete image file", FORMATS)
-    except UserError as error:
-        if not isinstance(error.__cause__, Image.DecompressionBombError):
-            raise
-        limit = round(2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6)
-        raise UserError(f"{path} has more than {limit} million pixels: shrink it or cut it into parts") from error
 
 
 def _from_array(array: np.ndarray) -> Frame:
@@ -124,39 +112,34 @@ def is_stream(source: str | Path | int) -> bool:
 
 
 class VideoReader:
-    """Reads a video file, a camera or a stream.
-
-    Args:
-        source: a path, a camera's number (0 is the first), or an address such as rtsp://... or http://...
+    """Reads a video file, a camera (by number; 0 is the first) or a stream (by address: rtsp://... or http://...).
 
     Raises:
         UserError: it cannot be opened.
     """
 
     def __init__(self, source: str | Path | int) -> None:
-        self.source = str(source)
-        camera = self.source.isdecimal()
+        source = str(source)
+        camera = source.isdecimal()
         with _silent_opencv():
-            if camera:
-                self._capture = cv2.VideoCapture(int(self.source))
-            else:
-                self._capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG)
+            self._capture = cv2.VideoCapture(int(source)) if camera else cv2.VideoCapture(source, cv2.CAP_FFMPEG)
         if not self._capture.isOpened():
-            raise UserError(self._why_not(camera))
+            if camera:
+                why = f"there is no camera {source}: connect it, or give another number or a file"
+            elif is_stream(source):
+                why = f"cannot open {source}: check the address and that the stream is running"
+            elif not Path(source).is_file():
+                why = f"video {source} does not exist: check the path"
+            else:
+                why = (
+                    f"cannot open video {source}: it is damaged or of a kind that OpenCV cannot read; convert it to MP4"
+                )
+            raise UserError(why)
         fps = self._capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 0.1 <= fps <= 1000 else DEFAULT_FPS
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         # By the file's own account; None for cameras and streams without end.
         self.num_frames = round(count) if not camera and 0 < count < 1e9 else None
-
-    def _why_not(self, camera: bool) -> str:
-        if camera:
-            return f"there is no camera {self.source}: connect it, or give another number or a file"
-        if is_stream(self.source):
-            return f"cannot open {self.source}: check the address and that the stream is running"
-        if not Path(self.source).is_file():
-            return f"video {self.source} does not exist: check the path"
-        return f"cannot open video {self.source}: it is damaged or of a kind that OpenCV cannot read; convert it to MP4"
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
         """The frames from here to the first that cannot be read, or only every n-th of them."""
@@ -181,11 +164,7 @@ class VideoWriter:
         self._size = (0, 0)
 
     def write(self, frame: Frame) -> None:
-        """Add a frame, resized to the first one's size. The codec needs even sides: the last row or column is repeated.
-
-        Raises:
-            UserError: the file cannot be written, or the frame is too large for the codec.
-        """
+        """Add a frame at the first one's size. The codec needs even sides: the last row or column is repeated."""
         height, width = frame.shape[:2]
         if self._writer is None:
             self._size = width, height

@@ -23,15 +23,13 @@ Network = Callable[[Tensor], Predictions]
 class TestTimeAugmentation:
     """Network and post-processing together, with views of the image between them.
 
-    With one scale of 1 and no flip the image itself is the only view, and any task is possible.
-
     Args:
         inference: post-processing of the task.
-        scales: sizes of the views, relative to the image.
+        scales: sizes of the views, relative to the image. One scale of 1 without `flip` is no augmentation at all.
         flip: see every size also mirrored.
 
     Raises:
-        UserError: there is no scale, one is not above 0, or the task has no test-time augmentation.
+        UserError: there is no scale, one is not above 0, or the task is not semantic.
     """
 
     __test__ = False  # no class of tests, whatever its name begins with
@@ -52,13 +50,9 @@ class TestTimeAugmentation:
     def __call__(
         self, network: Network, images: Float[Tensor, "B 3 H W"], output_size: Size, *, with_semantic: bool = False
     ) -> list[Result]:
-        """Process images of one size.
+        """Process normalised images of one size; `network` is called once for every view.
 
-        Args:
-            network: called once for every view.
-            images: normalised. They are resized bilinearly with antialiasing, as Pillow does but for its rounding.
-            output_size: height and width of the results.
-            with_semantic: fill `Result.semantic` whatever the task.
+        Views are resized bilinearly with antialiasing, as Pillow does but for its rounding.
         """
         if not self.is_on:
             return [
@@ -74,24 +68,19 @@ class TestTimeAugmentation:
                 view = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
             for flipped in (False, True) if self.flip else (False,):
                 predictions = network(view.flip(-1) if flipped else view)
+                height_4, width_4 = size_of(predictions.mask_logits)
                 for i, one in enumerate(_one_by_one(predictions)):
-                    scores = self._scores(one, size, output_size)
+                    scores = semantic(
+                        one.class_logits[0],
+                        one.mask_logits[0],
+                        padded_size=(STRIDE * height_4, STRIDE * width_4),
+                        image_size=size,
+                        output_size=output_size,
+                        resize_first=self.inference.resize_first,
+                    )
                     scores = scores.flip(-1) if flipped else scores
                     totals[i] = totals[i].add_(scores) if i in totals else scores
         return [Result(semantic=total.argmax(0).int()) for total in totals.values()]
-
-    def _scores(
-        self, predictions: Predictions, image_size: Size, output_size: Size
-    ) -> Float[Tensor, "classes height width"]:
-        height, width = size_of(predictions.mask_logits)
-        return semantic(
-            predictions.class_logits[0],
-            predictions.mask_logits[0],
-            padded_size=(STRIDE * height, STRIDE * width),
-            image_size=image_size,
-            output_size=output_size,
-            resize_first=self.inference.resize_first,
-        )
 
 
 def _one_by_one(predictions: Predictions) -> list[Predictions]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from jaxtyping import Bool, Float32, Int32, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
@@ -24,11 +25,9 @@ IndexMap = Integer[np.ndarray, "height width"]
 
 CONTOUR: RGB = (255, 255, 255)
 CONTOUR_OPACITY = 0.75
-MIN_NAMED_AREA = 0.002
-"""Segments that cover a smaller fraction of the picture get no name."""
+MIN_NAMED_AREA = 0.002  # segments that cover a smaller fraction of the picture get no name
 GOLDEN = 0.618034
-ROWS_AT_ONCE = 32
-"""Are blended together: few enough to stay in a core's cache."""
+ROWS_AT_ONCE = 32  # are blended together: few enough to stay in a core's cache
 
 
 class Region(NamedTuple):
@@ -73,31 +72,22 @@ def region_of(mask: Bool[np.ndarray, "height width"]) -> Region | None:
 
 def overlay_panoptic(
     image: UInt8[Tensor, "3 height width"] | Picture,
-    panoptic: Int32[Tensor, "map_height map_width"],
+    panoptic: Int32[Tensor, "height width"],
     segments: Sequence[Segment],
     info: DatasetInfo,
     alpha: int | float = 0.55,
     draw_names: bool = True,
     shade_things: bool = True,
 ) -> Picture:
-    """Draw a panoptic map over its image.
+    """Draw a panoptic map over its RGB image; pixels of `VOID_ID` and of unlisted segments keep the photograph.
 
     Args:
-        image: RGB.
-        panoptic: segment ids; pixels of `VOID_ID` and of unlisted segments keep the photograph.
-        segments: what the ids mean.
-        info: names and colours of the classes.
         alpha: opacity of the colours, 0 to 1.
         draw_names: write class names on segments that are large enough.
         shade_things: give each thing its own shade of its class's colour; False for videos, where it would flicker.
-
-    Raises:
-        ValueError: image and map differ in size.
     """
     photo = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) else image
     ids = panoptic.cpu().numpy()
-    if photo.shape[:2] != ids.shape:
-        raise ValueError(f"the image has size {photo.shape[:2]}, but the map {ids.shape}")
     index = index_map(ids, [s.id for s in segments])
     regions = find_regions(index, len(segments))
     colors = [info.classes[s.class_id].color for s in segments]
@@ -109,18 +99,12 @@ def overlay_panoptic(
     return drawn
 
 
-def overlay_semantic(
-    image: UInt8[Tensor, "3 height width"] | Picture,
-    class_map: Integer[Tensor, "map_height map_width"],
-    info: DatasetInfo,
-    alpha: int | float = 0.55,
-    draw_names: bool = True,
-) -> Picture:
-    """`overlay_panoptic` for a class map; values that are no class keep the photograph."""
-    classes = class_map.cpu().int()
-    known = (classes >= 0) & (classes < info.num_classes)
-    segments = [Segment(k + 1, k, is_thing=False) for k in range(info.num_classes)]
-    return overlay_panoptic(image, (classes + 1).where(known, VOID_ID), segments, info, alpha, draw_names)
+def class_segments(
+    class_map: Integer[Tensor, "height width"], info: DatasetInfo
+) -> tuple[Int32[Tensor, "height width"], tuple[Segment, ...]]:
+    """A class map as one segment per class; values that are no class become `VOID_ID`."""
+    segments = tuple(Segment(k + 1, k, is_thing=False) for k in range(info.num_classes))
+    return torch.where(class_map < info.num_classes, class_map.int() + 1, VOID_ID).int(), segments
 
 
 def side_by_side(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], titles: Sequence[str]) -> Picture:
@@ -188,7 +172,7 @@ def _shade(color: RGB, n: int) -> RGB:
 
 def _blend(photo: Picture, index: IndexMap, colors: Sequence[RGB], alpha: np.float32) -> Picture:
     """The photograph under its segments' colours and the lines between them."""
-    opacity = np.array([0, *(alpha for _ in colors)], np.float32)
+    opacity = np.array([0] + [alpha] * len(colors), np.float32)
     paint = np.array([(0, 0, 0), *colors], np.float32) * opacity[:, None]
     drawn = np.empty(photo.shape, np.uint8)
     for top in range(0, len(photo), ROWS_AT_ONCE):

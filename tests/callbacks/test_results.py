@@ -195,12 +195,6 @@ def test_class_maps_have_official_ids_and_the_servers_names(save, tmp_path, samp
     assert np.array_equal(np.array(Image.open(tmp_path / "semantic" / "a.png")), classes.numpy() + 1)
 
 
-def test_no_folder_writes_nothing(save, tmp_path, sample, result, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(None, "panoptic", [sample], [result])
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(trainer, module, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):

@@ -115,10 +115,8 @@ class TestSemantic:
         assert torch.allclose(scores, expected, atol=1e-5)
 
     def test_half_precision_is_computed_in_single(self):
-        scores = semantic(
-            logits_for([0]).half(), masks_for([1, 1, -1, -1]).half(), **same_size(4, 4), resize_first=False
-        )
-        assert scores.dtype == torch.float32
+        half = logits_for([0]).half(), masks_for([1, 1, -1, -1]).half()
+        assert semantic(*half, **same_size(4, 4), resize_first=False).dtype == torch.float32
 
 
 class TestPanoptic:
@@ -134,17 +132,13 @@ class TestPanoptic:
         assert [s.class_id for s in segments] == [0, 0, 2]
         assert [s.is_thing for s in segments] == [True, True, False]
 
-    def test_score_is_the_class_probability(self):
-        _, segments = self.run([0], masks_for([1, 1, 1, 1]))
+    def test_score_is_the_class_probability_and_pixels_outside_every_mask_are_void(self):
+        row, segments = self.run([0], masks_for([1, 1, -1, -1]))
+        assert row == [1, 1, 0, 0]
         assert segments[0].score == pytest.approx(logits_for([0]).softmax(-1).max().item())
 
     def test_nothing_found(self):
-        row, segments = self.run([-1, -1], masks_for([1, 1, 1, 1], [1, 1, 1, 1]))
-        assert row == [0] * 4
-        assert segments == []
-
-    def test_pixels_outside_every_mask_are_void(self):
-        assert self.run([0], masks_for([1, 1, -1, -1]))[0] == [1, 1, 0, 0]
+        assert self.run([-1, -1], masks_for([1, 1, 1, 1], [1, 1, 1, 1])) == ([0] * 4, [])
 
     def test_a_query_that_is_mostly_covered_is_dropped_and_leaves_a_hole(self):
         # the second query's mask is 3 wide and loses 2 of them: 1/3 is less than 0.8

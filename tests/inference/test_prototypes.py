@@ -15,11 +15,10 @@ from pem_lightning.inference.prototypes import (
     LayerPrototypes,
     draw_prototypes,
     draw_trace,
-    record_selections,
     trace_decoder,
 )
 from pem_lightning.models.pem import build_pem
-from pem_lightning.models.prototype_attention import PrototypeCrossAttention, PrototypeSelection
+from pem_lightning.models.prototype_attention import PrototypeCrossAttention
 from pem_lightning.types import ClassInfo, DatasetInfo, Predictions, UserError
 
 INFO = DatasetInfo("toy", tuple(ClassInfo(f"class{i}", (i, i, i), i % 2 == 0, i) for i in range(4)))
@@ -57,60 +56,35 @@ def traced(network, photo):
     return trace_decoder(predictor_of(network), photo)
 
 
-class TestRecording:
-    @pytest.fixture
-    def layer(self):
-        torch.manual_seed(0)
-        return PrototypeCrossAttention(channels=32, num_heads=4).eval()
-
-    @pytest.fixture
-    def inputs(self):
-        draw = torch.Generator().manual_seed(0)
-        return [torch.randn(s, generator=draw) for s in ((2, 9, 32), (9, 32), (2, 32, 6, 7), (2, 9, 6, 7))]
-
-    def test_is_what_was_selected(self, layer, inputs):
-        """Against a selection on keys and queries that are projected here."""
-        queries, query_positions, features, mask_logits = inputs
-        with torch.no_grad(), record_selections(nn.Sequential(nn.Identity(), layer)) as selections:
-            layer(*inputs)
-            keys = layer.feature_conv(layer.feature_norm(features)).flatten(2).mT
-            keys = nn.functional.normalize(layer.feature_linear(keys), dim=-1)
-            projected = nn.functional.normalize(layer.query_linear(layer.query_norm(queries + query_positions)), dim=-1)
-        background = mask_logits.flatten(2) < 0
-        _, positions = PrototypeSelection(4)(keys, projected, background)
-        (selection,) = selections
-        assert torch.equal(selection.positions, positions)
-        assert torch.equal(selection.background, background)
-        highest = torch.einsum("bqmd,bpmd->bmqp", projected.unflatten(2, (4, 8)), keys.unflatten(2, (4, 8)))
-        highest = highest.masked_fill(background[:, None], float("-inf")).amax(-1)
-        torch.testing.assert_close(selection.similarity, highest)
-
-    def test_ends_with_the_context_and_changes_no_output(self, layer, inputs):
-        with torch.no_grad():
-            before = layer(*inputs)
-            with record_selections(layer) as selections:
-                assert torch.equal(layer(*inputs), before)
-            layer(*inputs)
-        assert len(selections) == 1
-        with pytest.raises(RuntimeError), record_selections(layer):
-            raise RuntimeError
-        assert not layer.selection._forward_hooks
-
-
-def test_the_layers_are_those_of_the_network(network, photo, traced):
-    """Positions, similarities and masks against a recording of the network itself; strides in turns."""
-    with torch.no_grad(), record_selections(network) as selections:
-        network(predictor_of(network).prepare(photo)[None])
+def test_the_layers_are_those_of_the_network(network, photo):
+    """Against a selection on keys and queries that are projected here; strides in turns."""
+    inputs = []
+    attentions = [m for m in network.modules() if isinstance(m, PrototypeCrossAttention)]
+    handles = [m.register_forward_pre_hook(lambda m, args: inputs.append(args)) for m in attentions]
+    traced = trace_decoder(predictor_of(network), photo)
+    for handle in handles:
+        handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
     assert [(layer.layer, layer.stride) for layer in traced.layers] == [(1, 32), (2, 16), (3, 8), (4, 32)]
-    for layer, selection in zip(traced.layers, selections, strict=True):
+    for layer, attention, (queries, query_positions, features, mask_logits) in zip(
+        traced.layers, attentions, inputs, strict=True
+    ):
         height, width = 96 // layer.stride, 160 // layer.stride  # padded
+        with torch.no_grad():
+            keys = attention.feature_conv(attention.feature_norm(features)).flatten(2).mT
+            keys = nn.functional.normalize(attention.feature_linear(keys), dim=-1)
+            projected = attention.query_linear(attention.query_norm(queries + query_positions))
+            projected = nn.functional.normalize(projected, dim=-1)
+        background = mask_logits.flatten(2) < 0
+        _, positions = attention.selection(keys, projected, background)
         assert layer.masks.shape == (9, height, width)
-        assert torch.equal(layer.cells[..., 0] * width + layer.cells[..., 1], selection.positions[0])
-        assert torch.equal(layer.similarity, selection.similarity[0])
-        assert layer.similarity.abs().max() <= 1  # of unit vectors
-        off = selection.background.all()
-        assert torch.equal(layer.masks.flatten(1), ~selection.background[0] | off)
-    assert sum(not selection.background.all() for selection in selections) >= 3
+        assert torch.equal(layer.masks.flatten(1), ~background[0] | background.all())
+        assert torch.equal(layer.cells[..., 0] * width + layer.cells[..., 1], positions[0])
+        heads = positions.shape[1]
+        highest = torch.einsum(
+            "qmd,pmd->mqp", projected[0].unflatten(1, (heads, -1)), keys[0].unflatten(1, (heads, -1))
+        ).gather(2, positions[0][..., None])
+        torch.testing.assert_close(layer.similarity, highest[..., 0])
 
 
 def test_prototypes_lie_inside_their_querys_mask(traced):
@@ -208,33 +182,26 @@ class Blind(nn.Module):
 def test_networks_that_cannot_be_looked_into(network, photo):
     with pytest.raises(UserError, match="Blind has no transformer decoder"):
         trace_decoder(predictor_of(Blind()), photo)
+    ablation = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=1, hidden_channels=16, attention="mean")
+    with pytest.raises(UserError, match="attention=mean chooses no prototypes"):
+        trace_decoder(predictor_of(ablation), photo)
     compiled = OptimizedNetwork(network)
     compiled.compile_mode = "default"  # in name only, which spares the compiler
     with pytest.raises(UserError, match="compile=None"):
         trace_decoder(predictor_of(compiled), photo)
 
 
-@pytest.mark.parametrize(
-    ("variant", "message"),
-    [({"attention": "mean"}, "attention=mean"), ({"attention": "dot_product"}, "attention=dot_product")],
-)
-def test_ablations_without_prototypes_say_so(photo, variant, message):
-    network = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=1, hidden_channels=16, **variant)
-    with pytest.raises(UserError, match=f"{message} chooses no prototypes"):
-        trace_decoder(predictor_of(network), photo)
-
-
 @pytest.mark.parametrize("variant", [{"masked": False}, {"interaction": False}])
 def test_ablations_with_prototypes_can_be_traced(photo, variant):
     torch.manual_seed(0)
-    network = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=2, **variant)
+    network = build_pem("stdc1", num_classes=4, num_queries=9, num_layers=2, hidden_channels=16, **variant)
     layers = trace_decoder(predictor_of(network), photo).layers
     assert len(layers) == 2
     assert layers[0].masks.all() == ("masked" in variant)
 
 
 GREY = 100
-RED, BLUE = (250, 0, 0), (0, 0, 250)
+ORANGE, BLUE = COLORS[:2]
 
 
 class TestDrawing:
@@ -252,24 +219,24 @@ class TestDrawing:
 
     @pytest.mark.parametrize("scale", [2, 3])
     def test_choices_are_framed_where_they_are(self, image, layer, scale):
-        picture = draw_prototypes(image, layer, [0, 1], scale=scale, colors=(RED, BLUE))
+        picture = draw_prototypes(image, layer, [0, 1], scale)
         assert picture.shape == (64 * scale, 128 * scale, 3)
         corners = {
             (row, column): tuple(cell(picture, row, column, 32 * scale)[1, 1].tolist())
             for row in range(2)
             for column in range(4)
         }
-        assert {place for place, color in corners.items() if color == RED} == {(0, 1)}
+        assert {place for place, color in corners.items() if color == ORANGE} == {(0, 1)}
         assert {place for place, color in corners.items() if color == BLUE} == {(0, 3), (1, 3)}
         frame = cell(picture, 0, 1, 32 * scale)
         for edge in (frame[0], frame[-1], frame[:, 0], frame[:, -1]):
-            assert (edge == RED).all()
+            assert (edge == ORANGE).all()
         middle = frame[8 * scale : -8 * scale, 8 * scale : -8 * scale]  # with the plate
-        assert has_color(middle, RED)
+        assert has_color(middle, ORANGE)
         assert has_color(middle, (255, 255, 255))
 
     def test_masks_are_tinted_and_the_rest_is_not(self, image, layer):
-        picture = draw_prototypes(image, layer, [0, 1], colors=(RED, BLUE)).astype(int)
+        picture = draw_prototypes(image, layer, [0, 1]).astype(int)
         tinted = cell(picture, 1, 2)[4:-4, 4:-4]  # in query 1's mask, but chosen by none
         assert (tinted[..., 2] > GREY).all()
         assert (tinted[..., 0] < GREY).all()
@@ -277,10 +244,9 @@ class TestDrawing:
 
     def test_queries_that_did_not_choose_are_left_out(self, image, layer):
         assert np.array_equal(draw_prototypes(image, layer, [2]), draw_prototypes(image, layer, []))
-        assert not has_color(draw_prototypes(image, layer, [0, 2]), COLORS[1])
 
     def test_padding_is_cut_off(self, layer):
-        picture = draw_prototypes(np.full((50, 100, 3), GREY, np.uint8), layer, [0, 1], colors=(RED, BLUE))
+        picture = draw_prototypes(np.full((50, 100, 3), GREY, np.uint8), layer, [0, 1])
         assert picture.shape == (50, 100, 3)
         assert has_color(picture[:, 96:], BLUE)
 

@@ -3,8 +3,6 @@
 import io
 import threading
 import time
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import cv2
@@ -58,9 +56,7 @@ class TestReadImage:
     def test_every_mode_becomes_rgb(self, tmp_path, mode):
         suffix = "tif" if mode == "CMYK" else "png"
         read = self.save(tmp_path / f"x.{suffix}", Image.new("RGB", (5, 4), "white").convert(mode))
-        assert read.dtype == np.uint8
-        assert read.shape == (4, 5, 3)
-        assert (read == 255).all()
+        assert (read.dtype, read.shape, read.min()) == (np.uint8, (4, 5, 3), 255)
 
     def test_sixteen_bit_grey_is_scaled(self, tmp_path):
         values = np.array([[0, 257 * 100, 65535]], np.uint16)
@@ -190,12 +186,9 @@ def write(path, count=12, codec="mp4v"):
     return path
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [(0, True), ("1", True), ("rtsp://camera/1", True), ("http://host/x.mp4", True), ("x.mp4", False), ("./0", False)],
-)
-def test_what_is_a_stream(source, expected):
-    assert is_stream(source) == expected
+def test_what_is_a_stream():
+    assert all(is_stream(source) for source in (0, "1", "rtsp://camera/1", "http://host/x.mp4"))
+    assert not any(is_stream(source) for source in ("x.mp4", "./0"))
 
 
 class TestVideoReader:
@@ -205,19 +198,9 @@ class TestVideoReader:
         assert (reader.fps, reader.num_frames) == (10, 12)
         frames = list(reader.frames())
         assert numbers(frames) == list(range(12))
+        assert numbers(VideoReader(tmp_path / name).frames(5)) == [0, 5, 10]
         assert frames[0].shape == (48, 64, 3)
         assert np.abs(frames[0][10, 50].astype(int) - [200, 0, 0]).max() < 30
-
-    @pytest.mark.parametrize("every", [2, 5, 12, 100])
-    def test_leaves_frames_out(self, tmp_path, every):
-        assert numbers(VideoReader(write(tmp_path / "x.mp4")).frames(every)) == list(range(0, 12, every))
-
-    def test_a_cut_file_is_read_as_far_as_it_goes(self, tmp_path):
-        path = write(tmp_path / "x.avi", count=30, codec="MJPG")
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        frames = list(VideoReader(path).frames())
-        assert numbers(frames) == list(range(len(frames)))
-        assert 2 < len(frames) < 25
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -238,21 +221,6 @@ class TestVideoReader:
             VideoReader(name)
         assert "\n" not in str(error.value)
         assert capfd.readouterr() == ("", "")
-
-    def test_an_address(self, tmp_path):
-        class Handler(SimpleHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-        write(tmp_path / "x.mkv")
-        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            reader = VideoReader(f"http://127.0.0.1:{server.server_port}/x.mkv")
-            assert numbers(reader.frames()) == list(range(12))
-        finally:
-            server.shutdown()
-            server.server_close()
 
 
 def read(path):
@@ -288,13 +256,10 @@ class TestVideoWriter:
         assert frames[1].shape == (48, 64, 3)
 
     def test_an_error_leaves_a_whole_video(self, tmp_path):
-        def fail():
-            with VideoWriter(tmp_path / "x.mp4", 10) as writer:
-                writer.write(frame(1))
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            fail()
+        writer = VideoWriter(tmp_path / "x.mp4", 10)
+        writer.write(frame(1))
+        with pytest.raises(KeyboardInterrupt), writer:
+            raise KeyboardInterrupt
         assert numbers(read(tmp_path / "x.mp4")) == [1]
 
     def test_without_frames_there_is_no_file(self, tmp_path):
@@ -338,17 +303,6 @@ class TestPrefetch:
             time.sleep(0.05)
             assert made == [0, 1, 2, 3]  # one used, three waiting
             assert list(ahead) == list(range(1, 100))
-
-    def test_steps_run_side_by_side(self):
-        def slow(items):
-            for item in items:
-                time.sleep(0.05)
-                yield item
-
-        start = time.perf_counter()
-        with prefetch(slow(range(10))) as first, prefetch(slow(first)) as second:
-            assert list(slow(second)) == list(range(10))
-        assert time.perf_counter() - start < 0.8 * 3 * 10 * 0.05
 
     def test_errors_appear_where_the_items_are_used(self):
         def fail():
