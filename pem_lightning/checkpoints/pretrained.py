@@ -34,7 +34,7 @@ DOWNLOADS: dict[str, str] = {
 
 _CLASS_HEAD = "transformer_decoder.class_head."
 _COUNTER = "num_batches_tracked"
-"""Batch normalisation's counter: frozen ones and old files have none, and nothing depends on it."""
+"""Of batch normalisation: frozen ones and old files have none, and nothing depends on it."""
 
 
 def load_weights(network: nn.Module, source: str | Path, info: DatasetInfo | None = None) -> LoadReport:
@@ -205,22 +205,22 @@ def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -
     return {ours: state[key] for key, ours in names.items() if ours}, [key for key, ours in names.items() if not ours]
 
 
+def _of_backbone(key: str) -> str | None:
+    return f"backbone.{key}" if re.match(r"(features|conv1|bn1|layer[1-4])\.", key) else None
+
+
 _OURS = "PEM-Lightning"
 _KINDS: tuple[tuple[str, str, Callable[[str], str | None]], ...] = (
     ("PEM authors", r"sem_seg_head\.", rename_official_key),
     (_OURS, r"(pixel_decoder|transformer_decoder|backbone\.(conv1|bn1|layer\d|features|model))\.", str),
     # Detectron2's names of a backbone are the PEM authors' without the prefix.
     ("detectron2 ResNet", r"(stem\.conv1|res[2-5]\.\d+\.\w+)\.", lambda key: rename_official_key(f"backbone.{key}")),
-    ("STDC authors", r"features\.0\.conv\.weight", lambda key: _of_backbone(key, r"features\.")),
-    ("torchvision or timm ResNet", _RESNET := r"(conv1|bn1|layer[1-4])\.", lambda key: _of_backbone(key, _RESNET)),
+    ("STDC authors", r"features\.0\.conv\.weight", _of_backbone),
+    ("torchvision or timm ResNet", r"(conv1|bn1|layer[1-4])\.", _of_backbone),
 )
 """Whose weights they are, a name that shows it, and what we call theirs. The first that fits counts."""
 
 _CAFFE2_NAME = re.compile(r"(res\d_\d+_branch\w+|conv1|res_conv1_bn)_[wbs]")
-
-
-def _of_backbone(key: str, pattern: str) -> str | None:
-    return f"backbone.{key}" if re.match(pattern, key) else None
 
 
 def _recognize(content: Mapping[Any, Any], source: str) -> Weights:

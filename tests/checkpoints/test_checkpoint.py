@@ -105,7 +105,7 @@ class TestOldVersion:
         content = torch.load(path, weights_only=True)
         converted = convert_old(content)
         assert converted[CHECKPOINT_KEY] == content[CHECKPOINT_KEY]
-        assert converted["state_dict"].keys() == content["state_dict"].keys()
+        assert converted["state_dict"] is content["state_dict"]
 
     def test_targets_and_overrides_get_todays_names(self):
         old = {"backbone": {"module": {"_target_": "pem_lightning.networks.backbones.timm.TimmBackbone", "name": "a"}}}

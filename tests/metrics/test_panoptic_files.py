@@ -12,10 +12,10 @@ from pem_lightning.types import UserError
 from tests.panoptic_files import CATEGORIES, segment, write_panoptic
 
 
-def evaluate(tmp_path, truth, prediction, categories=CATEGORIES, **more):
+def evaluate(tmp_path, truth, prediction):
     """Scores of one image or several, given by image id as (id map, segments)."""
-    gt_json = write_panoptic(tmp_path / "gt.json", truth, categories=categories)
-    return evaluate_panoptic_files(gt_json, write_panoptic(tmp_path / "pred.json", prediction), **more)
+    gt_json = write_panoptic(tmp_path / "gt.json", truth, categories=CATEGORIES)
+    return evaluate_panoptic_files(gt_json, write_panoptic(tmp_path / "pred.json", prediction))
 
 
 def counts(result, category=1):
@@ -97,20 +97,15 @@ class TestRules:
         assert (counts(result), result.num_images) == ((1, 0, 0), 1)
         assert "1 image(s) are not in the ground truth" in result.notes[0]
 
-    def test_more_classes_than_training_can_have(self, tmp_path):
+    def test_a_fourth_channel_and_more_classes_than_training_can_have(self, tmp_path):
         categories = [{"id": 1000 * i, "name": "same", "isthing": i % 2} for i in range(600)]
         truth = {1: ([[2**24 - 1, 1]], [segment(2**24 - 1, 599_000), segment(1, 0)])}
-        result = evaluate(tmp_path, truth, truth, categories)
-        assert result.quality.all == (1.0, 1.0, 1.0, 2)
-
-    def test_a_fourth_channel_is_ignored(self, tmp_path):
-        truth = {1: ([[7, 300]], [segment(7, 1), segment(300, 200)])}
-        gt_json = write_panoptic(tmp_path / "gt.json", truth, categories=CATEGORIES)
+        gt_json = write_panoptic(tmp_path / "gt.json", truth, categories=categories)
         pred_json = write_panoptic(tmp_path / "pred.json", truth)
         png = tmp_path / "pred" / "1.png"
         with Image.open(png) as image:
             image.convert("RGBA").save(png)
-        assert evaluate_panoptic_files(gt_json, pred_json).quality.all.pq == 1.0
+        assert evaluate_panoptic_files(gt_json, pred_json).quality.all == (1.0, 1.0, 1.0, 2)
 
     def test_a_group_without_classes_has_no_average(self, tmp_path):
         result = evaluate(tmp_path, {1: ([[7]], [segment(7, 1)])}, {1: ([[5]], [segment(5, 1)])})
@@ -146,28 +141,20 @@ def random_files(rng, root, images=6):
     return gt_json, write_panoptic(root / "pred.json", prediction)
 
 
-def test_any_number_of_workers_gives_the_same_bits(tmp_path):
+def test_any_number_of_workers_gives_the_same_bits_and_errors(tmp_path):
     files = random_files(np.random.default_rng(5), tmp_path)
     alone, two = (evaluate_panoptic_files(*files, workers=workers).to_dict() for workers in (0, 2))
     assert alone == two
     assert alone["All"]["pq"] > 0.1
-
-
-def test_the_first_image_with_an_error_is_named_whoever_reads_it(tmp_path):
-    files = random_files(np.random.default_rng(5), tmp_path)
     for image_id in (2, 4):
         (tmp_path / "pred" / f"{image_id}.png").write_bytes(b"no picture")
-    messages = []
     for workers in (0, 2):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=str(tmp_path / "pred" / "2.png")):
             evaluate_panoptic_files(*files, workers=workers)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
-    assert str(tmp_path / "pred" / "2.png") in messages[0]
 
 
 @pytest.mark.cityscapesscripts
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_files_score_as_official(tmp_path, seed):
     """cityscapesScripts has a copy of panopticapi's evaluation of files."""
     official = pytest.importorskip(
