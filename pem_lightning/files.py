@@ -48,11 +48,9 @@ def write_or_warn(path: Path, content: bytes | str) -> bool:
 
 @contextmanager
 def replace_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
-    """Open a new file that replaces the old one when it is complete.
+    """Open a new file that replaces the old one when it is complete; its folder is made if need be.
 
-    Args:
-        path: its folder is made if need be.
-        durable: wait until the file is on the disk, so that it survives a power failure.
+    With `durable` it waits until the file is on the disk, so that it survives a power failure.
 
     Raises:
         OSError: the file cannot be written. What was there before is left.
@@ -88,11 +86,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Find out early whether files can be written into a folder, which need not exist yet.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """Raise a UserError if files cannot be written into a folder, which need not exist yet."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing) as file:

@@ -1,7 +1,4 @@
-"""From uint8 images to the network's input: normalised first, then padded with 0, as the authors do.
-
-Legend: B batch, N segments, H W spatial.
-"""
+"""From uint8 images to the network's input: normalised first, then padded with 0, as the authors do."""
 
 from __future__ import annotations
 
@@ -44,10 +41,7 @@ def pad_batch(
 ) -> tuple[Float[Tensor, "B 3 H W"], list[Target]]:
     """Normalise images, and pad them and their masks at the right and bottom; padding is background of every mask.
 
-    Args:
-        images: of any sizes.
-        targets: one per image.
-        size: height and width; by default `common_size`.
+    `size` is height and width, by default `common_size`.
     """
     height, width = size or common_size(images)
 

@@ -23,14 +23,9 @@ class UserError(Exception):
 
 
 class Segment(NamedTuple):
-    """One segment of a panoptic map, as ground truth or as a prediction.
+    """One segment of a panoptic map: its id there, never `VOID_ID`, and its class index, 0 to K-1.
 
-    Attributes:
-        id: the value of its pixels in the id map, never `VOID_ID`.
-        class_id: contiguous class index, 0 to K-1.
-        is_thing: whether its class is countable.
-        is_crowd: a group of things that are not told apart (ground truth only).
-        score: confidence in [0, 1] (predictions only).
+    Only ground truth has crowds, groups of things that are not told apart; only predictions have a score in [0, 1].
     """
 
     id: int
@@ -41,13 +36,10 @@ class Segment(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image with its annotation, as read from disk or after augmentation.
+    """One RGB image with its annotation, as read from disk or after augmentation.
 
-    Attributes:
-        image: RGB, 0 to 255.
-        panoptic: segment id of every pixel. In evaluation it has the annotation's size, whatever the image's is.
-        segments: what the ids mean; some may have no pixels.
-        name: unique within its data set.
+    In evaluation, `panoptic` has the annotation's size, whatever the image's is. Some segments may have no pixels.
+    The name is unique within its data set.
     """
 
     image: UInt8[Tensor, "3 height width"]
@@ -88,13 +80,10 @@ class MaskFactors(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Output of PEM.
+    """Output of PEM. The last class is "no object"; a quarter is of the padded image's size.
 
-    Attributes:
-        class_logits: scores of the K classes and, last, of "no object".
-        mask_logits: at a quarter of the padded image's size; positive means foreground.
-        auxiliary: predictions of the initial queries and of every layer but the last, in order (training only).
-        mask_factors: of `mask_logits`, where gradients are wanted.
+    In training, `auxiliary` has the predictions of the initial queries and of every layer but the last, in order, and
+    `mask_factors` those of `mask_logits`.
     """
 
     class_logits: Float[Tensor, "batch queries classes_and_none"]
@@ -122,7 +111,7 @@ class DatasetInfo:
 
     @property
     def num_classes(self) -> int:
-        """K, without "no object" and unlabelled."""
+        """K, without "no object"."""
         return len(self.classes)
 
     @property

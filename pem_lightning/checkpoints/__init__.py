@@ -5,7 +5,6 @@ from pem_lightning.checkpoints.checkpoint import (
     Checkpoint,
     check_fits,
     convert_old,
-    convert_override,
     load_network,
     read_checkpoint,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "LoadReport",
     "check_fits",
     "convert_old",
-    "convert_override",
     "convert_weights",
     "from_official",
     "load_network",

@@ -11,7 +11,6 @@ It is Lightning's file with one entry more:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,15 +27,8 @@ _NETWORK_PREFIX = "network."
 class Checkpoint(NamedTuple):
     """One of our checkpoints, as far as evaluation and prediction need it.
 
-    Attributes:
-        path: where it was read from.
-        step: how long it was trained.
-        config: the composed experiment.
-        overrides: the command line's part of it.
-        info: the classes it knows.
-        network: weights, by the network's own names; averaged ones if the training averaged them.
-        raw: beside averaged weights those of the last step, else None.
-        resumable: whether it has what a training needs to go on.
+    `network` has the weights by the network's own names, averaged ones if the training averaged them; `raw` then has
+    those of the last step. `resumable` tells whether it has what a training needs to go on.
     """
 
     path: Path
@@ -65,7 +57,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def parse_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
-    """Take what is ours from a checkpoint's content, of today's form or an older one."""
+    """Read a checkpoint's content, of today's form or an older one."""
     content = convert_old(content)
     ours, raw = content[CHECKPOINT_KEY], content.get("current_model_state")
     return Checkpoint(
@@ -85,21 +77,13 @@ def _network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_network(network: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights, all of them.
-
-    Raises:
-        UserError: they do not fit the network.
-    """
+    """Load all of a checkpoint's weights, see `check_fits`."""
     check_fits(network, checkpoint)
     network.load_state_dict(checkpoint.network, strict=True)
 
 
 def check_fits(network: nn.Module, checkpoint: Checkpoint) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        UserError: some differ; the message names the first.
-    """
+    """Raise a UserError if names or shapes differ from the network's."""
     wanted, given = (
         {name: list(value.shape) for name, value in state.items()}
         for state in (network.state_dict(), checkpoint.network)
@@ -114,11 +98,11 @@ def check_fits(network: nn.Module, checkpoint: Checkpoint) -> None:
 
 # Checkpoints of older versions. Extend these tables when a key, a choice or a module that `_target_` names is renamed.
 
-_RENAMED_KEYS: dict[str, str | None] = {
+_RENAMED_KEYS = {
     "recipe.batch_size": "recipe.global_batch_size",
     "recipe.max_per_device": "recipe.micro_batch_size",
 }
-"""Config keys: old -> new, or None for those that are gone."""
+"""Config keys within a group: old -> new."""
 
 _RENAMED_CHOICES = {
     "recipe=cityscapes_panoptic": "recipe=cityscapes",
@@ -140,8 +124,12 @@ def convert_old(content: Mapping[str, Any]) -> Mapping[str, Any]:
     info = ours["dataset_info"]
     classes = [{"category_id" if key == "official_id" else key: v for key, v in c.items()} for c in info["classes"]]
     ours["dataset_info"] = {**info, "classes": classes}
-    ours["config"] = _convert_config(ours["config"])
-    ours["overrides"] = [new for old in ours["overrides"] if (new := convert_override(old)) is not None]
+    ours["config"] = config = _convert_targets(ours["config"])
+    for old, new in _RENAMED_KEYS.items():
+        group, key = old.split(".")
+        if key in config.get(group, {}):
+            config[group][new.split(".")[1]] = config[group].pop(key)
+    ours["overrides"] = [_convert_override(override) for override in ours["overrides"]]
     converted = {**content, CHECKPOINT_KEY: ours}
     if averaged := ours.pop("averaged", None):
         converted["current_model_state"] = content["state_dict"]
@@ -149,34 +137,12 @@ def convert_old(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return converted
 
 
-def convert_override(override: str) -> str | None:
-    """A command-line override by today's names; None if its key is gone."""
+def _convert_override(override: str) -> str:
     if override in _RENAMED_CHOICES:
         return _RENAMED_CHOICES[override]
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
-    new = _RENAMED_KEYS.get(name, name)
-    return None if new is None else f"{key.removesuffix(name)}{new}{equals}{value}"
-
-
-def _convert_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    converted = copy.deepcopy(dict(config))
-    for old, new in _RENAMED_KEYS.items():
-        group, key = _group_of(converted, old)
-        if key in group:
-            value = group.pop(key)
-            if new is not None:
-                group, key = _group_of(converted, new)
-                group[key] = value
-    return _convert_targets(converted)
-
-
-def _group_of(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
-    """The dictionary that holds a key, and the key's last part. A new key's groups must exist."""
-    *groups, key = path.split(".")
-    for group in groups:
-        config = config.get(group, {})
-    return config, key
+    return f"{key.removesuffix(name)}{_RENAMED_KEYS.get(name, name)}{equals}{value}"
 
 
 def _convert_targets(node: Any) -> Any:

@@ -34,23 +34,20 @@ DOWNLOADS: dict[str, str] = {
 
 _CLASS_HEAD = "transformer_decoder.class_head."
 _COUNTER = "num_batches_tracked"
-"""Batch normalisation's counter: frozen ones and old files have none, and nothing depends on it."""
+"""Of batch normalisation: frozen ones and old files have none, and nothing depends on it."""
 
 
 def load_weights(network: nn.Module, source: str | Path, info: DatasetInfo | None = None) -> LoadReport:
-    """Start a freshly made network from published weights or a checkpoint; what they lack stays as it is.
+    """Start a freshly made network from a file or one of `DOWNLOADS`; what that lacks stays as it is.
 
-    Args:
-        network: `PEM` with random weights.
-        source: a file, or one of the names in `DOWNLOADS`.
-        info: the classes it is for. A checkpoint of ours with other ones leaves the class head random.
+    A checkpoint of ours with other classes than `info` leaves the class head random.
 
     Raises:
         UserError: see `read_weights`; or the backbone is not covered, and the network is left as it was.
     """
     weights = read_weights(source)
     state = network.state_dict()
-    report = compare(state, weights, None if info is None else info.class_names)
+    report = _compare(state, weights, None if info is None else info.class_names)
     report.check_backbone()
     with torch.no_grad():
         for name in report.loaded:
@@ -59,12 +56,9 @@ def load_weights(network: nn.Module, source: str | Path, info: DatasetInfo | Non
 
 
 def convert_weights(source: str | Path, target: Path, backbone: str | None = None) -> LoadReport:
-    """Write weights under our names as a plain file of tensors that `load_weights` reads.
+    """Write weights under our names as a plain file of tensors that `load_weights` reads, if they cover the backbone.
 
-    Args:
-        source: a file, or one of the names in `DOWNLOADS`.
-        target: is written if the backbone is covered, see `LoadReport.check_backbone`.
-        backbone: what they are meant for; None takes the one that they look like.
+    Without `backbone` it is the one that they look like.
 
     Raises:
         UserError: see `read_weights`; or the backbone is unknown, or the file cannot be written.
@@ -78,7 +72,7 @@ def convert_weights(source: str | Path, target: Path, backbone: str | None = Non
         wanted |= {f"backbone.{key}": value for key, value in own.items()}
     elif f"{_CLASS_HEAD}weight" not in wanted:
         raise UserError(f"weights={source} ({weights.kind}) are those of no backbone here: say --backbone NAME")
-    report = compare(wanted, weights)
+    report = _compare(wanted, weights)
     if not report.gaps():
         buffer = io.BytesIO()
         torch.save({name: weights.state[name].clone() for name in report.loaded}, buffer)
@@ -105,16 +99,12 @@ def read_weights(source: str | Path) -> Weights:
     if Path(source).is_file():
         return _recognize(read_content(Path(source)), str(source))
     if str(source) in DOWNLOADS:
-        return _recognize(download(str(source)), str(source))
+        return _recognize(_download(str(source)), str(source))
     raise UserError(f"weights={source} does not exist: give a file or one of the names {', '.join(DOWNLOADS)}")
 
 
-def download(name: str) -> Mapping[Any, Any]:
-    """Fetch one of `DOWNLOADS` into the cache of torch.hub, unless it is there, and read it.
-
-    Raises:
-        UserError: it cannot be had, or is not what the hash says.
-    """
+def _download(name: str) -> Mapping[Any, Any]:
+    """Fetch one of `DOWNLOADS` into the cache of torch.hub, unless it is there."""
     url = DOWNLOADS[name]
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
@@ -190,10 +180,8 @@ def rename_official_key(key: str) -> str | None:
 def from_official(official_state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Translate the authors' state dict (arrays or tensors), or their checkpoint with the entry `model`.
 
-    Keys without a counterpart are logged as a warning.
-
-    Returns:
-        A state dict for `build_pem` with the same backbone, classes, queries and layers; load it with `strict=True`.
+    The result fits `build_pem` with the same backbone, classes, queries and layers, loaded with `strict=True`. Keys
+    without a counterpart are logged as a warning.
 
     Raises:
         UserError: nothing in it looks like PEM.
@@ -217,26 +205,25 @@ def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -
     return {ours: state[key] for key, ours in names.items() if ours}, [key for key, ours in names.items() if not ours]
 
 
+def _of_backbone(key: str) -> str | None:
+    return f"backbone.{key}" if re.match(r"(features|conv1|bn1|layer[1-4])\.", key) else None
+
+
 _OURS = "PEM-Lightning"
 _KINDS: tuple[tuple[str, str, Callable[[str], str | None]], ...] = (
     ("PEM authors", r"sem_seg_head\.", rename_official_key),
     (_OURS, r"(pixel_decoder|transformer_decoder|backbone\.(conv1|bn1|layer\d|features|model))\.", str),
     # Detectron2's names of a backbone are the PEM authors' without the prefix.
     ("detectron2 ResNet", r"(stem\.conv1|res[2-5]\.\d+\.\w+)\.", lambda key: rename_official_key(f"backbone.{key}")),
-    ("STDC authors", r"features\.0\.conv\.weight", lambda key: _of_backbone(key, r"features\.")),
-    ("torchvision or timm ResNet", _RESNET := r"(conv1|bn1|layer[1-4])\.", lambda key: _of_backbone(key, _RESNET)),
+    ("STDC authors", r"features\.0\.conv\.weight", _of_backbone),
+    ("torchvision or timm ResNet", r"(conv1|bn1|layer[1-4])\.", _of_backbone),
 )
 """Whose weights they are, a name that shows it, and what we call theirs. The first that fits counts."""
 
 _CAFFE2_NAME = re.compile(r"(res\d_\d+_branch\w+|conv1|res_conv1_bn)_[wbs]")
 
 
-def _of_backbone(key: str, pattern: str) -> str | None:
-    return f"backbone.{key}" if re.match(pattern, key) else None
-
-
 def _recognize(content: Mapping[Any, Any], source: str) -> Weights:
-    """Find out whose weights these are and rename them."""
     if CHECKPOINT_KEY in content:
         try:
             checkpoint = parse_checkpoint(Path(source), content)
@@ -289,15 +276,8 @@ def _guess_backbone(state: Mapping[str, Tensor]) -> str | None:
 class LoadReport(NamedTuple):
     """What a network takes of a file. Printed, it is a table of how many weights, and which.
 
-    Attributes:
-        source: path or name of the weights.
-        kind: whose format they have.
-        loaded: names that the network takes over.
-        reinitialized: the class head, where classes differ.
-        missing: names of the network that the file lacks.
-        mismatched: names of another shape, in words.
-        unexpected: names of the file that the network has not.
-        hint: what else to try if the backbone is not covered.
+    `reinitialized` is the class head where classes differ, `mismatched` are sentences about shapes, and `hint` says
+    what else to try if the backbone is not covered.
     """
 
     source: str
@@ -321,26 +301,22 @@ class LoadReport(NamedTuple):
         return {what: names for what, names in rows.items() if names or what == "loaded"}
 
     def __str__(self) -> str:
-        lines = [f"  {what:26} {len(names):4}  {summarize(names)}" for what, names in self.rows().items()]
+        lines = [f"  {what:26} {len(names):4}  {_summarize(names)}" for what, names in self.rows().items()]
         return "\n".join([f"weights from {self.source} ({self.kind})", *lines])
 
     def gaps(self) -> list[str]:
-        """What the backbone lacks of its parameters and statistics, in words."""
+        """What the backbone lacks, in words."""
         gaps = [*(f"{name} is missing" for name in self.missing), *self.mismatched]
         return [gap for gap in gaps if gap.startswith("backbone.")]
 
     def check_backbone(self) -> None:
-        """Make sure that the backbone gets all its parameters and statistics.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Raise a UserError if the backbone does not get all its parameters and statistics."""
         if gaps := self.gaps():
             which = f"{gaps[0]}; {len(gaps)} differences"
             raise UserError(f"weights={self.source} ({self.kind}) does not cover the backbone ({which}): {self.hint}")
 
 
-def summarize(names: Sequence[str]) -> str:
+def _summarize(names: Sequence[str]) -> str:
     """Up to four names, or else the parts of the network that they belong to, with their numbers."""
     if len(names) <= 4:
         return ", ".join(names) or "none"
@@ -355,7 +331,7 @@ def show_report(report: LoadReport) -> None:
         log.debug("%s: %s", what, ", ".join(names))
 
 
-def compare(wanted: Mapping[str, Tensor], weights: Weights, classes: Sequence[str] | None = None) -> LoadReport:
+def _compare(wanted: Mapping[str, Tensor], weights: Weights, classes: tuple[str, ...] | None = None) -> LoadReport:
     """Sort all names of a network's state dict and of a file. With other `classes` the class head is not taken over."""
     given = weights.state
     shapes = {
@@ -364,7 +340,7 @@ def compare(wanted: Mapping[str, Tensor], weights: Weights, classes: Sequence[st
         if name in given and given[name].shape != tensor.shape
     }
     head = [name for name in wanted if name.startswith(_CLASS_HEAD) and name in given]
-    other_classes = None not in (classes, weights.classes) and tuple(classes or ()) != weights.classes
+    other_classes = None not in (classes, weights.classes) and classes != weights.classes
     reinitialized = head if other_classes or any(name in shapes for name in head) else []
     return LoadReport(
         source=weights.source,

@@ -57,15 +57,17 @@ def _read(path: Path) -> Any:
         if head.startswith(_ZIP):
             return _read_torch(path)
         if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-            return _read_safetensors(path)
+            try:
+                return importlib.import_module("safetensors.torch").load_file(path)
+            except ImportError as error:
+                raise UserError(f"{path} needs the package safetensors: pip install safetensors") from error
         file.seek(0)
         content = _PlainUnpickler(file, encoding="latin1").load()
     return _read_torch(path) if content == _TORCH_MAGIC else content
 
 
 def _read_torch(path: Path) -> Any:
-    allowed: list[Any] = [(stand_in, name) for name, stand_in in _NUMPY.items()]
-    allowed.append((_empty, "builtins.bytes"))
+    allowed: list[Any] = [(_empty, "builtins.bytes"), *((stand_in, name) for name, stand_in in _NUMPY.items())]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -74,13 +76,6 @@ def _read_torch(path: Path) -> Any:
             raise _ForbiddenError(match[1]) from error
         _, _, reason = str(error).partition("WeightsUnpickler error: ")  # around it is advice for programmers
         raise pickle.UnpicklingError(reason.strip() or str(error)) from error
-
-
-def _read_safetensors(path: Path) -> Any:
-    try:
-        return importlib.import_module("safetensors.torch").load_file(path)
-    except ImportError as error:
-        raise UserError(f"{path} needs the package safetensors: pip install safetensors") from error
 
 
 class _ForbiddenError(pickle.UnpicklingError):
@@ -114,8 +109,7 @@ class PickledArray:
 
     array: np.ndarray = np.zeros(0, np.float32)
 
-    def __new__(cls, *_: Any) -> PickledArray:  # noqa: D102
-        return super().__new__(cls)
+    def __init__(self, *_: Any) -> None: ...
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state

@@ -52,15 +52,12 @@ class AveragePrecision(Metric):
 
     Do not compare with Cityscapes' AP: its evaluator has no limit of 100, ignores small objects and predictions in
     void, and integrates the precision without COCO's 101 recall levels.
-
-    Args:
-        num_classes: K.
     """
 
     full_state_update = False
     higher_is_better = True
 
-    lines: list[Tensor] | Tensor
+    lines: list[Tensor]
     """A line of JSON per image, with masks as run lengths, in bytes: processes exchange tensors."""
 
     def __init__(self, num_classes: int) -> None:
@@ -75,14 +72,7 @@ class AveragePrecision(Metric):
         gt_segments: Sequence[Segment],
         name: str,
     ) -> None:
-        """Add one image.
-
-        Args:
-            instances: predicted objects, which may overlap.
-            gt_map: true segment id of every pixel.
-            gt_segments: what they are; stuff is left out.
-            name: of the image, unique. Equal scores are ranked in the order of the names.
-        """
+        """Add one image with a unique name; equal scores are ranked in the order of the names. Stuff is left out."""
         detected: list[dict[str, Any]] = [
             {"category_id": k, "score": score, "segmentation": _run_lengths(mask)} for mask, k, score in instances
         ]
@@ -93,7 +83,6 @@ class AveragePrecision(Metric):
             if mask.any()
         ]
         line = json.dumps({"name": name, "size": list(gt_map.shape), "detected": detected, "true": true}) + "\n"
-        assert isinstance(self.lines, list)  # only synchronised states are joined
         self.lines.append(torch.frombuffer(bytearray(line.encode()), dtype=torch.uint8).to(self.device))
 
     def compute(self) -> AveragePrecisionResult:
@@ -148,29 +137,18 @@ def _average(precision: Float64[np.ndarray, "thresholds recalls classes areas"])
     return Precisions(mean(every), mean(every[0]), mean(every[5]), mean(small), mean(medium), mean(large))
 
 
-def instance_f1(
-    instances: Iterable[Detection],
-    gt_map: Int32[Tensor, "H W"],
-    gt_segments: Sequence[Segment],
-    min_score: float = 0.5,
-) -> float:
+def instance_f1(instances: Iterable[Detection], gt_map: Int32[Tensor, "H W"], gt_segments: Sequence[Segment]) -> float:
     """F1 score of the objects found in a single image, 2 TP / (2 TP + FP + FN), in [0, 1]; NaN without any object.
 
     AP looks at the ranking over a whole data set and says little about one image. Here the objects that pictures show
     are matched as in COCO at IoU 0.5: the most confident first, each with the free object of its class that it covers
-    best. Predictions of which at least half lies in their class's crowd do not count.
-
-    Args:
-        instances: predicted objects.
-        gt_map: true segment id of every pixel.
-        gt_segments: what they are; stuff is left out.
-        min_score: predictions below it do not count.
+    best. Predictions with a score below 0.5, or of which at least half lies in their class's crowd, do not count.
     """
     things = {s.id: s for s in gt_segments if s.is_thing}
     areas = {i: n for i, n in _counts(gt_map).items() if i in things}
     free = {i for i in areas if not things[i].is_crowd}
     num_true, hits, wrong = len(free), 0, 0
-    confident = (d for d in instances if d[2] >= min_score)
+    confident = (d for d in instances if d[2] >= 0.5)
     for mask, class_id, _ in sorted(confident, key=lambda detection: -detection[2]):
         pixels = _counts(gt_map[mask.to(gt_map.device)])
         area = sum(pixels.values())

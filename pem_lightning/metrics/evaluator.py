@@ -95,9 +95,7 @@ def from_plain(state: Any) -> Any:
 class Evaluator(nn.Module):
     """Accumulates the metrics of a task. A module, so that its states follow the model's device.
 
-    Args:
-        info: the classes.
-        task: "semantic" has the mean IoU, "panoptic" panoptic quality as well, "instance" COCO's average precision.
+    Task "semantic" has the mean IoU, "panoptic" panoptic quality as well, "instance" COCO's average precision.
     """
 
     def __init__(self, info: DatasetInfo, task: str) -> None:
@@ -113,23 +111,19 @@ class Evaluator(nn.Module):
         return self.semantic is not None
 
     def update(self, result: Any, sample: Sample) -> float:
-        """Add one image.
-
-        Args:
-            result: a `Result` of the annotation's size with everything that the task's metrics look at.
-            sample: the annotation.
+        """Add one image's `Result`, of the annotation's size.
 
         Returns:
             The image's own score in [0, 1]: its PQ, its mIoU, or `instance_f1`; NaN where there is nothing to score.
         """
+        if self.instance is not None:
+            self.instance.update(result.instances, sample.panoptic, sample.segments, sample.name)
+            return instance_f1(result.instances, sample.panoptic, sample.segments)
         score = float("nan")
         if self.semantic is not None:
             score = self.semantic(result.semantic, sample.class_map()).miou
         if self.panoptic is not None:
             score = self.panoptic(result.panoptic, result.segments, sample.panoptic, sample.segments).all.pq
-        if self.instance is not None:
-            self.instance.update(result.instances, sample.panoptic, sample.segments, sample.name)
-            score = instance_f1(result.instances, sample.panoptic, sample.segments)
         return score
 
     def compute(self) -> Evaluation:

@@ -14,13 +14,9 @@ from pem_lightning.types import IGNORE_INDEX
 
 
 class MeanIoUResult(NamedTuple):
-    """Semantic quality of a whole data set, all in [0, 1].
+    """Semantic quality of a whole data set, in [0, 1]; NaN for classes that do not occur and without labelled pixels.
 
-    Attributes:
-        miou: mean over the classes that occur in ground truth or prediction; NaN where none does.
-        iou_per_class: NaN for classes that do not occur.
-        pixel_accuracy: fraction of labelled pixels that have the right class; NaN without labelled pixels.
-        confusion: labelled pixels, true class by predicted class; the last column is for those predicted as no class.
+    `confusion` counts labelled pixels, true class by predicted class; its last column is for predictions of no class.
     """
 
     miou: float
@@ -39,10 +35,6 @@ class MeanIoU(MulticlassConfusionMatrix):
     - detectron2's SemSegEvaluator (Mask2Former, PEM) leaves both out; older versions do as is done here.
 
     The validation sets of Cityscapes and ADE20K have all classes, so that no published number depends on it.
-
-    Args:
-        num_classes: K.
-        ignore_index: value of unlabelled pixels, which do not count at all.
     """
 
     higher_is_better = True
@@ -53,14 +45,10 @@ class MeanIoU(MulticlassConfusionMatrix):
         self.unlabelled = ignore_index
 
     def update(self, prediction: Integer[Tensor, "*size"], target: Integer[Tensor, "*size"]) -> None:
-        """Add one image or a batch.
-
-        Args:
-            prediction: class of every pixel. A value that is no class, such as 255, is wrong where there is a label.
-            target: true class of every pixel, or `ignore_index`.
+        """Add one image or a batch. A predicted value that is no class, such as 255, is wrong where there is a label.
 
         Raises:
-            ValueError: a target is neither.
+            ValueError: a target is neither a class nor `ignore_index`.
         """
         K = self.num_classes - 1
         target, prediction = target.to(self.device), prediction.to(self.device)

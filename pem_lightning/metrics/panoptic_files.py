@@ -15,14 +15,7 @@ from pem_lightning.types import DatasetInfo, UserError
 
 
 class FilesEvaluation(NamedTuple):
-    """The result of comparing two files.
-
-    Attributes:
-        info: the ground truth's categories.
-        quality: panoptic quality, as fractions of 1.
-        num_images: of the ground truth.
-        notes: what the files contain that does not count, or counts in a surprising way.
-    """
+    """Panoptic quality of two files, as fractions of 1; `notes` tell what does not count, or counts surprisingly."""
 
     info: DatasetInfo
     quality: PanopticResult
@@ -43,9 +36,7 @@ class FilesEvaluation(NamedTuple):
             str(c.category_id): {
                 "name": c.name,
                 "isthing": int(c.is_thing),
-                "pq": _or(quality.pq_per_class[k], 0.0),
-                "sq": _or(quality.sq_per_class[k], 0.0),
-                "rq": _or(quality.rq_per_class[k], 0.0),
+                **_qualities(quality.pq_per_class[k], quality.sq_per_class[k], quality.rq_per_class[k], 0.0),
                 "iou_sum": float(quality.iou_sum[k]),
                 "tp": int(quality.true_positives[k]),
                 "fp": int(quality.false_positives[k]),
@@ -54,20 +45,15 @@ class FilesEvaluation(NamedTuple):
             for k, c in enumerate(self.info.classes)
         }
         groups = {
-            name: {
-                "pq": _or(group.pq, None),
-                "sq": _or(group.sq, None),
-                "rq": _or(group.rq, None),
-                "n": group.num_classes,
-            }
+            name: {**_qualities(group.pq, group.sq, group.rq, None), "n": group.num_classes}
             for name, group in self.groups().items()
         }
         return {**groups, "per_class": per_class, "images": self.num_images, "notes": list(self.notes)}
 
 
-def _or(value: Any, otherwise: float | None) -> float | None:
+def _qualities(pq: float, sq: float, rq: float, undefined: float | None) -> dict[str, float | None]:
     """JSON has no NaN."""
-    return float(value) if value == value else otherwise
+    return {name: undefined if x != x else float(x) for name, x in (("pq", pq), ("sq", sq), ("rq", rq))}
 
 
 def evaluate_panoptic_files(
@@ -80,14 +66,9 @@ def evaluate_panoptic_files(
     """Compare two files in the COCO panoptic format by panopticapi's rules; shows a progress bar.
 
     As in panopticapi, areas of true segments are the JSON's, and those of predictions their pixels. Where the JSON has
-    no areas, which panopticapi does not accept, pixels are counted.
-
-    Args:
-        gt_json: the ground truth's annotations and categories.
-        pred_json: the prediction's annotations; images that the ground truth does not have are ignored.
-        gt_folder: the ground truth's PNGs; by default the JSON's path without suffix.
-        pred_folder: the prediction's PNGs; by default the JSON's path without suffix.
-        workers: reading and comparing processes; 0 works in this one. The result does not depend on it.
+    no areas, which panopticapi does not accept, pixels are counted. Predicted images that the ground truth does not
+    have are ignored. PNGs are by default in the folder named like the JSON. The number of worker processes does not
+    change the result; 0 works in this one.
 
     Raises:
         UserError: a file is missing or broken, or the two do not fit each other.

@@ -22,13 +22,9 @@ _UNIT_BITS, _LOW_BITS = 53, 27
 
 
 class QualityAverage(NamedTuple):
-    """Averages, in [0, 1], over the classes of a group that occur in ground truth or prediction; NaN where none does.
+    """Averages, in [0, 1], over those classes of a group that occur in truth or prediction; NaN where none does.
 
-    Attributes:
-        pq: panoptic quality.
-        sq: segmentation quality, the mean IoU of matched segments.
-        rq: recognition quality, the F1 score of detection.
-        num_classes: how many classes the averages are over.
+    PQ = SQ * RQ for a single class: the mean IoU of matched segments times the F1 score of detection.
     """
 
     pq: float
@@ -58,10 +54,6 @@ class PanopticQuality(Metric):
     Segments match when they have the same class and an IoU above 0.5, which makes matches unique. Crowds are neither
     matched nor missed. A prediction without a match is forgiven when more than half of it lies in void or in its
     class's crowd.
-
-    Args:
-        num_classes: K.
-        thing_classes: which of them are things; the rest is stuff.
     """
 
     full_state_update = False
@@ -85,14 +77,10 @@ class PanopticQuality(Metric):
         gt_segments: Sequence[Segment],
         gt_areas: Mapping[int, float] | None = None,
     ) -> None:
-        """Add one image.
+        """Add one image: ids of all pixels, `VOID_ID` for none, and what they are.
 
-        Args:
-            pred_map: predicted segment id of every pixel, `VOID_ID` for none.
-            pred_segments: exactly the segments in `pred_map`.
-            gt_map: true segment id of every pixel, `VOID_ID` where it is unknown.
-            gt_segments: what they are. A listed segment without pixels is missed by definition.
-            gt_areas: areas in pixels by segment id, where those in `gt_map` do not count: panopticapi takes the JSON's.
+        A true segment without pixels is missed by definition. `gt_areas` are areas in pixels by segment id, where those
+        in `gt_map` do not count: panopticapi takes the JSON's.
 
         Raises:
             ValueError: prediction's map and segments do not agree, or a given area is smaller than what the segment
@@ -141,8 +129,7 @@ class PanopticQuality(Metric):
             occurring = group & seen
             if not occurring.any():
                 return QualityAverage(float("nan"), float("nan"), float("nan"), 0)
-            mean_pq, mean_sq, mean_rq = (float(quality[occurring].mean()) for quality in (pq, sq, rq))
-            return QualityAverage(mean_pq, mean_sq, mean_rq, int(occurring.sum()))
+            return QualityAverage(*(float(x[occurring].mean()) for x in (pq, sq, rq)), int(occurring.sum()))
 
         groups = (average(seen), average(self.is_thing), average(~self.is_thing))
         return PanopticResult(*groups, pq, sq, rq, iou_sum, tp, fp, fn)

@@ -8,7 +8,7 @@ import torch
 from hydra.utils import instantiate
 
 from pem_lightning import build_pem
-from pem_lightning.checkpoints import convert_old, convert_override, load_network, read_checkpoint
+from pem_lightning.checkpoints import convert_old, load_network, read_checkpoint
 from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.preprocess import normalize
@@ -105,23 +105,22 @@ class TestOldVersion:
         content = torch.load(path, weights_only=True)
         converted = convert_old(content)
         assert converted[CHECKPOINT_KEY] == content[CHECKPOINT_KEY]
-        assert converted["state_dict"].keys() == content["state_dict"].keys()
+        assert converted["state_dict"] is content["state_dict"]
 
-    def test_targets_are_found_where_they_are_today(self):
+    def test_targets_and_overrides_get_todays_names(self):
         old = {"backbone": {"module": {"_target_": "pem_lightning.networks.backbones.timm.TimmBackbone", "name": "a"}}}
+        overrides = {
+            "recipe.max_per_device=null": "recipe.micro_batch_size=null",
+            "+recipe.batch_size=4": "+recipe.global_batch_size=4",
+            "recipe=synthetic_panoptic": "recipe=synthetic",
+            "task=semantic": "task=semantic",
+        }
         info = {"name": "toy", "classes": []}
-        content = {CHECKPOINT_KEY: {"config": old, "overrides": [], "dataset_info": info}}
-        module = convert_old(content)[CHECKPOINT_KEY]["config"]["backbone"]["module"]
+        content = {
+            CHECKPOINT_KEY: {"config": old, "overrides": list(overrides), "dataset_info": info},
+            "state_dict": {},
+        }
+        ours = convert_old(content)[CHECKPOINT_KEY]
+        module = ours["config"]["backbone"]["module"]
         assert module == {"_target_": "pem_lightning.models.backbones.timm.TimmBackbone", "name": "a"}
-
-    @pytest.mark.parametrize(
-        ("old", "new"),
-        [
-            ("recipe.max_per_device=null", "recipe.micro_batch_size=null"),
-            ("+recipe.batch_size=4", "+recipe.global_batch_size=4"),
-            ("recipe=synthetic_panoptic", "recipe=synthetic"),
-            ("task=semantic", "task=semantic"),
-        ],
-    )
-    def test_overrides(self, old, new):
-        assert convert_override(old) == new
+        assert ours["overrides"] == list(overrides.values())

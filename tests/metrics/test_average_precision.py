@@ -117,36 +117,29 @@ def test_equal_scores_are_ranked_the_same_in_any_order_of_images():
     assert evaluated(images[::-1]).all == evaluated(images).all
 
 
-class TestRules:
-    @pytest.fixture
-    def ids(self):
-        """A thing of 40x40 at the left, stuff elsewhere."""
-        ids = torch.full((50, 80), 2, dtype=torch.int32)
-        ids[:40, :40] = 1
-        return ids
+SEGMENTS = (Segment(1, 0, True), Segment(2, STUFF, False))
 
-    segments = (Segment(1, 0, True), Segment(2, STUFF, False))
 
-    def test_the_truth_itself_is_perfect(self, ids):
-        result = evaluated([([(ids == 1, 0, 0.3)], ids, self.segments, "a")])
-        assert result.all[:3] == pytest.approx((1, 1, 1))  # COCO's own comes within rounding
-        assert math.isnan(result.all.small)
-        assert result.all.medium == pytest.approx(1)
-        assert result.num_objects.tolist() == [1, 0, 0, 0, 0]
-        assert math.isnan(result.by_class[1].ap)
-
-    def test_nothing_found_and_nothing_there(self, ids):
-        assert evaluated([([], ids, self.segments, "a")]).all.ap == 0
-        nothing = evaluated([([(ids == 1, 0, 0.3)], ids, self.segments[1:], "a")])
-        assert all(math.isnan(value) for value in nothing.all)
-
-    def test_an_object_without_pixels_is_not_missed(self, ids):
-        segments = (*self.segments, Segment(7, 0, True))
-        assert evaluated([([(ids == 1, 0, 0.3)], ids, segments, "a")]).all.ap == pytest.approx(1)
-
-    def test_a_crowd_is_neither_found_nor_missed(self, ids):
-        segments = (Segment(1, 0, True, is_crowd=True), self.segments[1])
-        assert math.isnan(evaluated([([(ids == 1, 0, 0.3)], ids, segments, "a")]).all.ap)
+@pytest.mark.parametrize(
+    ("segments", "found", "ap"),
+    [
+        (SEGMENTS, True, 1),
+        ((*SEGMENTS, Segment(7, 0, True)), True, 1),  # without pixels, it is not missed
+        (SEGMENTS, False, 0),
+        (SEGMENTS[1:], True, math.nan),
+        ((Segment(1, 0, True, is_crowd=True), SEGMENTS[1]), True, math.nan),
+    ],
+)
+def test_rules(segments, found, ap):
+    """On a thing of 40x40 pixels with stuff around it."""
+    ids = torch.full((50, 80), 2, dtype=torch.int32)
+    ids[:40, :40] = 1
+    result = evaluated([([(ids == 1, 0, 0.3)] if found else [], ids, segments, "a")])
+    expected = (ap, ap, ap, math.nan, ap, math.nan)
+    assert result.all == pytest.approx(expected, nan_ok=True)  # COCO's own comes within rounding
+    assert result.by_class[0] == pytest.approx(expected, nan_ok=True)
+    assert math.isnan(result.by_class[1].ap)
+    assert result.num_objects.tolist() == [int(not math.isnan(ap)), 0, 0, 0, 0]
 
 
 def test_pycocotools_prints_nothing(capsys):
@@ -165,41 +158,32 @@ def test_keeps_run_lengths_instead_of_masks():
     assert len(metric.lines) == 0
 
 
-class TestInstanceF1:
-    @pytest.fixture
-    def ids(self):
-        """Two things of class 0 and a crowd of class 1, each a third of the image."""
-        return torch.tensor([1, 1, 2, 2, 3, 3], dtype=torch.int32).repeat(6, 1)
+MAP = torch.tensor([1, 1, 2, 2, 3, 3], dtype=torch.int32).repeat(6, 1)
+"""Two things of class 0 and a crowd of class 1, each a third of the image."""
+OBJECTS = (Segment(1, 0, True), Segment(2, 0, True), Segment(3, 1, True, is_crowd=True))
+FIRST, SECOND = (MAP == 1, 0, 0.9), (MAP == 2, 0, 0.9)
 
-    segments = (Segment(1, 0, True), Segment(2, 0, True), Segment(3, 1, True, is_crowd=True))
 
-    def score(self, ids, *detections):
-        return instance_f1(detections, ids, self.segments, 0.5)
+@pytest.mark.parametrize(
+    ("detections", "f1"),
+    [
+        ([FIRST, SECOND], 1),
+        ([FIRST], 2 / 3),
+        ([], 0),
+        ([FIRST, (MAP == 2, 0, 0.4)], 2 / 3),  # not confident
+        ([FIRST, SECOND, (MAP == 1, 0, 0.8)], 4 / 5),  # found twice
+        ([FIRST, SECOND, (MAP == 1, 1, 0.8)], 4 / 5),  # another class
+        ([FIRST, SECOND, (MAP == 9, 1, 0.8)], 4 / 5),  # without pixels
+        ([(MAP < 3, 0, 0.9)], 2 / 3),  # an IoU of one half
+        ([(MAP < 9, 0, 0.9)], 0),  # an IoU of one third
+        ([FIRST, SECOND, (MAP == 3, 1, 0.8)], 1),  # in its class's crowd
+        ([FIRST, SECOND, (MAP == 3, 0, 0.8)], 4 / 5),  # in another class's crowd
+    ],
+)
+def test_f1_of_an_image(detections, f1):
+    assert instance_f1(detections, MAP, OBJECTS) == pytest.approx(f1)
 
-    def test_hits_and_misses(self, ids):
-        assert self.score(ids, (ids == 1, 0, 0.9), (ids == 2, 0, 0.9)) == 1
-        assert self.score(ids, (ids == 1, 0, 0.9)) == pytest.approx(2 / 3)
-        assert self.score(ids) == 0
 
-    def test_only_the_confident_count(self, ids):
-        assert self.score(ids, (ids == 1, 0, 0.9), (ids == 2, 0, 0.4)) == pytest.approx(2 / 3)
-
-    def test_a_second_detection_of_an_object_and_a_wrong_class_are_wrong(self, ids):
-        right = (ids == 1, 0, 0.9), (ids == 2, 0, 0.9)
-        assert self.score(ids, *right, (ids == 1, 0, 0.8)) == pytest.approx(4 / 5)
-        assert self.score(ids, *right, (ids == 1, 1, 0.8)) == pytest.approx(4 / 5)
-        assert self.score(ids, *right, (ids == 9, 1, 0.8)) == pytest.approx(4 / 5)  # without pixels
-
-    def test_iou_of_one_half_is_enough(self, ids):
-        # 2 columns of 4, and 2 of 5
-        assert self.score(ids, ((ids == 1) | (ids == 2), 0, 0.9)) == pytest.approx(2 / 3)
-        assert instance_f1([(ids < 9, 0, 0.9)], ids, self.segments, 0.5) == 0
-
-    def test_what_lies_in_its_classs_crowd_does_not_count(self, ids):
-        right = (ids == 1, 0, 0.9), (ids == 2, 0, 0.9)
-        assert self.score(ids, *right, (ids == 3, 1, 0.8)) == 1
-        assert self.score(ids, *right, (ids == 3, 0, 0.8)) == pytest.approx(4 / 5)
-
-    def test_an_empty_image_has_no_score(self, ids):
-        assert math.isnan(instance_f1([], ids, self.segments[2:], 0.5))
-        assert instance_f1([(ids == 1, 0, 0.9)], ids, (), 0.5) == 0
+def test_f1_without_true_objects():
+    assert math.isnan(instance_f1([], MAP, OBJECTS[2:]))
+    assert instance_f1([FIRST], MAP, ()) == 0
