@@ -62,7 +62,7 @@ def test_every_variant_trains_reloads_and_is_made_fast(variant):
 
 @pytest.mark.parametrize("variant", ABLATIONS)
 def test_every_variant_counts(variant):
-    assert count_gmacs(network_of(variant, num_layers=1), 32, 32) > 0
+    assert count_gmacs(network_of(variant, num_layers=1), 32, 64) > 0  # two positions, without which GroupNorm refuses
 
 
 def test_the_default_is_the_paper():
