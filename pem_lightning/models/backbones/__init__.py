@@ -26,11 +26,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
 
 
 def build_backbone(name: str, norm: str = "batch") -> Backbone:
-    """Build one of `BACKBONES` with random weights; `norm` is one of `NORMS`.
-
-    Raises:
-        UserError: the name or the norm is unknown.
-    """
+    """Build one of `BACKBONES` with random weights and one of `NORMS`; an unknown name raises `UserError`."""
     if name not in BACKBONES:
         raise UserError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     if norm not in NORMS:

@@ -11,13 +11,9 @@ from pem_lightning.types import UserError
 
 
 class Backbone(nn.Module, ABC):
-    """A feature extractor.
+    """A feature extractor."""
 
-    Attributes:
-        channels: of the feature maps at strides 4, 8, 16 and 32.
-    """
-
-    channels: tuple[int, int, int, int]
+    channels: tuple[int, ...]  # at strides 4, 8, 16 and 32
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
