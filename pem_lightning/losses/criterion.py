@@ -201,4 +201,5 @@ def _gather_pairs(matches: list[list[Match]], targets: Sequence[Target], device:
         rows = rows.pin_memory()  # a copy from any other memory may wait for the device
     layers = torch.arange(len(matches), device=device)[:, None]
     counts = tuple(of_image.shape[1] for of_image in queries)
-    return Pairs(layers, *rows.to(device, non_blocking=True), counts)
+    images_, queries_, segments_ = rows.to(device, non_blocking=True)
+    return Pairs(layers, images_, queries_, segments_, counts)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pem_lightning import build_pem
 from pem_lightning.cli.errors import CONF
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.losses import SetCriterion
@@ -21,22 +21,25 @@ from pem_lightning.types import Target, UserError
 from scripts.benchmark.reference import predict
 from tests.models.randomize import build_tiny, compose, randomize
 
-ABLATIONS = [f"ablation={path.stem}" for path in sorted((CONF / "ablation").glob("*.yaml"))]
-ABLATIONS += ["ablation=[no_masking,no_csm]", "ablation=[no_prototype,no_interaction,no_masking,fpn]"]
-VARIANTS = ABLATIONS + [f"decoder_layers={n}" for n in (1, 2, 5, 9)]
+VARIANTS = [f"ablation={path.stem}" for path in sorted((CONF / "ablation").glob("*.yaml"))]
+VARIANTS += ["ablation=[no_masking,no_csm]", "ablation=[no_prototype,no_interaction,no_masking,fpn]"]
+VARIANTS += [f"decoder_layers={n}" for n in (1, 2)]
 
 
-def network_of(variant, **sizes):
+def network_of(variant):
+    """The variant in small, with at most four layers: one after another for each level, and the first level again."""
     arguments = OmegaConf.to_container(compose(variant).network, resolve=True)
-    small = ("channels", "hidden_channels", "pyramid_channels", "mask_channels", "num_queries", "backbone")
+    for name in ("channels", "hidden_channels", "pyramid_channels", "mask_channels", "num_queries", "backbone"):
+        del arguments[name]
+    del arguments["_target_"]
     torch.manual_seed(0)
-    return build_tiny(19, **{k: v for k, v in arguments.items() if k not in ("_target_", *small)} | sizes)
+    return build_tiny(19, **arguments | {"num_layers": min(4, arguments["num_layers"])})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_trains_reloads_and_is_made_fast(variant):
+def test_every_variant_trains_reloads_counts_and_is_made_fast(variant):
     network = randomize(network_of(variant))
-    images, target = torch.randn(2, 3, 64, 96), Target(torch.tensor([3, 12]), torch.rand(2, 64, 96) < 0.5)
+    images, target = torch.randn(2, 3, 32, 64), Target(torch.tensor([3, 12]), torch.rand(2, 32, 64) < 0.5)
     losses = SetCriterion(19, num_points=64)(network.train()(images), [target, target])
     torch.stack(list(losses.values())).sum().backward()
     without = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
@@ -51,6 +54,7 @@ def test_every_variant_trains_reloads_and_is_made_fast(variant):
     assert torch.equal(actual.mask_logits, expected.mask_logits)
     assert torch.equal(actual.class_logits, expected.class_logits)
 
+    assert count_gmacs(network, 32, 64) > 0
     # Resized features instead of resized masks, fused normalisation: the same function in float64.
     with torch.no_grad():
         fast = OptimizedNetwork(network.double())(images.double())
@@ -60,15 +64,9 @@ def test_every_variant_trains_reloads_and_is_made_fast(variant):
     torch.testing.assert_close(fast.mask_logits, slow.mask_logits, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("variant", ABLATIONS)
-def test_every_variant_counts(variant):
-    assert count_gmacs(network_of(variant, num_layers=1), 32, 64) > 0  # two positions, without which GroupNorm refuses
-
-
 def test_the_default_is_the_paper():
-    default = build_pem(
-        **{k: v for k, v in compose("num_queries=100").network.items() if k != "_target_"}, num_classes=19
-    )
+    with torch.device("meta"):
+        default = instantiate(compose("num_queries=100").network, num_classes=19)
     assert network_of("ablation=prototype").state_dict().keys() == network_of("num_queries=7").state_dict().keys()
     assert count_parameters(default) == 16_957_829
 

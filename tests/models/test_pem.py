@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pem_lightning import build_pem, checkpoints
@@ -75,8 +75,7 @@ def test_padded_size_is_the_next_multiple_of_32(height, width):
     assert 0 <= full_width - width < 32
 
 
-@settings(max_examples=6, deadline=None)
-@given(st.integers(1, 100), st.integers(1, 100))
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (32, 33), (100, 64)])
 def test_takes_any_size(height, width):
     model = build_tiny(num_layers=1).eval()
     with torch.no_grad():
@@ -88,18 +87,9 @@ def test_takes_any_size(height, width):
 
 def test_images_of_a_batch_do_not_influence_each_other_in_evaluation(models):
     """In float64: in float32 one image and two may be rounded differently, and with that a logit near 0 change sign."""
-    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = copy.deepcopy(models["city_pan_stdc1"]).double()
     with torch.no_grad():
         both, alone = model(images), model(images[1:])
     torch.testing.assert_close(both.class_logits[1:], alone.class_logits, rtol=0, atol=1e-9)
     torch.testing.assert_close(both.mask_logits[1:], alone.mask_logits, rtol=0, atol=1e-9)
-
-
-def test_every_parameter_gets_a_gradient():
-    torch.manual_seed(0)
-    model = build_pem("stdc1", num_classes=3, num_queries=7).train()
-    out = model(torch.randn(2, 3, 64, 64))
-    sum(p.class_logits.sum() + p.mask_logits.square().sum() for p in (out, *out.auxiliary)).backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None]
-    assert without == []

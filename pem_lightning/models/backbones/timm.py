@@ -119,9 +119,9 @@ class TimmBackbone(Backbone):
         if file and empty:  # timm accepts any file
             raise UserError(f"backbone.pretrained={source} has no {empty[0]}: give the weights of {self.name}")
         self.model.load_state_dict(model.state_dict())
-        statistics = (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
-        statistics += (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
-        imagenet_mean, imagenet_std, mean, std = (torch.tensor(x)[:, None, None] for x in statistics)
+        imagenet = (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+        own = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        imagenet_mean, imagenet_std, mean, std = (torch.tensor(values)[:, None, None] for values in (*imagenet, *own))
         self.input_scale.copy_(imagenet_std / std)
         self.input_shift.copy_((imagenet_mean - mean) / std)
 
