@@ -55,7 +55,9 @@ class HungarianMatcher:
         points = self.rand((len(layers), len(targets), self.num_points, 2), device)  # L B P 2
         costs, finite = [], []
         with torch.autocast(device.type, enabled=False):
-            target_points = _at_points(targets, points)
+            of_images = zip(targets, points.transpose(0, 1).flatten(1, 2), strict=True)
+            sampled = [sample_masks(t.masks, where.expand(len(t.masks), -1, -1)) for t, where in of_images]
+            target_points = pad_sequence(sampled, batch_first=True).unflatten(2, (len(layers), -1))  # B N L P
             for i, layer in enumerate(layers):
                 cost, is_finite = self._cost(layer, points[i], labels, target_points[:, :, i])
                 costs.append(cost)
@@ -123,15 +125,3 @@ def pairwise_dice(
     overlap = probability @ target.mT  # B Q N
     total = probability.sum(-1)[:, :, None] + target.sum(-1)[:, None, :]
     return 1 - (2 * overlap + 1) / (total + 1)
-
-
-def _at_points(
-    targets: Sequence[Target], points: Float[Tensor, "layers batch points 2"]
-) -> Float[Tensor, "batch segments layers points"]:
-    """Sample every image's masks at its points of all layers."""
-    of_images = points.transpose(0, 1).flatten(1, 2)  # B L*P 2
-    sampled = [
-        sample_masks(target.masks, of_image.expand(len(target.masks), -1, -1))
-        for target, of_image in zip(targets, of_images, strict=True)
-    ]
-    return pad_sequence(sampled, batch_first=True).unflatten(2, (len(points), -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -11,8 +12,24 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pem_lightning.types import UserError
+
 NormFactory = Callable[[int], nn.Module]
 """Number of channels -> normalisation layer."""
+
+
+class Backbone(nn.Module, ABC):
+    """A feature extractor."""
+
+    channels: tuple[int, ...]  # at strides 4, 8, 16 and 32
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
+        """Extract features at strides 4, 8, 16 and 32 from normalised images, whose sides are multiples of 32."""
+
+    def load_pretrained(self, source: bool | str = True) -> None:
+        """Load the weights of the backbone's library (True) or of a file; most have none and raise `UserError`."""
+        raise UserError("backbone.pretrained is for backbone=timm: leave it out")
 
 
 class FrozenBatchNorm2d(nn.Module):

@@ -1,8 +1,7 @@
 """Mask2Former's pixel decoder (Cheng et al., CVPR 2022), which PEM's ablations compare with PEM's own.
 
 An encoder of multi-scale deformable attention (Zhu et al., "Deformable DETR", ICLR 2021, equation 3) over strides 32,
-16 and 8. Head m of query q reads P points of each of the L levels: with p_q its reference point and x^l the features
-of level l, sampled bilinearly and 0 outside,
+16 and 8: with p_q the reference point of query q and x^l the features of level l, sampled bilinearly and 0 outside,
 
     y_q = sum_m  W_m  sum_l sum_p  A_mlqp  W'_m x^l(p_q + offset_mlqp)        sum_l sum_p A_mlqp = 1
 
@@ -113,11 +112,7 @@ class MSDeformEncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(
-        self,
-        x: Float[Tensor, "B S C"],
-        positions: Float[Tensor, "S C"],
-        references: Float[Tensor, "S 2"],
-        sizes: Sizes,
+        self, x: Float[Tensor, "B S C"], positions: Float[Tensor, "S C"], references: Float[Tensor, "S 2"], sizes: Sizes
     ) -> Float[Tensor, "B S C"]:
         """Update every position; the values carry no position encoding."""
         x = self.attention_norm(x + self.attention(x + positions, references, x, sizes))

@@ -69,8 +69,6 @@ class PixelDecoder(nn.Module):
     """Backbone features -> features for the masks (stride 4) and for the transformer decoder (32, 16, 8).
 
     Args:
-        in_channels: of the backbone's features at strides 4, 8, 16 and 32.
-        kernel: of the deformable convolutions, see `deformable_conv.choose_kernel`.
         csm: False for the ablation without CSM; the coarsest level still gets the global context.
         deformable: False for the ablation with ordinary convolutions.
     """

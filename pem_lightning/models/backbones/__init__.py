@@ -7,10 +7,9 @@ from functools import partial
 
 from torch import nn
 
-from pem_lightning.models.backbones.base import Backbone
 from pem_lightning.models.backbones.resnet import ResNet
 from pem_lightning.models.backbones.stdc import STDC
-from pem_lightning.models.layers import FrozenBatchNorm2d, NormFactory
+from pem_lightning.models.layers import Backbone, FrozenBatchNorm2d, NormFactory
 from pem_lightning.types import UserError
 
 NORMS: dict[str, NormFactory] = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d}

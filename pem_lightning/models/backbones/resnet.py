@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pem_lightning.models.backbones.base import Backbone
-from pem_lightning.models.layers import NormFactory
+from pem_lightning.models.layers import Backbone, NormFactory
 
 
 class BasicBlock(nn.Module):

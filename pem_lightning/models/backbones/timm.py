@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pem_lightning.models.backbones.base import Backbone
+from pem_lightning.models.layers import Backbone
 from pem_lightning.types import UserError
 
 STRIDES = (4, 8, 16, 32)
