@@ -28,31 +28,23 @@ from pem_lightning.types import Predictions, Target, UserError
 
 
 class Pairs(NamedTuple):
-    """Indices of the matched queries and segments of all layers, on the device, image by image.
-
-    Segments are counted over all images. `counts` has the pairs of every image, the same in all layers.
-    """
+    """Indices of the matched queries and segments of all layers, on the device; segments count over all images."""
 
     layers: Int64[Tensor, "layers #pairs"]
     images: Int64[Tensor, "layers pairs"]
     queries: Int64[Tensor, "layers pairs"]
     segments: Int64[Tensor, "layers pairs"]
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # of each image, the same in all layers
 
 
 class LossTotals(NamedTuple):
     """What the losses of a step are divided by: the mean over all processes, whose gradients are averaged.
 
-    The authors divide the classification loss by each process's own total. Ours does not depend on which process has
-    which image; with one process both are the same.
-
-    Attributes:
-        masks: number of segments, at least 1.
-        class_weight: sum of the weights of all queries in the classification loss.
+    The authors divide the classification loss by each process's own total; ours ignores which process has which image.
     """
 
-    masks: Float[Tensor, ""]
-    class_weight: Float[Tensor, ""]
+    masks: Float[Tensor, ""]  # number of segments, at least 1
+    class_weight: Float[Tensor, ""]  # sum of the weights of all queries in the classification loss
 
 
 class SetCriterion(nn.Module):
@@ -60,10 +52,9 @@ class SetCriterion(nn.Module):
 
     Args:
         num_classes: K, without "no object".
-        class_weight: of classification in loss and matching; so are `mask_weight` and `dice_weight` of their losses.
+        class_weight: of classification, in loss and matching; `mask_weight` and `dice_weight` of their losses.
         no_object_weight: of unmatched queries in the classification loss.
-        num_points: P, at which masks are compared.
-        oversample_ratio: see `choose_uncertain_points`, also for `importance_sample_ratio`.
+        num_points: P, at which masks are compared; see `choose_uncertain_points` for the two ratios.
         rand: draws all points: the matcher's, then those of `choose_uncertain_points` layer by layer.
 
     Raises:
@@ -101,10 +92,7 @@ class SetCriterion(nn.Module):
         self.register_buffer("no_object_weighting", weights, persistent=False)
 
     def totals(self, targets: Sequence[Target], num_queries: int, device: torch.device) -> LossTotals:
-        """Count what a step's losses are divided by, over all processes and without waiting for the device.
-
-        `targets` are those of all images of the step in this process.
-        """
+        """Count for all images of the step in this process, then over all processes, without waiting for the device."""
         counts = [len(target.labels) for target in targets]
         matched = sum(min(count, num_queries) for count in counts)
         unmatched = len(targets) * num_queries - matched
@@ -122,13 +110,12 @@ class SetCriterion(nn.Module):
         """Compute all losses, in float32 whatever the predictions' type and the autocast state.
 
         Args:
-            predictions: the network's output in training.
-            targets: one per image, masks of the padded images' size. No segments and empty segments are fine.
+            predictions: of the last layer, with the others in `auxiliary`.
+            targets: one per image, masks of the padded images' size; no segments and empty segments are fine.
             totals: of the whole step, if these are only some of its images.
 
         Returns:
-            Weighted losses, to be summed: "loss_ce", "loss_mask" and "loss_dice" of the last layer, and with "_0",
-            "_1", ... those of `predictions.auxiliary`.
+            Weighted "loss_ce", "loss_mask" and "loss_dice" of the last layer, and with "_0", ... those of `auxiliary`.
         """
         layers = (predictions, *predictions.auxiliary)
         pairs = _gather_pairs(self.matcher(layers, targets), targets, predictions.mask_logits.device)
@@ -147,7 +134,7 @@ class SetCriterion(nn.Module):
     def _classification_loss(
         self, layers: Sequence[Predictions], targets: Sequence[Target], pairs: Pairs
     ) -> Float[Tensor, " layers"]:
-        """Sum of the cross-entropy over all queries; the target of unmatched ones is "no object"."""
+        """Sum over all queries; the target of unmatched ones is "no object"."""
         logits = torch.stack([layer.class_logits.float() for layer in layers])  # L B Q K+1
         labels = logits.new_full(logits.shape[:3], self.num_classes, dtype=torch.long)  # L B Q
         labels[pairs.layers, pairs.images, pairs.queries] = torch.cat([t.labels for t in targets])[pairs.segments]
@@ -184,10 +171,7 @@ def dice_loss(logits: Float[Tensor, "rows points"], target: Float[Tensor, "rows 
 
 
 def _matched_masks(layers: Sequence[Predictions], pairs: Pairs) -> Float[Tensor, "layers pairs H W"]:
-    """Mask logits of the matched queries, in float32.
-
-    Multiplied from their factors where these are given, so that no gradient of the other masks is computed.
-    """
+    """Mask logits of the matched queries in float32, from their factors if given: other masks need no gradient."""
     factors = [layer.mask_factors for layer in layers if layer.mask_factors is not None]
     if len(factors) < len(layers):
         chosen = zip(layers, pairs.images, pairs.queries, strict=True)
@@ -217,5 +201,5 @@ def _gather_pairs(matches: list[list[Match]], targets: Sequence[Target], device:
         rows = rows.pin_memory()  # a copy from any other memory may wait for the device
     layers = torch.arange(len(matches), device=device)[:, None]
     counts = tuple(of_image.shape[1] for of_image in queries)
-    on_device = rows.to(device, non_blocking=True)
-    return Pairs(layers, on_device[0], on_device[1], on_device[2], counts)
+    images_, queries_, segments_ = rows.to(device, non_blocking=True)
+    return Pairs(layers, images_, queries_, segments_, counts)

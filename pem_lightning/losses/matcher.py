@@ -34,18 +34,16 @@ class Match(NamedTuple):
 class HungarianMatcher:
     """Finds the cheapest one-to-one assignment of queries to segments.
 
-    The cost of a pair is the weighted sum of minus the probability of the segment's class, and of binary cross-entropy
-    and dice loss between the masks, at P points that all pairs of an image share. Costs are float32 whatever the
-    autocast state, and always finite. All layers are matched with a single transfer from the device, and their points
-    drawn at once: `[L, B, P, 2]`.
+    The cost of a pair is the weighted sum of minus the probability of the segment's class, binary cross-entropy and
+    dice loss between the masks, at P points that all pairs of an image share; float32 and always finite. All layers are
+    matched with a single transfer from the device, and their points drawn at once: `[L, B, P, 2]`.
     """
 
     def __init__(
         self, class_weight: float, mask_weight: float, dice_weight: float, num_points: int, rand: UniformSource
     ) -> None:
         self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
-        self.num_points = num_points
-        self.rand = rand
+        self.num_points, self.rand = num_points, rand
         self._warned = False
 
     @torch.no_grad()
@@ -57,7 +55,9 @@ class HungarianMatcher:
         points = self.rand((len(layers), len(targets), self.num_points, 2), device)  # L B P 2
         costs, finite = [], []
         with torch.autocast(device.type, enabled=False):
-            target_points = _at_points(targets, points)
+            of_images = zip(targets, points.transpose(0, 1).flatten(1, 2), strict=True)
+            sampled = [sample_masks(t.masks, where.expand(len(t.masks), -1, -1)) for t, where in of_images]
+            target_points = pad_sequence(sampled, batch_first=True).unflatten(2, (len(layers), -1))  # B N L P
             for i, layer in enumerate(layers):
                 cost, is_finite = self._cost(layer, points[i], labels, target_points[:, :, i])
                 costs.append(cost)
@@ -73,7 +73,13 @@ class HungarianMatcher:
                 stacklevel=2,
             )
         matrices = numbers[:-1].view(len(layers), *costs[0].shape)
-        return [[_assign(cost[:, :n]) for cost, n in zip(images, counts, strict=True)] for images in matrices]
+        return [
+            [
+                Match(*map(torch.from_numpy, linear_sum_assignment(cost[:, :n].numpy())))
+                for cost, n in zip(images, counts, strict=True)
+            ]
+            for images in matrices
+        ]
 
     def _cost(
         self,
@@ -83,15 +89,14 @@ class HungarianMatcher:
         target: Float[Tensor, "batch segments points"],
     ) -> tuple[Float[Tensor, "batch queries segments"], Bool[Tensor, ""]]:
         """Compute the cost of every pair, and whether the predictions are finite."""
-        class_logits = layer.class_logits.float()
-        logits = sample_points(layer.mask_logits.float(), points)  # B Q P
-        is_finite = _are_finite(class_logits) & _are_finite(logits)
-        probability = _finite(class_logits).softmax(-1)
-        logits = _finite(logits)
+        both = (layer.class_logits.float(), sample_points(layer.mask_logits.float(), points))
+        # One pass over each; a NaN is both the smallest and the largest.
+        is_finite = torch.stack([x for logits in both for x in logits.aminmax()]).isfinite().all()
+        class_logits, logits = (x.nan_to_num(nan=0.0).clamp_(-LARGEST_LOGIT, LARGEST_LOGIT) for x in both)
 
         label_of_pair = labels[:, None].expand(-1, logits.shape[1], -1)  # B Q N
         # The loss is -log p; the cost -p is of the same scale as the masks' costs and works better.
-        class_cost = -probability.gather(2, label_of_pair)
+        class_cost = -class_logits.softmax(-1).gather(2, label_of_pair)
         return (
             self.class_weight * class_cost
             + self.mask_weight * pairwise_cross_entropy(logits, target)
@@ -104,8 +109,7 @@ def pairwise_cross_entropy(
 ) -> Float[Tensor, "batch queries segments"]:
     """Binary cross-entropy of every query with every segment, mean over the points.
 
-    Two matrix products: -log(1 - sigmoid(x)) = softplus(x) where the target is 0, and -log sigmoid(x) = softplus(x) - x
-    where it is 1.
+    -log(1 - sigmoid(x)) = softplus(x) where the target is 0, -log sigmoid(x) = softplus(x) - x where it is 1.
     """
     softplus = F.softplus(logits)
     foreground = (softplus - logits) @ target.mT
@@ -121,28 +125,3 @@ def pairwise_dice(
     overlap = probability @ target.mT  # B Q N
     total = probability.sum(-1)[:, :, None] + target.sum(-1)[:, None, :]
     return 1 - (2 * overlap + 1) / (total + 1)
-
-
-def _at_points(
-    targets: Sequence[Target], points: Float[Tensor, "layers batch points 2"]
-) -> Float[Tensor, "batch segments layers points"]:
-    """Sample every image's masks at its points of all layers."""
-    of_images = points.transpose(0, 1).flatten(1, 2)  # B L*P 2
-    sampled = [
-        sample_masks(target.masks, of_image.expand(len(target.masks), -1, -1))
-        for target, of_image in zip(targets, of_images, strict=True)
-    ]
-    return pad_sequence(sampled, batch_first=True).unflatten(2, (len(points), -1))
-
-
-def _are_finite(logits: Tensor) -> Bool[Tensor, ""]:
-    return torch.stack(logits.aminmax()).isfinite().all()  # one pass; a NaN is both the smallest and the largest
-
-
-def _finite(logits: Tensor) -> Tensor:
-    return logits.nan_to_num(nan=0.0).clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
-
-
-def _assign(cost: Float[Tensor, "queries segments"]) -> Match:
-    queries, segments = linear_sum_assignment(cost.numpy())
-    return Match(torch.from_numpy(queries), torch.from_numpy(segments))

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 PIXELS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
@@ -59,29 +59,20 @@ def choose_uncertain_points(
     importance_sample_ratio: float,
     rand: UniformSource,
 ) -> Float[Tensor, "rows points 2"]:
-    """Choose points near the predicted masks' borders, and some anywhere (PointRend, section 3.1).
+    """Choose P points near every predicted mask's border, then some anywhere (PointRend, section 3.1).
 
     Args:
-        logits: one predicted mask per row; the closer to 0, the less certain.
-        num_points: P, of every row.
         oversample_ratio: candidates per point, at least 1.
-        importance_sample_ratio: share of points that are the most uncertain candidates; the others are drawn anew.
+        importance_sample_ratio: share of points that are the most uncertain candidates (logits nearest 0).
         rand: draws the candidates `[N, int(P * oversample_ratio), 2]`, then the other points.
-
-    Returns:
-        The uncertain points, then the others.
     """
     N = len(logits)
     num_uncertain = int(importance_sample_ratio * num_points)
     candidates = rand((N, int(num_points * oversample_ratio), 2), logits.device)
     certainty = sample_points(logits[:, None], candidates).squeeze(1).abs_()
-    best = _smallest(certainty, num_uncertain)  # N P'
+    if certainty.device.type != "cpu" or num_uncertain == certainty.shape[1]:
+        best = certainty.topk(num_uncertain, largest=False, sorted=False).indices  # N P'
+    else:  # five times as fast
+        best = torch.from_numpy(np.argpartition(certainty.numpy(), num_uncertain, axis=1)[:, :num_uncertain])
     uncertain = candidates.gather(1, best[..., None].expand(-1, -1, 2))  # N P' 2
     return torch.cat([uncertain, rand((N, num_points - num_uncertain, 2), logits.device)], dim=1)
-
-
-def _smallest(values: Float[Tensor, "rows columns"], count: int) -> Int64[Tensor, "rows count"]:
-    """Columns of the smallest values of every row, in no order."""
-    if values.device.type != "cpu" or count == values.shape[1]:
-        return values.topk(count, dim=1, largest=False, sorted=False).indices
-    return torch.from_numpy(np.argpartition(values.numpy(), count, axis=1)[:, :count])  # five times as fast

@@ -14,18 +14,12 @@ from pem_lightning.models.prototype_attention import PrototypeCrossAttention
 
 
 class MeanCrossAttention(PrototypeCrossAttention):
-    """PEM-CA with the mean of the features inside the mask instead of the prototype (in place of equations 2 and 3).
-
-    All heads share it. Where a mask is empty or there is none, it is the mean of the whole map.
-    """
+    """PEM-CA with the mean of the features inside the mask, of the whole map if it is empty, as the prototype."""
 
     def select(
-        self,
-        keys: Float[Tensor, "B P C"],
-        queries: Float[Tensor, "B Q C"],
-        background: Bool[Tensor, "B Q P"] | None,
+        self, keys: Float[Tensor, "B P C"], queries: Float[Tensor, "B Q C"], background: Bool[Tensor, "B Q P"] | None
     ) -> Float[Tensor, "B Q C"]:
-        """Average."""
+        """Average; all heads share the mean (in place of equations 2 and 3)."""
         if background is None:
             return keys.mean(1, keepdim=True).expand_as(queries)
         foreground = (~background | background.all(2, keepdim=True)).to(keys.dtype)  # B Q P
@@ -33,15 +27,12 @@ class MeanCrossAttention(PrototypeCrossAttention):
 
 
 class WithoutInteraction(PrototypeCrossAttention):
-    """PEM-CA without the product: W_out(K*) + queries in place of equations 4 and 5.
-
-    The queries' projection then has no gradient, because a selection has none, and keeps its initial weights.
-    """
+    """PEM-CA without the product: W_out(K*) + queries in place of equations 4 and 5."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__(channels, num_heads)
         del self.interaction, self.alpha
-        self.query_norm.requires_grad_(False)
+        self.query_norm.requires_grad_(False)  # a selection gives no gradient
         self.query_linear.requires_grad_(False)
 
     def interact(self, prototypes: Float[Tensor, "B Q C"], queries: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
@@ -81,7 +72,7 @@ class MaskedCrossAttention(nn.Module):
         features: Float[Tensor, "B C H W"],
         mask_logits: Float[Tensor, "B Q H W"] | None,
     ) -> Float[Tensor, "B Q C"]:
-        """Update the queries; as `PrototypeCrossAttention`, but the features come without position encoding."""
+        """Update the queries; the features come without position encoding."""
         _, C, H, W = features.shape
         y, x = sine_position_encoding(H, W, C, device=features.device)
         keys = self._heads(pointwise(self.key_linear, features + y.to(features.dtype) + x.to(features.dtype)))

@@ -1,10 +1,10 @@
 """Modulated deformable convolution (Zhu et al., "Deformable ConvNets v2", CVPR 2019): one module, several kernels.
 
-Every kernel computes, for output pixel p and the K taps k of a 3x3 convolution,
+Every kernel computes, for output pixel p and the taps k of a 3x3 convolution,
 
     y(p) = sum_k  W_k  x(p + k + offset_k(p)) * mask_k(p)
 
-where x is sampled bilinearly and is 0 outside. The default kernel is plain PyTorch and runs everywhere.
+where x is sampled bilinearly and is 0 outside.
 
 Legend: B batch, C channels, H W spatial, T taps (9).
 """
@@ -28,10 +28,7 @@ PIXELS_AT_ONCE = 4096
 
 
 class DeformableConv(nn.Module):
-    """3x3 modulated deformable convolution that predicts its own offsets and modulation.
-
-    The offset layer starts at zero, so that the module starts as an ordinary convolution with its taps halved.
-    """
+    """Predicts its own offsets and modulation; starts as an ordinary convolution with its taps halved."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: str = "auto") -> None:
         super().__init__()
@@ -61,9 +58,8 @@ def choose_kernel(operator: str, name: str, plain: Kernel, libraries: Mapping[st
     """Choose an operator's kernel.
 
     Args:
-        operator: its name in error messages.
         name: "torch"; a library's name; or "auto", which is mmcv on GPUs where it is installed and "torch" otherwise.
-        plain: the kernel "torch". It also counts flops on the meta device, whatever the name.
+        plain: the kernel "torch", which also runs on all other devices (flops are counted on "meta").
         libraries: the loader of each library's kernel for a device type, which raises if it does not work there.
 
     Raises:
@@ -94,16 +90,10 @@ def deform_conv_torch(
     mask: Float[Tensor, "B T H W"],
     weight: Float[Tensor, "C_out C_in k k"],
 ) -> Float[Tensor, "B C_out H W"]:
-    """Compute the operator in plain PyTorch, exactly and with all gradients.
+    """Compute the operator in plain PyTorch, with padding k // 2; `offsets` are (dy, dx) of every tap in pixels.
 
-    Bilinear sampling is a weighted bag of four corners, so `embedding_bag` over channels-last features gathers, weighs
-    and adds them without holding the four corners in memory; one matrix product does the rest.
-
-    Args:
-        x: input features.
-        offsets: (dy, dx) of tap 0, (dy, dx) of tap 1, ... in pixels.
-        mask: modulation of every tap.
-        weight: of a k x k convolution with padding k // 2 and stride 1.
+    Bilinear sampling is a weighted bag of four corners: `embedding_bag` over channels-last features adds them without
+    holding the corners in memory; one matrix product does the rest.
     """
     B, C, H, W = x.shape
     C_out, k = weight.shape[0], weight.shape[-1]
@@ -128,9 +118,9 @@ def deform_conv_torch(
 def _corners(
     offsets: Float[Tensor, "B two_T H W"], mask: Float[Tensor, "B T H W"], k: int
 ) -> tuple[Int64[Tensor, "bags 4"], Float[Tensor, "bags 4"]]:
-    """Rows of the flattened features, and weights, of the four corners of every sample.
+    """Rows of the flattened features, and weights (0 outside the map), of the four corners of every sample.
 
-    A bag is one tap of one output pixel, ordered batch, row, column, tap. Corners outside the map have weight 0.
+    A bag is one tap of one output pixel, ordered batch, row, column, tap.
     """
     B, T, H, W = mask.shape
 
@@ -141,8 +131,7 @@ def _corners(
     offsets = offsets.view(B, T, 2, H, W).permute(2, 0, 3, 4, 1)
     y = offsets[0] + (count(H)[:, None, None] + taps.repeat_interleave(k))
     x = offsets[1] + (count(W)[:, None] + taps.repeat(k))
-    # Nothing is read that far outside; the clamp keeps the integer conversion below defined.
-    y, x = y.clamp(-2, H + 1), x.clamp(-2, W + 1)
+    y, x = y.clamp(-2, H + 1), x.clamp(-2, W + 1)  # nothing is read there; farther away, `long` is undefined
     # Only the integer part is freed of NaN: it shall come out as NaN, not as an index error.
     y0, x0 = y.detach().floor().nan_to_num(), x.detach().floor().nan_to_num()
     fy, fx = y - y0, x - x0

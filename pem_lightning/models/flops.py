@@ -33,7 +33,7 @@ def count_gmacs(network: nn.Module, height: int, width: int) -> float:
 
 def _per_element(factor: int) -> Callable[..., int]:
     def flops(*args: Any, out_shape: Any, **kwargs: Any) -> int:
-        return factor * prod(out_shape[0] if isinstance(out_shape[0], Sequence | torch.Size) else out_shape)
+        return factor * prod(out_shape[0] if isinstance(out_shape[0], Sequence) else out_shape)
 
     return flops
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -11,15 +12,28 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pem_lightning.types import UserError
+
 NormFactory = Callable[[int], nn.Module]
 """Number of channels -> normalisation layer."""
 
 
-class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation with constant scale, shift and statistics, as in ADE20K's ResNet.
+class Backbone(nn.Module, ABC):
+    """A feature extractor."""
 
-    Its state dict is that of `nn.BatchNorm2d`. It is no subclass, so that nothing takes it for a layer that learns.
-    """
+    channels: tuple[int, ...]  # at strides 4, 8, 16 and 32
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
+        """Extract features at strides 4, 8, 16 and 32 from normalised images, whose sides are multiples of 32."""
+
+    def load_pretrained(self, source: bool | str = True) -> None:
+        """Load the weights of the backbone's library (True) or of a file; most have none and raise `UserError`."""
+        raise UserError("backbone.pretrained is for backbone=timm: leave it out")
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation that never learns, as in ADE20K's ResNet, with the state dict of `nn.BatchNorm2d`."""
 
     weight: Tensor
     bias: Tensor
@@ -44,12 +58,7 @@ class ConvBNReLU(nn.Module):
     fusable = (("conv", "bn"),)
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        norm: NormFactory = nn.BatchNorm2d,
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, norm: NormFactory = nn.BatchNorm2d
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
@@ -97,11 +106,10 @@ def sine_position_encoding(
     """Encode positions by sines and cosines: the first half of the channels in y, the second half in x.
 
     Coordinates run up to 2 pi whatever the size; wavelengths grow from 2 pi to 10000 x 2 pi. The encoding is the sum of
-    the two parts that are returned: added to a map one after the other, they need no full map of their own.
+    the two parts: added one after the other, they need no full map of their own.
     """
     half = channels // 2
-    frequency = torch.arange(half // 2, dtype=torch.float32, device=device) * (2 / half)
-    wavelength = 10000.0**frequency
+    wavelength = 10000.0 ** (torch.arange(half // 2, dtype=torch.float32, device=device) * (2 / half))
 
     def encode(length: int) -> Float[Tensor, "half_channels length"]:
         positions = torch.arange(1, length + 1, dtype=torch.float32, device=device) / (length + 1e-6) * (2 * math.pi)

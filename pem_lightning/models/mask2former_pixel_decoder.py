@@ -1,8 +1,7 @@
 """Mask2Former's pixel decoder (Cheng et al., CVPR 2022), which PEM's ablations compare with PEM's own.
 
 An encoder of multi-scale deformable attention (Zhu et al., "Deformable DETR", ICLR 2021, equation 3) over strides 32,
-16 and 8. Head m of query q reads P points of each of the L levels: with p_q its reference point and x^l the features
-of level l, sampled bilinearly and 0 outside,
+16 and 8: with p_q the reference point of query q and x^l the features of level l, sampled bilinearly and 0 outside,
 
     y_q = sum_m  W_m  sum_l sum_p  A_mlqp  W'_m x^l(p_q + offset_mlqp)        sum_l sum_p A_mlqp = 1
 
@@ -38,8 +37,7 @@ Sizes = Sequence[tuple[int, int]]
 class MSDeformPixelDecoder(nn.Module):
     """Backbone features -> features for the masks (stride 4) and for the transformer decoder (32, 16, 8).
 
-    Interchangeable with `PixelDecoder`, whose first arguments it shares. Padding is not masked, as in Mask2Former's
-    inference.
+    Takes the place of `PixelDecoder`. Padding is not masked, as in Mask2Former's inference.
 
     Raises:
         UserError: the channels are no multiple of 32.
@@ -76,11 +74,7 @@ class MSDeformPixelDecoder(nn.Module):
     def forward(
         self, features: list[Float[Tensor, "B _ _ _"]]
     ) -> tuple[Float[Tensor, "B C_mask H W"], list[Float[Tensor, "B C _ _"]]]:
-        """Decode the backbone's features of strides 4, 8, 16 and 32.
-
-        Returns:
-            Mask features of stride 4, and the levels of strides 32, 16 and 8.
-        """
+        """Return mask features of stride 4, and the levels of strides 32, 16 and 8."""
         coarse_to_fine = features[: -NUM_LEVELS - 1 : -1]
         inputs = [project(x) for project, x in zip(self.input_projections, coarse_to_fine, strict=True)]
         sizes = [(x.shape[2], x.shape[3]) for x in inputs]
@@ -96,7 +90,7 @@ class MSDeformPixelDecoder(nn.Module):
         return self.mask_projection(F.relu(self.output(lateral + upsampled), inplace=True)), levels
 
     def _positions(self, sizes: Sizes, like: Tensor) -> Float[Tensor, "S C"]:
-        """Sine encoding of the place in the level plus the learned embedding of the level."""
+        """Sine encoding of the place plus the level's embedding."""
         encodings = []
         for (height, width), level in zip(sizes, self.level_embedding.weight, strict=True):
             y, x = sine_position_encoding(height, width, self.channels, device=like.device)
@@ -118,11 +112,7 @@ class MSDeformEncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(
-        self,
-        x: Float[Tensor, "B S C"],
-        positions: Float[Tensor, "S C"],
-        references: Float[Tensor, "S 2"],
-        sizes: Sizes,
+        self, x: Float[Tensor, "B S C"], positions: Float[Tensor, "S C"], references: Float[Tensor, "S 2"], sizes: Sizes
     ) -> Float[Tensor, "B S C"]:
         """Update every position; the values carry no position encoding."""
         x = self.attention_norm(x + self.attention(x + positions, references, x, sizes))
@@ -133,8 +123,7 @@ class MSDeformEncoderLayer(nn.Module):
 class MultiScaleDeformableAttention(nn.Module):
     """Attention to a few points of every level around each query's reference point.
 
-    Starts, as in Deformable DETR, with uniform attention to points at 1, 2, ... pixels from the reference, each head in
-    its own direction.
+    Starts with uniform attention to points at 1, 2, ... pixels from it, each head in its own direction.
     """
 
     def __init__(self, channels: int, num_heads: int, num_levels: int, num_points: int, kernel: str = "auto") -> None:
@@ -147,10 +136,8 @@ class MultiScaleDeformableAttention(nn.Module):
         self.kernel = get_kernel(kernel)
         for layer in (self.values, self.output):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for layer in (self.offsets, self.weights):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.weights.bias)
+        for zero in (self.values.bias, self.output.bias, self.offsets.weight, self.weights.weight, self.weights.bias):
+            nn.init.zeros_(zero)
         angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
         directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
         directions = directions / directions.abs().amax(dim=1, keepdim=True)  # to the border of a square
@@ -186,16 +173,9 @@ def ms_deform_attn_torch(
     locations: Float[Tensor, "B Q M L P 2"],
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q M*D"]:
-    """Compute the operator in plain PyTorch, exactly and with all gradients.
+    """Compute the operator in plain PyTorch; `locations` are (x, y) from 0 to 1 over the whole map.
 
-    A head of a query is a weighted sum of L x P samples of four corners each: one bag of `embedding_bag` with 4 L P
-    rows of `values`, where a row is a head of a position.
-
-    Args:
-        values: the positions row by row, one level after the other.
-        sizes: of the levels.
-        locations: (x, y) from 0 to 1 over the whole map.
-        weights: of the points, which add up to 1.
+    A head of a query is one bag of `embedding_bag` with the four corners of L x P samples, rows of `values`.
     """
     B, S, M, D = values.shape
     table, locations, weights = at_least_float32(values, locations, weights)
@@ -214,9 +194,9 @@ def ms_deform_attn_torch(
 def _corners(
     locations: Float[Tensor, "B Q M L P 2"], weights: Float[Tensor, "B Q M L P"], sizes: Sizes, S: int
 ) -> tuple[Int[Tensor, "bags rows"], Float[Tensor, "bags rows"]]:
-    """Rows of the table and their weights, attention times bilinear, of the four corners of every sample.
+    """Rows of the table and their weights, attention times bilinear (0 outside the map), of every sample's corners.
 
-    A bag is one head of one query, ordered batch, query, head. Corners outside the map have weight 0.
+    A bag is one head of one query, ordered batch, query, head.
     """
     B, _, M, _, P, _ = locations.shape
     device, integer = locations.device, torch.int32 if B * S * M < 2**31 else torch.int64

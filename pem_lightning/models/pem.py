@@ -32,16 +32,10 @@ class PEM(nn.Module):
         transformer_decoder: TransformerDecoder,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.pixel_decoder = pixel_decoder
-        self.transformer_decoder = transformer_decoder
+        self.backbone, self.pixel_decoder, self.transformer_decoder = backbone, pixel_decoder, transformer_decoder
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-        """Predict classes and masks, the masks at a quarter of the padded size.
-
-        Args:
-            images: normalised by ImageNet's mean and deviation, of any size; padded with 0 at the right and bottom.
-        """
+        """Predict classes and masks, the masks at a quarter of the padded size, from normalised images of any size."""
         height, width = images.shape[-2:]
         full_height, full_width = padded_size(height, width)
         if (height, width) != (full_height, full_width):
@@ -72,11 +66,7 @@ def build_pem(
         num_queries: the largest number of segments of an image.
         backbone_norm: "batch" or "frozen", for a backbone given by name.
         kernel: of the deformable operators: "auto", "torch", "mmcv", for convolutions also "torchvision".
-        pixel_decoder: "pem", or "msdeform" for Mask2Former's.
-        pyramid_channels: of the pixel decoder's levels.
-        mask_channels: of the mask features.
-        csm: False for the ablation without context-based self-modulation.
-        deformable: False for the ablation with ordinary convolutions in the pixel decoder.
+        pixel_decoder: "pem", or "msdeform" for Mask2Former's; see `PixelDecoder` for `csm` and `deformable`.
         decoder: further arguments of `TransformerDecoder`, such as `num_layers`.
 
     Raises:

@@ -19,10 +19,7 @@ from pem_lightning.models.layers import ConvBNReLU
 
 
 class ContextSelfModulation(nn.Module):
-    """CSM: weigh channels by the map's own global context, x + x * w(mean(x)).
-
-    The weight passes a sigmoid twice, as in the authors' code, and so lies between 0.5 and 0.73.
-    """
+    """CSM: weigh channels by the map's own global context, x + x * w(mean(x)); w passes a sigmoid twice (authors)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -72,8 +69,6 @@ class PixelDecoder(nn.Module):
     """Backbone features -> features for the masks (stride 4) and for the transformer decoder (32, 16, 8).
 
     Args:
-        in_channels: of the backbone's features at strides 4, 8, 16 and 32.
-        kernel: of the deformable convolutions, see `deformable_conv.choose_kernel`.
         csm: False for the ablation without CSM; the coarsest level still gets the global context.
         deformable: False for the ablation with ordinary convolutions.
     """
@@ -93,19 +88,14 @@ class PixelDecoder(nn.Module):
         self.laterals = nn.ModuleList(ConvBNReLU(c, channels, 1) for c in reversed(in_channels))
         self.global_context = ConvBNReLU(in_channels[-1], channels, 1)
         self.csm = nn.ModuleList(ContextSelfModulation(channels) if csm else nn.Identity() for _ in in_channels)
-        self.upsampling = nn.ModuleList(
-            DeformableUpsampling(channels, kernel, deformable=deformable) for _ in in_channels[1:]
-        )
+        of_levels = (DeformableUpsampling(channels, kernel, deformable=deformable) for _ in in_channels[1:])
+        self.upsampling = nn.ModuleList(of_levels)
         self.mask_projection = ConvBNReLU(channels, mask_channels, 1)
 
     def forward(
         self, features: list[Float[Tensor, "B _ _ _"]]
     ) -> tuple[Float[Tensor, "B C_mask H W"], list[Float[Tensor, "B C _ _"]]]:
-        """Decode the backbone's features of strides 4, 8, 16 and 32.
-
-        Returns:
-            Mask features of stride 4, never negative, and the levels of strides 32, 16 and 8.
-        """
+        """Return mask features of stride 4, never negative, and the levels of strides 32, 16 and 8."""
         coarse_to_fine = features[::-1]
         context = self.global_context(coarse_to_fine[0].mean(dim=(2, 3), keepdim=True))
         levels = []

@@ -1,7 +1,7 @@
 """PEM-CA: prototype-based masked cross-attention, the paper's contribution (section 3.2, figure 3).
 
-Dot-product attention mixes all features inside a query's mask. Those are much alike, so PEM-CA keeps only the one most
-similar to the query, its *prototype*, for every query and head, and combines the two by an element-wise product.
+Features inside a query's mask are much alike: PEM-CA keeps the one most similar to the query, its *prototype*, for
+every query and head, and combines the two by an element-wise product.
 
 Legend: B batch, Q queries, C channels, M heads, D channels of a head, H W spatial, P positions (H * W).
 """
@@ -52,10 +52,9 @@ class PrototypeCrossAttention(nn.Module):
         """Update the queries.
 
         Args:
-            queries: the residual stream.
-            query_positions: learned embeddings, added for the attention only.
+            query_positions: added for the attention only.
             features: of one level, with position encoding.
-            mask_logits: the queries' masks at the level's size; 0 is foreground. None for no masking.
+            mask_logits: at the level's size; 0 is foreground. None for no masking.
         """
         keys = pointwise(self.feature_linear, self.feature_conv(self.feature_norm(features)))
         keys = F.normalize(keys.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # B P C
@@ -64,10 +63,7 @@ class PrototypeCrossAttention(nn.Module):
         return self.interact(self.select(keys, projected, background), projected) + queries
 
     def select(
-        self,
-        keys: Float[Tensor, "B P C"],
-        queries: Float[Tensor, "B Q C"],
-        background: Bool[Tensor, "B Q P"] | None,
+        self, keys: Float[Tensor, "B P C"], queries: Float[Tensor, "B Q C"], background: Bool[Tensor, "B Q P"] | None
     ) -> Float[Tensor, "B Q C"]:
         """Pick the prototypes (equations 2 and 3)."""
         return self.selection(keys, queries, background)[0]
@@ -86,20 +82,16 @@ class PrototypeSelection(nn.Module):
         self.num_heads = num_heads
 
     def forward(
-        self,
-        features: Float[Tensor, "B P C"],
-        queries: Float[Tensor, "B Q C"],
-        background: Bool[Tensor, "B Q P"] | None,
+        self, keys: Float[Tensor, "B P C"], queries: Float[Tensor, "B Q C"], background: Bool[Tensor, "B Q P"] | None
     ) -> tuple[Float[Tensor, "B Q C"], Int64[Tensor, "B M Q"]]:
         """Return the prototypes and their positions.
 
-        `background` is True outside a query's mask. A query with an empty mask takes position 0; an image in which all
-        masks are empty is not masked, as in the authors' code.
+        A query with an empty mask takes position 0; an image whose masks are all empty is not masked (authors' code).
         """
-        keys = features.unflatten(2, (self.num_heads, -1))  # B P M D
-        positions = _most_similar(keys.detach(), queries.detach(), background)  # B M Q
-        index = positions.transpose(1, 2)[..., None].expand(-1, -1, -1, keys.shape[3])  # B Q M D
-        return keys.gather(1, index).flatten(2), positions
+        heads = keys.unflatten(2, (self.num_heads, -1))  # B P M D
+        positions = _most_similar(heads.detach(), queries.detach(), background)  # B M Q
+        index = positions.transpose(1, 2)[..., None].expand(-1, -1, -1, heads.shape[3])  # B Q M D
+        return heads.gather(1, index).flatten(2), positions
 
 
 @torch.no_grad()

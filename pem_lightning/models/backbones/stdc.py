@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pem_lightning.models.backbones.base import Backbone
-from pem_lightning.models.layers import ConvBNReLU, NormFactory
+from pem_lightning.models.layers import Backbone, ConvBNReLU, NormFactory
 
 
 class STDCBlock(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pem_lightning.models.backbones.base import Backbone
+from pem_lightning.models.layers import Backbone
 from pem_lightning.types import UserError
 
 STRIDES = (4, 8, 16, 32)
@@ -19,8 +19,8 @@ STRIDES = (4, 8, 16, 32)
 class TimmBackbone(Backbone):
     """A network of timm without its classification head.
 
-    Some pretrained weights expect other normalised images than ImageNet's. The scale and shift between the two are
-    saved with the weights, so that images are always normalised in the same way.
+    Some pretrained weights expect images that are not normalised by ImageNet's statistics: the scale and shift between
+    the two are saved with the weights.
 
     Args:
         name: of the model, with or without a tag of weights: "convnext_tiny", "convnext_tiny.fb_in22k".
@@ -61,23 +61,17 @@ class TimmBackbone(Backbone):
             )
         self._arguments["out_indices"] = tuple(deepest[stride] for stride in STRIDES)
         self.model = self._create(timm)
-        c4, c8, c16, c32 = self.model.feature_info.channels()
-        self.channels = (c4, c8, c16, c32)
+        self.channels = tuple(self.model.feature_info.channels())
         self._channels_last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
         self.register_buffer("input_scale", torch.ones(3, 1, 1))
         self.register_buffer("input_shift", torch.zeros(3, 1, 1))
-        if self.frozen:
-            for batch_norm in self._batch_norms():
-                batch_norm.requires_grad_(False)
+        for batch_norm in self._frozen_norms():
+            batch_norm.requires_grad_(False)
         if pretrained:
             self.load_pretrained(pretrained)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Extract features; see `Backbone`.
-
-        Raises:
-            UserError: the model does not take images of this size.
-        """
+        """Extract features; raises `UserError` if the model does not take images of this size."""
         height, width = images.shape[-2:]
         try:
             features = self.model(torch.addcmul(self.input_shift, images, self.input_scale))
@@ -100,10 +94,7 @@ class TimmBackbone(Backbone):
         return features
 
     def load_pretrained(self, source: bool | str = True) -> None:
-        """Load pretrained weights.
-
-        Args:
-            source: True for timm's, downloaded once into Hugging Face's cache; or a file (.safetensors, .pth).
+        """Load timm's weights (True), downloaded once into Hugging Face's cache, or a file (.safetensors, .pth).
 
         Raises:
             UserError: they do not exist or cannot be loaded.
@@ -121,17 +112,16 @@ class TimmBackbone(Backbone):
                 hub = config and config.hf_hub_id and f"model.safetensors of https://huggingface.co/{config.hf_hub_id}"
                 place = hub or (config and config.url)
                 hint = f"get {place} by hand and give backbone.pretrained=FILE" if place else "timm has none; use false"
-                raise UserError(
-                    f"no pretrained weights for backbone.name={self.name} ({_first_line(error)}): {hint}"
-                ) from error
+                message = f"no pretrained weights for backbone.name={self.name} ({_first_line(error)}): {hint}"
+                raise UserError(message) from error
         pairs = zip(model.named_parameters(), random.parameters(), strict=True)
         empty = [name for (name, p), q in pairs if p.ndim > 1 and torch.equal(p, q)]
         if file and empty:  # timm accepts any file
             raise UserError(f"backbone.pretrained={source} has no {empty[0]}: give the weights of {self.name}")
         self.model.load_state_dict(model.state_dict())
-        mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
-        imagenet_mean = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN)[:, None, None]
-        imagenet_std = torch.tensor(timm.data.IMAGENET_DEFAULT_STD)[:, None, None]
+        imagenet = (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+        own = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        imagenet_mean, imagenet_std, mean, std = (torch.tensor(values)[:, None, None] for values in (*imagenet, *own))
         self.input_scale.copy_(imagenet_std / std)
         self.input_shift.copy_((imagenet_mean - mean) / std)
 
@@ -142,13 +132,12 @@ class TimmBackbone(Backbone):
     def train(self, mode: bool = True) -> TimmBackbone:
         """Set the mode; frozen batch normalisations stay in evaluation mode."""
         super().train(mode)
-        if self.frozen:
-            for batch_norm in self._batch_norms():
-                batch_norm.eval()
+        for batch_norm in self._frozen_norms():
+            batch_norm.eval()
         return self
 
-    def _batch_norms(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    def _frozen_norms(self) -> list[nn.Module]:
+        return [m for m in self.modules() if self.frozen and isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
 
     def _create(self, timm: ModuleType, **extra: Any) -> Any:
         try:
@@ -156,24 +145,18 @@ class TimmBackbone(Backbone):
         except (TypeError, RuntimeError) as error:
             if extra:
                 raise
-            raise UserError(
-                f"timm cannot make features of backbone.name={self.name} ({_first_line(error)}): choose another"
-            ) from error
+            message = f"timm cannot make features of backbone.name={self.name} ({_first_line(error)}): choose another"
+            raise UserError(message) from error
 
 
 def import_timm() -> ModuleType:
-    """Import timm.
-
-    Raises:
-        UserError: it is not installed or does not load.
-    """
+    """Import timm; raises `UserError` if it is not installed or does not load."""
     try:
         import timm
         import timm.data
     except Exception as error:  # a torchvision built for another torch raises RuntimeError on import
-        raise UserError(
-            f"backbone=timm needs a working timm ({_first_line(error)}): pip install -r requirements-timm.txt"
-        ) from error
+        message = f"backbone=timm needs a working timm ({_first_line(error)}): pip install -r requirements-timm.txt"
+        raise UserError(message) from error
     return timm
 
 
