@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,20 +38,33 @@ def build_baseline(name: str, precision: str, size: tuple[int, int], device: str
     except Exception as error:  # a build for another torch raises RuntimeError
         raise UserError(f"{name} needs transformers: python -m pip install -r requirements-bench.txt") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it advises about models of its own hub
-    kind = EoMT if name in EOMT else SegFormer if name in SEGFORMER else Mask2Former
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        baseline: Baseline = kind(transformers, name, size)
+        if name in EOMT:
+            baseline: Baseline = EoMT(transformers, name, size)
+        elif name in SEGFORMER:
+            note = "semantic maps only, from logits of the classes at a quarter of the size"
+            baseline = Baseline(transformers, "Segformer", "Semantic", note, **SEGFORMER[name])
+        else:
+            note = "its post-processing brings masks to 384 x 384 whatever the image's size, which costs less"
+            backbone = transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+            settings = {"backbone_config": backbone, "num_queries": 100}
+            baseline = Mask2Former(transformers, "Mask2Former", "Universal", note, **settings)
     baseline.network.eval().requires_grad_(False).to(device, getattr(torch, precision))
     return baseline
 
 
 class Baseline:
-    """A network with its library's post-processing; `note` is what a reader has to know to judge its numbers."""
+    """A network with its library's post-processing; `note` is what a reader has to know to judge its numbers.
 
-    network: nn.Module
-    processor: Any
-    note: str
+    As it is, SegFormer (Xie et al., NeurIPS 2021).
+    """
+
+    def __init__(self, transformers: Any, name: str, kind: str, note: str, **settings: Any) -> None:
+        config = getattr(transformers, f"{name}Config")(num_labels=NUM_CLASSES, **settings)
+        self.network: Any = getattr(transformers, f"{name}For{kind}Segmentation")(config)
+        self.processor = getattr(transformers, f"{name}ImageProcessorPil")()
+        self.note = note
 
     def predict(self, images: Float[Tensor, "B 3 H W"]) -> Any:
         """Run the network; logits come out in float32, for post-processing is not compared in other precisions."""
@@ -77,27 +90,8 @@ class Baseline:
         return counter.get_total_flops() / 2e9 / len(images)
 
 
-class SegFormer(Baseline):
-    """SegFormer (Xie et al., NeurIPS 2021)."""
-
-    note = "semantic maps only, from logits of the classes at a quarter of the size"
-
-    def __init__(self, transformers: Any, name: str, size: tuple[int, int]) -> None:
-        config = transformers.SegformerConfig(num_labels=NUM_CLASSES, **SEGFORMER[name])
-        self.network = transformers.SegformerForSemanticSegmentation(config)
-        self.processor = transformers.SegformerImageProcessorPil()
-
-
 class Mask2Former(Baseline):
     """Mask2Former (Cheng et al., CVPR 2022) with ResNet-50: 100 queries, nine decoder layers, as for Cityscapes."""
-
-    note = "its post-processing brings masks to 384 x 384 whatever the image's size, which costs less"
-
-    def __init__(self, transformers: Any, name: str, size: tuple[int, int]) -> None:
-        backbone = transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
-        config = transformers.Mask2FormerConfig(backbone_config=backbone, num_labels=NUM_CLASSES, num_queries=100)
-        self.network = transformers.Mask2FormerForUniversalSegmentation(config)
-        self.processor = transformers.Mask2FormerImageProcessorPil()
 
     def postprocess(self, output: Any, size: tuple[int, int]) -> list[Any]:
         """Semantic and panoptic maps of every image."""
@@ -127,11 +121,9 @@ class EoMT(Baseline):
         count = -(-long_side // self.side)
         overlap = (count * self.side - long_side) / max(count - 1, 1)
         self.starts = [int(i * (self.side - overlap)) for i in range(count)]
-        self.note = f"semantic maps only, of {count} windows of {self.side} x {self.side}"
-        config = transformers.EomtConfig(**EOMT[name], image_size=self.side, num_queries=100, num_labels=NUM_CLASSES)
-        self.network = transformers.EomtForUniversalSegmentation(config)
+        note = f"semantic maps only, of {count} windows of {self.side} x {self.side}"
+        super().__init__(transformers, "Eomt", "Universal", note, **EOMT[name], image_size=self.side, num_queries=100)
         self.network.attn_mask_probs.zero_()
-        self.processor = transformers.EomtImageProcessorPil()
 
     def inputs(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Any]:
         """All windows of all images, and where they are."""

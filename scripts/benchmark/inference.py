@@ -87,7 +87,7 @@ def build(name: str, precision: str, options: argparse.Namespace) -> PEMPipeline
     common.say(f"building {name} {precision}")
     if name in BASELINES:
         return build_baseline(name, precision, options.size, options.device)
-    return PEMPipeline(*load_weights(name, options.checkpoint, options.device), precision, options.compile)
+    return PEMPipeline(name, precision, options)
 
 
 @torch.no_grad()
@@ -106,14 +106,13 @@ def run_once(name: str, precision: str, options: argparse.Namespace) -> None:
 class PEMPipeline:
     """PEM as the reference or, in a precision, as `OptimizedNetwork` runs it."""
 
-    def __init__(
-        self, network: PEM, things: frozenset[int], settings: dict[str, Any], precision: str, compile: str | None
-    ) -> None:
+    def __init__(self, name: str, precision: str, options: argparse.Namespace) -> None:
+        self.network, self.things, self.settings = load_weights(name, options.checkpoint, options.device)
         self.is_reference = precision == REFERENCE
-        self.network = network
-        self.predict = Reference(network) if self.is_reference else OptimizedNetwork(network, precision, compile)
-        self.things = things
-        self.settings = settings
+        if self.is_reference:
+            self.predict: nn.Module = Reference(self.network)
+        else:
+            self.predict = OptimizedNetwork(self.network, precision, options.compile)
 
     def gmacs(self, images: Float[Tensor, "B 3 H W"]) -> float:
         """By fvcore's conventions, see `models.flops`."""
