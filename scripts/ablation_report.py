@@ -5,8 +5,8 @@
 RUNS are folders of train.py's runs, or folders that hold some at any depth, finished or not. Writes report.html (one
 file, opens anywhere), report.md, report.csv and the figures. Exit code 0: done, 2: wrong usage, or no run was found.
 
-A variant is named after its run's own overrides (`ablation=no_csm`, `decoder_layers=3`); runs of one variant differ in
-their seed only. Variants are compared within a setting: the same data, task, steps, batch, crops and evaluation.
+A variant is named after its run's overrides (`ablation=no_csm`, `decoder_layers=3`) and compared within a setting: the
+same data, task, steps, batch, crops and evaluation. Runs of one variant differ in their seed only.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.models.flops import count_gmacs, count_parameters
 from pem_lightning.types import UserError
 
-DEFAULT = "PEM"
-"""Name of the network that nothing is changed in."""
-
+DEFAULT = "PEM"  # the unchanged network
 NAMES = {
     "ablation=prototype": "",
     "ablation=no_csm": "no CSM",
@@ -53,25 +51,17 @@ NAMES = {
     "decoder_layers=6": "",
 }
 """Overrides whose name is not made by rule; an empty one is the unchanged network's."""
-
 IGNORED = re.compile(
     r"(seed|task|dataset|recipe|scale|sweep|trainer|logger|callbacks|hydra|output_dir|resume|inference|job)\b(?!\.optimizer)"
 )
 """Keys that belong to the setting, or change nothing about the network; recipe.optimizer is a variant's own."""
-
-SETTING = ("global_batch_size", "max_steps", "train_transform", "eval_transform")
-"""Keys of the recipe that have to agree before numbers may be compared."""
-
 METRICS = ("PQ", "PQ_things", "PQ_stuff", "mIoU", "AP", "AP50")
 COSTS = ["parameters", "gmacs", "latency", "latency_low", "latency_high"]
 LABELS = {"PQ_things": "things", "PQ_stuff": "stuff"}
 
 
 def read_runs(paths: Iterable[str | Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read training runs, finished or not.
-
-    Args:
-        paths: folders of runs, or folders that hold some at any depth.
+    """Read training runs, finished or not, from folders that hold some at any depth.
 
     Returns:
         The runs, one per row: "path", "setting" (what has to agree), "variant", "seed", "step", "max_steps", "metric"
@@ -108,9 +98,8 @@ def summarize(runs: pd.DataFrame) -> pd.DataFrame:
     """Means and standard deviations over seeds, for runs of one setting.
 
     Returns:
-        Indexed by variant, the unchanged network first: every metric's mean, and "<metric>_std" of it (NaN for one
-        seed), "difference" of the main metric to the unchanged network's, "seeds", "step", "max_steps", and `COSTS`
-        where `runs` has them.
+        Indexed by variant, the unchanged network first: every metric's mean and "<metric>_std" (NaN for one seed), the
+        main metric's "difference" to the unchanged network, "seeds", "step", "max_steps", and `COSTS` if measured.
     """
     metric = runs["metric"].iloc[0]
     names = [name for name in METRICS if runs[name].notna().any()]
@@ -126,17 +115,10 @@ def summarize(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure(runs: pd.DataFrame, size: tuple[int, int], rounds: int, device: torch.device) -> pd.DataFrame:
-    """Count and time the runs' networks with random weights, in turn in one process.
-
-    Args:
-        runs: of `read_runs`.
-        size: height and width of the image.
-        rounds: timed passes of every network; 0 for none.
-        device: where they run.
+    """Count and time the runs' networks with random weights, in turn; without latency for 0 rounds.
 
     Returns:
-        Indexed by "network": "parameters" (millions), "gmacs", and, if timed, "latency", "latency_low" and
-        "latency_high": median and quartiles in ms.
+        Indexed by "network": `COSTS`, parameters in millions, latency's median and quartiles in ms.
     """
     rows: dict[str, dict[str, float]] = {}
     timed: dict[str, torch.nn.Module] = {}
@@ -145,8 +127,7 @@ def measure(runs: pd.DataFrame, size: tuple[int, int], rounds: int, device: torc
         torch.manual_seed(0)
         try:
             network = _build(run, auxiliary="never").eval()
-            # Published counts include the masks of every layer.
-            gmacs = count_gmacs(_build(run, auxiliary="always"), *size)
+            gmacs = count_gmacs(_build(run, auxiliary="always"), *size)  # published counts have every layer's masks
         except Exception as error:  # whatever a backbone's library raises
             print(f"cannot measure {run['variant']}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
             continue
@@ -199,8 +180,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[int, float]] | None:
     log = _read_log(folder / "csv")
     metric = str(config.task.monitor).removeprefix("val/")
     values = {name: log[f"val/{name}"].dropna() for name in METRICS if f"val/{name}" in log}
-    overrides = folder / ".hydra" / "overrides.yaml"
-    written = folder / "metrics.json"
+    overrides, written = folder / ".hydra" / "overrides.yaml", folder / "metrics.json"
     end = json.loads(written.read_text()) if written.is_file() else {}
     row = {
         "path": str(folder),
@@ -232,20 +212,16 @@ def _read_log(folder: Path) -> pd.DataFrame:
 
 def _setting(config: Any) -> str:
     """What has to agree before numbers may be compared, in one line."""
-    recipe = {key: OmegaConf.select(config, f"recipe.{key}") for key in SETTING}
-    recipe["max_steps"] = config.trainer.max_steps
+    steps, batch = config.trainer.max_steps, OmegaConf.select(config, "recipe.global_batch_size")
     crop = OmegaConf.select(config, "recipe.train_transform.crop_size")
-    line = (
-        f"{config.dataset.name}, {config.task.name}, {recipe['max_steps']} steps of {recipe['global_batch_size']} crops"
-    )
+    line = f"{config.dataset.name}, {config.task.name}, {steps} steps of {batch} crops"
     line += f" of {crop[0]}x{crop[1]}" if crop else ""
-    parts = [recipe, config.task.inference, OmegaConf.select(config, "inference")]
-    rest = json.dumps([OmegaConf.to_container(p) if OmegaConf.is_config(p) else p for p in parts], default=str)
-    return f"{line}|{rest}"
+    rest = ("recipe.train_transform", "recipe.eval_transform", "task.inference", "inference")
+    return f"{line}|{[OmegaConf.select(config, key) for key in rest]}"
 
 
 def _build(run: pd.Series, auxiliary: str) -> torch.nn.Module:
-    """Make a run's network; the config of somebody's folder must not start foreign code."""
+    """Make a run's network, without starting foreign code from somebody's config."""
     arguments = {**json.loads(run["network"]), "auxiliary": auxiliary}
     backbone = arguments["backbone"]
     ours = arguments.pop("_target_", None) == "pem_lightning.build_pem"
@@ -283,9 +259,8 @@ def draw_quality(table: pd.DataFrame, metric: str) -> Figure:
 
 def draw_depth(table: pd.DataFrame, metric: str) -> Figure | None:
     """The metric, and the latency, against the number of decoder layers; None if only one depth was trained."""
-    layers = (
-        table.index.to_series().replace(DEFAULT, "6 layers").str.extract(r"^(\d+) layers?$")[0].dropna().astype(int)
-    )
+    names = table.index.to_series().replace(DEFAULT, "6 layers")
+    layers = names.str.extract(r"^(\d+) layers?$")[0].dropna().astype(int)
     if len(layers) < 2:
         return None
     points = table.assign(layers=layers).dropna(subset=["layers", metric]).sort_values("layers")
@@ -334,17 +309,9 @@ def readable(table: pd.DataFrame, metric: str) -> pd.DataFrame:
         quartiles = text("latency_low", " ({:.0f}–", "") + text("latency_high", "{:.0f})", "")
         columns["latency, ms (quartiles)"] = text("latency", "{:.0f}") + quartiles
     columns["seeds"] = text("seeds", "{}")
-    columns["steps"] = text("max_steps", "{}").where(
-        table["step"] >= table["max_steps"], text("step", "{} of ") + text("max_steps", "{}")
-    )
+    steps, finished = text("max_steps", "{}"), table["step"] >= table["max_steps"]
+    columns["steps"] = steps.where(finished, text("step", "{} of ") + steps)
     return pd.DataFrame(columns).rename_axis("variant")
-
-
-def to_markdown(table: pd.DataFrame) -> str:
-    """A Markdown table with the index as its first column."""
-    frame = table.reset_index()
-    lines = [list(frame.columns), ["---", *["--:"] * (len(frame.columns) - 1)], *frame.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -370,13 +337,9 @@ for (const th of document.querySelectorAll("thead th")) th.onclick = () => {
 
 
 def write_report(runs: pd.DataFrame, curves: pd.DataFrame, output: Path, head: str) -> None:
-    """Write report.html, report.md, report.csv and the figures.
+    """Write report.html, report.md, report.csv and the figures; `head` says how they were made.
 
-    Args:
-        runs: of `read_runs`, joined with the costs of `measure`.
-        curves: of `read_runs`.
-        output: folder.
-        head: how the report was made, in one line.
+    `runs` and `curves` are those of `read_runs`, with the costs of `measure`.
     """
     output.mkdir(parents=True, exist_ok=True)
     page, text, tables = [f"<h1>Ablations</h1><p>{html.escape(head)}</p>"], [f"# Ablations\n\n{head}\n"], []
@@ -386,10 +349,10 @@ def write_report(runs: pd.DataFrame, curves: pd.DataFrame, output: Path, head: s
         metric, title = own["metric"].iloc[0], str(setting).partition("|")[0]
         table = summarize(own)
         tables.append(table.assign(setting=title))
-        shown = readable(table, metric)
-        pages = f"<h2>{html.escape(title)}</h2><div>{shown.reset_index().to_html(index=False, border=0)}</div>"
-        page.append(pages)
-        text.append(f"## {title}\n\n{to_markdown(shown)}")
+        shown = readable(table, metric).reset_index()
+        page.append(f"<h2>{html.escape(title)}</h2><div>{shown.to_html(index=False, border=0)}</div>")
+        lines = [list(shown), ["---", *["--:"] * (len(shown.columns) - 1)], *shown.to_numpy().tolist()]
+        text.append(f"## {title}\n\n" + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
         figures = {"quality": draw_quality(table, metric), "depth": draw_depth(table, metric)}
         figures["curves"] = draw_curves(own, curves, metric)
         for name, figure in figures.items():
@@ -397,9 +360,8 @@ def write_report(runs: pd.DataFrame, curves: pd.DataFrame, output: Path, head: s
                 continue
             figure.savefig(picture := io.BytesIO(), format="png")
             (output / f"{prefix}{name}.png").write_bytes(picture.getvalue())
-            page.append(
-                f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
-            )
+            encoded = base64.b64encode(picture.getvalue()).decode()
+            page.append(f'<p><img alt="{name}" src="data:image/png;base64,{encoded}">')
             text.append(f"![{name}]({prefix}{name}.png)\n")
     (output / "report.html").write_text(PAGE.replace("BODY", "\n".join(page)), encoding="utf-8")
     (output / "report.md").write_text("\n".join(text), encoding="utf-8")

@@ -85,7 +85,9 @@ def check_tools(cuda: bool) -> None:
 
 def build(cuda: bool) -> None:
     """Download, compile, install."""
-    environment = {"MMCV_WITH_OPS": "1", "FORCE_CUDA": str(int(cuda)), "MAX_JOBS": str(jobs()), **os.environ}
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    jobs = max(1, min(os.cpu_count() or 1, memory // MEMORY_PER_JOB))
+    environment = {"MMCV_WITH_OPS": "1", "FORCE_CUDA": str(int(cuda)), "MAX_JOBS": str(jobs), **os.environ}
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     for arguments in (
         [*BUILD_TOOLS, *REQUIREMENTS, f"torch=={torch.__version__}"],  # named, so that it stays
@@ -95,12 +97,6 @@ def build(cuda: bool) -> None:
     ):
         if subprocess.run([*pip, *arguments], env=environment).returncode:
             raise UserError(f"pip install {' '.join(arguments)} has failed: mend the reason above, try again")
-
-
-def jobs() -> int:
-    """How many compilers processors and memory allow."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(os.cpu_count() or 1, memory // MEMORY_PER_JOB))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started as `python scripts/benchmark`
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -31,9 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         report, times = COMMANDS[options.command].run(options)
-        report = (
-            f"`python -m scripts.benchmark {shlex.join(sys.argv[1:] if arguments is None else arguments)}`\n\n{report}"
-        )
+        given = sys.argv[1:] if arguments is None else arguments
+        report = f"`python -m scripts.benchmark {shlex.join(given)}`\n\n{report}"
         if options.output:
             write_file(options.output / f"{options.command}.md", report)
             if times:
@@ -51,9 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        shown: Any = {"help": summary, "description": summary}
+        command = commands.add_parser(name, **shown, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         module.add_arguments(command)
         command.add_argument("--rounds", type=common.positive, default=5, help="measurements")
         command.add_argument("--warmup", type=int, default=1, help="rounds before them")

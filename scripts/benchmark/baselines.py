@@ -1,7 +1,4 @@
-"""Other networks for the same task, from `transformers`: random weights, sizes of the published models, no download.
-
-Each uses its own post-processing of the same library.
-"""
+"""Other networks for the same task, from `transformers`: random weights, sizes of the published models, no download."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,18 +42,28 @@ def build_baseline(name: str, precision: str, size: tuple[int, int], device: str
         torch.manual_seed(0)
         if name in EOMT:
             baseline: Baseline = EoMT(transformers, name, size)
+        elif name in SEGFORMER:
+            note = "semantic maps only, from logits of the classes at a quarter of the size"
+            baseline = Baseline(transformers, "Segformer", "Semantic", note, **SEGFORMER[name])
         else:
-            baseline = SegFormer(transformers, name) if name in SEGFORMER else Mask2Former(transformers)
+            note = "its post-processing brings masks to 384 x 384 whatever the image's size, which costs less"
+            backbone = transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+            settings = {"backbone_config": backbone, "num_queries": 100}
+            baseline = Mask2Former(transformers, "Mask2Former", "Universal", note, **settings)
     baseline.network.eval().requires_grad_(False).to(device, getattr(torch, precision))
     return baseline
 
 
 class Baseline:
-    """A network with its post-processing, `processor`, and what a reader has to know to judge its numbers."""
+    """A network with its library's post-processing; `note` is what a reader has to know to judge its numbers.
 
-    def __init__(self, network: nn.Module, processor: Any, note: str) -> None:
-        self.network = network
-        self.processor = processor
+    As it is, SegFormer (Xie et al., NeurIPS 2021).
+    """
+
+    def __init__(self, transformers: Any, name: str, kind: str, note: str, **settings: Any) -> None:
+        config = getattr(transformers, f"{name}Config")(num_labels=NUM_CLASSES, **settings)
+        self.network: Any = getattr(transformers, f"{name}For{kind}Segmentation")(config)
+        self.processor = getattr(transformers, f"{name}ImageProcessorPil")()
         self.note = note
 
     def predict(self, images: Float[Tensor, "B 3 H W"]) -> Any:
@@ -83,25 +90,8 @@ class Baseline:
         return counter.get_total_flops() / 2e9 / len(images)
 
 
-class SegFormer(Baseline):
-    """SegFormer (Xie et al., NeurIPS 2021)."""
-
-    def __init__(self, transformers: Any, name: str) -> None:
-        config = transformers.SegformerConfig(num_labels=NUM_CLASSES, **SEGFORMER[name])
-        network = transformers.SegformerForSemanticSegmentation(config)
-        note = "semantic maps only, from logits of the classes at a quarter of the size"
-        super().__init__(network, transformers.SegformerImageProcessorPil(), note)
-
-
 class Mask2Former(Baseline):
     """Mask2Former (Cheng et al., CVPR 2022) with ResNet-50: 100 queries, nine decoder layers, as for Cityscapes."""
-
-    def __init__(self, transformers: Any) -> None:
-        backbone = transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
-        config = transformers.Mask2FormerConfig(backbone_config=backbone, num_labels=NUM_CLASSES, num_queries=100)
-        network = transformers.Mask2FormerForUniversalSegmentation(config)
-        note = "its post-processing brings masks to 384 x 384 whatever the image's size, which costs less"
-        super().__init__(network, transformers.Mask2FormerImageProcessorPil(), note)
 
     def postprocess(self, output: Any, size: tuple[int, int]) -> list[Any]:
         """Semantic and panoptic maps of every image."""
@@ -119,8 +109,8 @@ class Mask2Former(Baseline):
 class EoMT(Baseline):
     """EoMT (Kerssies et al., CVPR 2025), a plain ViT with patches of 16 pixels, as for Cityscapes: 100 queries.
 
-    It sees square windows of the image's short side, as in its authors' evaluation on Cityscapes, and its attention is
-    not masked, as at the end of its training. Its panoptic inference pads the image to a square and is left out.
+    It sees square windows of the image's short side, as its authors evaluate it on Cityscapes; its attention is not
+    masked, as at the end of its training. Its panoptic inference pads the image to a square and is left out.
     """
 
     def __init__(self, transformers: Any, name: str, size: tuple[int, int]) -> None:
@@ -131,11 +121,9 @@ class EoMT(Baseline):
         count = -(-long_side // self.side)
         overlap = (count * self.side - long_side) / max(count - 1, 1)
         self.starts = [int(i * (self.side - overlap)) for i in range(count)]
-        config = transformers.EomtConfig(**EOMT[name], image_size=self.side, num_queries=100, num_labels=NUM_CLASSES)
-        network = transformers.EomtForUniversalSegmentation(config)
-        network.attn_mask_probs.zero_()
         note = f"semantic maps only, of {count} windows of {self.side} x {self.side}"
-        super().__init__(network, transformers.EomtImageProcessorPil(), note)
+        super().__init__(transformers, "Eomt", "Universal", note, **EOMT[name], image_size=self.side, num_queries=100)
+        self.network.attn_mask_probs.zero_()
 
     def inputs(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Any]:
         """All windows of all images, and where they are."""
@@ -145,7 +133,7 @@ class EoMT(Baseline):
         return {"pixel_values": torch.stack(windows), "patch_offsets": places}
 
     def postprocess(self, output: Any, size: tuple[int, int]) -> list[Any]:
-        """Maps of every image, put together from the windows."""
+        """Semantic maps of every image, put together from the windows."""
         sizes = [size] * (len(output.patch_offsets) // len(self.starts))
         shortest = {"shortest_edge": self.side, "longest_edge": None}
         return self.processor.post_process_semantic_segmentation(output, target_sizes=sizes, size=shortest)

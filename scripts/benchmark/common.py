@@ -23,29 +23,23 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.pem import PEM, build_pem
 
-NUM_CLASSES = 19
-"""As many as Cityscapes has."""
-
+NUM_CLASSES = 19  # of Cityscapes
 KEPT_QUERIES = 30
 TOTAL = "total"
-
-Lap = Callable[[str], None]
-"""Ends a stage, by its name."""
-
-Times = dict[str, list[float]]
-"""stage, or `TOTAL` -> seconds of every round"""
+Lap = Callable[[str], None]  # ends a stage, by its name
+Times = dict[str, list[float]]  # stage, or `TOTAL` -> seconds of every round
 
 
 def time_in_turns(
     tasks: Mapping[str, Callable[[Lap], object]], rounds: int, warmup: int = 1, device: str = "cpu"
 ) -> dict[str, Times]:
-    """Run every task once per round; the next round starts with the next task, so that none is always first.
+    """Run every task once per round; each round starts with the next task, so that none is always first.
 
-    A slow second or a hot processor then meets all tasks, and ratios within a round are free of the machine's drift.
-    Garbage is not collected meanwhile.
+    The machine's drift then meets all tasks, and cancels in ratios within a round. Garbage is not collected meanwhile.
     """
     times: dict[str, Times] = {name: {} for name in tasks}
     names = list(tasks)
@@ -69,11 +63,9 @@ def time_once(task: Callable[[Lap], object], device: str) -> dict[str, float]:
     marks: list[tuple[str, Any]] = []
 
     def lap(stage: str) -> None:
+        marks.append((stage, torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()))
         if cuda:
-            marks.append((stage, torch.cuda.Event(enable_timing=True)))
             marks[-1][1].record()
-        else:
-            marks.append((stage, time.perf_counter()))
 
     lap("start")
     task(lap)
@@ -94,7 +86,6 @@ def quartiles(values: Sequence[float], scale: float = 1.0) -> str:
 
 
 def number(value: float) -> str:
-    """With three digits or more."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
@@ -117,7 +108,7 @@ def _run_and_measure(job: Callable[..., object], arguments: tuple[Any, ...], thr
 
 
 def _peak() -> float:
-    """Of this process, so far, in MiB."""
+    """MiB of this process so far."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux hands `ru_maxrss` down from the parent
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
@@ -129,8 +120,8 @@ def _peak() -> float:
 def random_network(backbone: str) -> PEM:
     """The paper's network with random weights that behave like trained ones, in evaluation mode, on the CPU.
 
-    Offsets of deformable convolutions come to about a pixel, and normalisation has the statistics of noise; a new
-    network would sample the regular grid, and its activations would grow from layer to layer.
+    Offsets come to about a pixel and normalisation has the statistics of noise; a new network would sample the regular
+    grid, and its activations would grow from layer to layer.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -163,15 +154,26 @@ def other_library(device: str) -> AbstractContextManager[Any]:
     return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
 
 
+def add_arguments(
+    parser: argparse.ArgumentParser, size: tuple[int, int], batch: int, precisions: Sequence[str]
+) -> None:
+    """Options of what compares our path with the reference."""
+    switch: Any = {"action": argparse.BooleanOptionalAction, "default": True}
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["stdc1", "resnet50"], help="of PEM")
+    parser.add_argument("--precisions", nargs="+", choices=precisions, default=["float32"], help="to compare")
+    parser.add_argument("--size", type=parse_size, default=size, help="HEIGHTxWIDTH of the images")
+    parser.add_argument("--batch", type=positive, default=batch, help="images at once")
+    parser.add_argument("--memory", **switch, help="in fresh processes")
+    parser.add_argument("--equality", **switch, help="with the reference")
+
+
 def positive(text: str) -> int:
-    """An option of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
     return int(text)
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Height and width of an option such as 1024x2048."""
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= 32):
         raise argparse.ArgumentTypeError(f"{text}: give HEIGHTxWIDTH of 32 pixels or more, such as 1024x2048")
@@ -179,7 +181,6 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def say(line: str) -> None:
-    """Tell what is going on."""
     print(line, file=sys.stderr, flush=True)
 
 

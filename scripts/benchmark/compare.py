@@ -1,6 +1,6 @@
 """Another checkout of this project beside this one, on the CPU: inference, training steps and loading, in turns.
 
-Each checkout runs in a process of its own (`worker.py`), with the same weights, images and random seeds.
+Each runs in a process of its own (`worker.py`), with the same weights, images and random seeds.
 """
 
 from __future__ import annotations
@@ -43,18 +43,25 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     hashes: dict[str, set[str]] = {name: set() for name in names}
     with TemporaryDirectory() as folder:
         write_inputs(Path(folder), options)
-        workers = [start(root, folder) for root in (options.repo, ROOT)]
+        program = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+        workers = [
+            subprocess.Popen(
+                [*program, str(root), folder, str(torch.get_num_threads())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for root in (options.repo, ROOT)
+        ]
         try:
             for turn in range(-max(options.warmup, 1), options.rounds):
                 common.say("warming up" if turn < 0 else f"round {turn + 1} of {options.rounds}")
                 for name in names:
                     for side in (0, 1) if turn % 2 else (1, 0):
                         began = time.perf_counter()
-                        answer = ask(workers[side], name)
+                        hashes[name].add(ask(workers[side], name))
                         if turn >= 0:
                             times[name][side].append(time.perf_counter() - began)
-                        else:
-                            hashes[name].add(answer)
         finally:
             for worker in workers:
                 worker.kill()
@@ -79,30 +86,14 @@ def write_inputs(folder: Path, options: argparse.Namespace) -> None:
         with torch.no_grad():
             thresholds[backbone] = common.choose_threshold(network(images).class_logits[0])
     torch.save((images, thresholds), folder / "images.pt")
-    settings = {"batch": 2, "segments": 15, "size": options.training_size, "device": "cpu"}
-    crops, targets = training.draw_batch(argparse.Namespace(**settings))
+    batch = argparse.Namespace(batch=2, segments=15, size=options.training_size, device="cpu")
+    crops, targets = training.draw_batch(batch)
     torch.save((crops, [tuple(target) for target in targets]), folder / "batch.pt")
     data.write_images(folder / "cityscapes", 8, *options.size)
 
 
-def start(root: Path, folder: str) -> subprocess.Popen[str]:
-    """A process that runs work of a checkout."""
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("worker.py")),
-        str(root),
-        folder,
-        str(torch.get_num_threads()),
-    ]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def ask(worker: subprocess.Popen[str], name: str) -> str:
-    """Have something done; returns a hash of what it made the first time.
-
-    Raises:
-        UserError: it failed.
-    """
+    """Have something done; returns a hash of what it made the first time."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     print(name, file=worker.stdin, flush=True)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
-    """Measure; returns a report, and no times by stage."""
+    """Returns a report, and no times by stage."""
     torch.set_num_threads(1)  # as in a worker
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
 
 
 def write_images(root: Path, count: int, height: int, width: int) -> None:
-    """Draw streets at a quarter of the size, enlarge them, and add noise, which PNG cannot compress."""
+    """Streets, enlarged from a quarter of the size, with noise, which PNG cannot compress."""
     rng = np.random.default_rng(0)
     for index in range(count):
         image, ids = draw_street(rng, height // 4, width // 4)
@@ -70,23 +71,17 @@ def measure_stages(png: CityscapesDataset, cached: CachedDataset, options: argpa
     crop_first, augment = TrainTransform(CROP, color_jitter=None, flip=0), TrainTransform(CROP)
     for index in range(len(cached)):  # the first reading compares hashes
         cached.read(index)
-    work = {
-        "read: PNG": lambda: png.read(next(indices)),
-        "read: cache": lambda: cached.read(next(indices)),
-        "resize all, then crop": lambda: resize_and_crop(sample),
-        "crop first": lambda: crop_first(sample),
-        "PNG, resize all, then crop": lambda: resize_and_crop(png.read(next(indices))),
-        "PNG, crop first": lambda: crop_first(png.read(next(indices))),
-        "cache, crop first": lambda: crop_first(cached.read(next(indices))),
-        "PNG, whole augmentation": lambda: augment(png.read(next(indices))),
-        "cache, whole augmentation": lambda: augment(cached.read(next(indices))),
-    }
-    tasks = {name: lambda lap, do=do: do() for name, do in work.items()}
+    changes = {"resize all, then crop": resize_and_crop, "crop first": crop_first, "whole augmentation": augment}
+    tasks: dict[str, Any] = {name: lambda _, change=change: change(sample) for name, change in changes.items()}
+    for source, data in (("PNG", png), ("cache", cached)):
+        tasks[f"read: {source}"] = lambda _, data=data: data.read(next(indices))
+        for name, change in changes.items():
+            tasks[f"{source}, {name}"] = lambda _, data=data, change=change: change(data.read(next(indices)))
     return common.time_in_turns(tasks, options.rounds, options.warmup)
 
 
 def resize_and_crop(sample: Sample) -> None:
-    """All of image and map at a random one of the paper's sizes, then a random crop: what cropping first saves."""
+    """Resize all to a random one of the paper's sizes, then crop: what cropping first saves."""
     height, width = sample.panoptic.shape
     scale = 0.1 * int(torch.randint(5, 21, ()))
     size = (round(scale * width), round(scale * height))

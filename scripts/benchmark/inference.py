@@ -22,7 +22,6 @@ from pem_lightning.checkpoints import load_network, read_checkpoint
 from pem_lightning.data import CITYSCAPES
 from pem_lightning.inference.optimize import CompileMode, OptimizedNetwork, Precision
 from pem_lightning.inference.postprocess import panoptic, semantic_map
-from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.models.flops import count_gmacs
 from pem_lightning.models.pem import PEM
 from pem_lightning.preprocess import normalize
@@ -31,8 +30,7 @@ from scripts.benchmark import common, reference
 from scripts.benchmark.baselines import BASELINES, Baseline, build_baseline
 from scripts.benchmark.common import TOTAL, Lap, Times
 
-REFERENCE = "reference"
-"""The authors' algorithm in float32, where others say their precision."""
+REFERENCE = "reference"  # the authors' algorithm in float32, where others say their precision
 
 
 class Maps(NamedTuple):
@@ -44,16 +42,11 @@ class Maps(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["stdc1", "resnet50"], help="of PEM")
-    parser.add_argument("--precisions", nargs="+", choices=get_args(Precision), default=["float32"], help="to compare")
+    common.add_arguments(parser, size=(1024, 2048), batch=1, precisions=get_args(Precision))
     parser.add_argument("--compile", choices=get_args(CompileMode), help="mode of torch.compile for the fast path")
     parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=[], help="need requirements-bench.txt")
-    parser.add_argument("--size", type=common.parse_size, default=(1024, 2048), help="HEIGHTxWIDTH of the images")
-    parser.add_argument("--batch", type=common.positive, default=1, help="images at once")
     parser.add_argument("--checkpoint", type=Path, help="of train.py, instead of --backbones with random weights")
     parser.add_argument("--image", type=Path, help="a photograph, brought to --size, instead of noise")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="in fresh processes")
-    parser.add_argument("--equality", action=argparse.BooleanOptionalAction, default=True, help="with the reference")
 
 
 def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
@@ -94,7 +87,7 @@ def build(name: str, precision: str, options: argparse.Namespace) -> PEMPipeline
     common.say(f"building {name} {precision}")
     if name in BASELINES:
         return build_baseline(name, precision, options.size, options.device)
-    return PEMPipeline(*load_weights(name, options.checkpoint, options.device), precision, options.compile)
+    return PEMPipeline(name, precision, options)
 
 
 @torch.no_grad()
@@ -107,21 +100,19 @@ def segment(pipeline: PEMPipeline | Baseline, images: Float[Tensor, "B 3 H W"], 
 
 
 def run_once(name: str, precision: str, options: argparse.Namespace) -> None:
-    """What memory is measured of."""
     segment(build(name, precision, options), load_images(options))
 
 
 class PEMPipeline:
     """PEM as the reference or, in a precision, as `OptimizedNetwork` runs it."""
 
-    def __init__(
-        self, network: PEM, things: frozenset[int], settings: dict[str, Any], precision: str, compile: str | None
-    ) -> None:
+    def __init__(self, name: str, precision: str, options: argparse.Namespace) -> None:
+        self.network, self.things, self.settings = load_weights(name, options.checkpoint, options.device)
         self.is_reference = precision == REFERENCE
-        self.network = network
-        self.predict = Reference(network) if self.is_reference else OptimizedNetwork(network, precision, compile)
-        self.things = things
-        self.settings = settings
+        if self.is_reference:
+            self.predict: nn.Module = Reference(self.network)
+        else:
+            self.predict = OptimizedNetwork(self.network, precision, options.compile)
 
     def gmacs(self, images: Float[Tensor, "B 3 H W"]) -> float:
         """By fvcore's conventions, see `models.flops`."""
@@ -130,22 +121,20 @@ class PEMPipeline:
 
     def postprocess(self, output: Predictions, size: tuple[int, int]) -> list[Maps]:
         """Maps of every image."""
-        return [self._maps(*logits, size) for logits in zip(output.class_logits, output.mask_logits, strict=True)]
-
-    def _maps(
-        self, class_logits: Float[Tensor, "Q _"], mask_logits: Float[Tensor, "Q h w"], size: tuple[int, int]
-    ) -> Maps:
-        settings = {"object_mask_threshold": common.choose_threshold(class_logits), **self.settings}
-        padded = (4 * mask_logits.shape[1], 4 * mask_logits.shape[2])
-        sizes = {"padded_size": padded, "image_size": size, "output_size": size}
-        order = {"resize_first": settings.pop("resize_first")}
-        if self.is_reference:
-            semantic = reference.semantic(class_logits, mask_logits, **order, **sizes).argmax(0)
-        else:
-            semantic = semantic_map(class_logits, mask_logits, **order, **sizes)
-        fuse = reference.panoptic if self.is_reference else panoptic
-        ids, segments = fuse(class_logits, mask_logits, thing_classes=self.things, **settings, **sizes)
-        return Maps(semantic, ids, [segment.class_id for segment in segments])
+        padded = tuple(4 * side for side in output.mask_logits.shape[2:])
+        sizes: Any = {"padded_size": padded, "image_size": size, "output_size": size}
+        found = []
+        for logits in zip(output.class_logits, output.mask_logits, strict=True):
+            settings = {"object_mask_threshold": common.choose_threshold(logits[0]), **self.settings}
+            order = {"resize_first": settings.pop("resize_first")}
+            if self.is_reference:
+                semantic = reference.semantic(*logits, **order, **sizes).argmax(0)
+            else:
+                semantic = semantic_map(*logits, **order, **sizes)
+            fuse = reference.panoptic if self.is_reference else panoptic
+            ids, segments = fuse(*logits, thing_classes=self.things, **settings, **sizes)
+            found.append(Maps(semantic, ids, [segment.class_id for segment in segments]))
+        return found
 
 
 class Reference(nn.Module):
@@ -156,7 +145,7 @@ class Reference(nn.Module):
         self.network = network
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-        """Predict."""
+        """See `reference.predict`."""
         return reference.predict(self.network, images)
 
 
@@ -176,13 +165,12 @@ def load_weights(backbone: str, checkpoint: Path | None, device: str) -> tuple[P
 
 def load_images(options: argparse.Namespace) -> Float[Tensor, "B 3 H W"]:
     """Normalised noise, or a photograph brought to the size."""
-    height, width = options.size
     if options.image is None:
-        images = torch.randn(options.batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-        return images.to(options.device)
+        draw = torch.Generator().manual_seed(0)
+        return torch.randn(options.batch, 3, *options.size, generator=draw).to(options.device)
     try:
         with Image.open(options.image) as photo:
-            pixels = np.array(photo.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
+            pixels = np.array(photo.convert("RGB").resize(options.size[::-1], Image.Resampling.BILINEAR))
     except OSError as error:
         raise UserError(f"--image {options.image} cannot be read: give a PNG or JPEG file") from error
     image = normalize(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())

@@ -23,8 +23,7 @@ from scripts.benchmark.reference.network import deform_conv
 
 CHANNELS = 128
 HEADS, HEAD_CHANNELS, POINTS = 8, 32, 4
-Problem = tuple[str, Callable[[Kernel], Tensor], list[Tensor]]
-"""Size, kernel -> output, and the tensors that take gradients."""
+Problem = tuple[str, Callable[[Kernel], Tensor], list[Tensor]]  # name, kernel -> output, what takes gradients
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
-    """Time; returns a report, and no times by stage."""
+    """Returns a report, and no times by stage."""
     height, width = padded_size(*options.size)
     levels = [(height // stride, width // stride) for stride in (32, 16, 8)]
     conv = installed(deform_conv, deformable_conv.get_kernel, "torchvision", "mmcv")
@@ -91,11 +90,7 @@ def conv_problems(levels: list[tuple[int, int]], options: argparse.Namespace) ->
             torch.randn(CHANNELS, CHANNELS, 3, 3, generator=draw) / (9 * CHANNELS) ** 0.5,
         ]
         tensors = [t.to(options.device).requires_grad_() for t in tensors]
-
-        def compute(kernel: Kernel, tensors: list[Tensor] = tensors) -> Tensor:
-            return kernel(*tensors)
-
-        yield f"convolution {height}x{width}", compute, tensors
+        yield f"convolution {height}x{width}", lambda kernel, tensors=tensors: kernel(*tensors), tensors
 
 
 def attention_problem(levels: list[tuple[int, int]], options: argparse.Namespace) -> Problem:

@@ -16,36 +16,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from jaxtyping import Float
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from pem_lightning.cli.build import prefers_channels_last
 from pem_lightning.cli.errors import CONF
-from pem_lightning.models.backbones import BACKBONES
+from pem_lightning.losses import UniformSource
 from pem_lightning.preprocess import pad_batch
-from pem_lightning.types import Predictions, Target, UserError
+from pem_lightning.types import Target, UserError
 from scripts.benchmark import common, reference
 from scripts.benchmark.common import TOTAL, Lap, Times
 
 STAGES = ("data preparation", "forward", "matching and losses", "backward", "clipping and optimiser")
-LARGEST_DIFFERENCE = 0.01
-"""Relative, of the sum of the losses in float32; rounding stays far below it."""
-
+LARGEST_DIFFERENCE = 0.01  # relative, of the sum of the losses in float32; rounding stays far below it
 Batch = tuple[list[Tensor], list[Target]]
-Found = tuple[dict[str, Tensor], dict[str, Tensor]]
-"""Losses, and gradients by parameter."""
+Found = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and gradients by parameter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["stdc1", "resnet50"], help="of PEM")
-    parser.add_argument("--precisions", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of both")
-    parser.add_argument("--size", type=common.parse_size, default=(256, 512), help="HEIGHTxWIDTH of the images")
-    parser.add_argument("--batch", type=common.positive, default=2, help="images at once, 2 or more")
+    common.add_arguments(parser, size=(256, 512), batch=2, precisions=("float32", "bfloat16"))
     parser.add_argument("--segments", type=common.positive, default=15, help="of every image")
     parser.add_argument("--num-points", type=common.positive, default=12544, help="at which masks are compared")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="in fresh processes")
-    parser.add_argument("--equality", action=argparse.BooleanOptionalAction, default=True, help="with the reference")
 
 
 def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
@@ -83,14 +74,9 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
 
 
 class Step:
-    """A random network that is trained by the paper's recipe for Cityscapes.
+    """A random network that is trained by the paper's recipe for Cityscapes, on the path "reference" or "ours".
 
-    Args:
-        backbone: of the network.
-        precision: "float32", or that of autocast.
-        path: "reference" or "ours".
-        options: of the command.
-        rand: source of all random points; by default PyTorch's.
+    `precision` is "float32" or that of autocast; `rand` the source of all random points, by default PyTorch's.
     """
 
     def __init__(self, backbone: str, precision: str, path: str, options: argparse.Namespace, **rand: Any) -> None:
@@ -113,18 +99,15 @@ class Step:
             self.criterion = instantiate(config.criterion, common.NUM_CLASSES, **losses).to(device)
             self.optimizer = instantiate(config.recipe.optimizer)(instantiate(groups)(self.network))
 
-    def predict(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-        """Run the network."""
-        if self.is_reference:
-            return reference.predict(self.network, images)
-        return self.network(images.contiguous(memory_format=self.layout))
-
     def forward(self, batch: Batch, lap: Lap = lambda _: None) -> tuple[dict[str, Tensor], Tensor]:
         """The first three stages; returns the weighted losses, and their sum."""
         with self.autocast:
             images, targets = self.prepare(*batch)
             lap(STAGES[0])
-            predictions = self.predict(images)
+            if self.is_reference:
+                predictions = reference.predict(self.network, images)
+            else:
+                predictions = self.network(images.contiguous(memory_format=self.layout))
             lap(STAGES[1])
             losses = self.criterion(predictions, targets)
             total = torch.stack(list(losses.values())).sum()
@@ -168,43 +151,37 @@ def draw_batch(options: argparse.Namespace) -> Batch:
 
 
 def run_twice(backbone: str, precision: str, path: str, options: argparse.Namespace) -> None:
-    """What memory is measured of: in the second step the optimiser's state is there from the start."""
+    """What memory is measured of: the second step has the optimiser's state from the start."""
     step, batch = Step(backbone, precision, path, options), draw_batch(options)
     step.run(batch)
     step.run(batch)
 
 
-class SharedDraws:
-    """A `losses.UniformSource` whose n-th row of so many points has the same numbers, in whatever order they are drawn.
+def shared_draws() -> UniformSource:
+    """Make a source that draws row by row, with a stream of its own for each number of points.
 
-    The reference matches layer by layer and image by image, ours in one pass. Rows of matching, of candidates and of
-    other points differ in length, so every length has a stream of its own.
+    The reference matches layer by layer and image by image, ours in one pass; their n-th rows are then the same, as
+    rows of matching, of candidates and of other points differ in length.
     """
+    streams: dict[int, torch.Generator] = {}
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-        self._streams: dict[int, torch.Generator] = {}
-
-    def __call__(self, shape: tuple[int, ...], device: str) -> Float[Tensor, "*rows P 2"]:
-        """Draw row by row, on the CPU."""
-        points = shape[-2]
-        stream = self._streams.setdefault(points, torch.Generator().manual_seed(self.seed + points))
+    def rand(shape: tuple[int, ...], device: torch.device) -> Tensor:
+        stream = streams.setdefault(shape[-2], torch.Generator().manual_seed(shape[-2]))
         rows = [torch.rand(shape[-2:], generator=stream) for _ in range(prod(shape[:-2]))]
         return torch.stack(rows).view(shape).to(device) if rows else torch.empty(shape, device=device)
+
+    return rand
 
 
 def compare(backbone: str, batch: Batch, options: argparse.Namespace) -> list[tuple[str, ...]]:
     """How far our losses and gradients are from the reference's, and those from themselves where only rounding differs.
 
     Normalisation takes running statistics: with those of a small batch, rounding alone grows to a percent.
-
-    Raises:
-        UserError: ours are others.
     """
     common.say(f"comparing losses and gradients of {backbone}")
 
     def find(path: str) -> Found:
-        step = Step(backbone, "float32", path, options, rand=SharedDraws())
+        step = Step(backbone, "float32", path, options, rand=shared_draws())
         for module in step.network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()

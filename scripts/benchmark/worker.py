@@ -1,10 +1,8 @@
-"""Runs work of one checkout on request. `compare` starts it as a program, one process per checkout.
+"""Runs work of one checkout, wherever that version has the parts; `compare` starts it in a process of its own.
 
     python scripts/benchmark/worker.py REPOSITORY FOLDER THREADS
 
-It imports the package of that checkout and nothing else, and finds its parts wherever that version has them. FOLDER
-holds what `compare` wrote. Every line of the input names some work; when it is done, a line with a hash of what it made
-the first time is printed.
+FOLDER holds what `compare` wrote. Each line of the input names some work; the answer is a hash of its first result.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ import pem_lightning  # noqa: E402, I001  # before torch: it sets how memory is 
 import torch  # noqa: E402
 
 Work = Callable[[], Iterable[torch.Tensor]]
-THINGS = frozenset(range(11, 19))
 
 
 def locate(name: str) -> Any:
@@ -43,12 +40,12 @@ def load_network(backbone: str) -> torch.nn.Module:
 
 
 def inference(backbone: str, precision: str) -> Work:
-    """An image, from normalised pixels to the semantic and the panoptic map."""
+    """From normalised pixels to the semantic and the panoptic map."""
     images, thresholds = torch.load(FOLDER / "images.pt")
     size = tuple(images.shape[2:])
     network = locate("OptimizedNetwork")(load_network(backbone).eval(), precision)
     settings = {"object_mask_threshold": thresholds[backbone], "overlap_threshold": 0.0, "resize_first": True}
-    postprocess = locate("TaskInference")("panoptic", THINGS, **settings)
+    postprocess = locate("TaskInference")("panoptic", frozenset(range(11, 19)), **settings)
 
     def work() -> Iterable[torch.Tensor]:
         result = postprocess(network(images), size, size, with_semantic=True)
@@ -62,10 +59,7 @@ def training(backbone: str) -> Work:
     images, targets = torch.load(FOLDER / "batch.pt")
     targets = [pem_lightning.Target(*target) for target in targets]
     network = load_network(backbone).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    pad_batch = locate("pad_batch")
-    sampling = {"num_points": 12544, "oversample_ratio": 3.0, "importance_sample_ratio": 0.75}
-    weights = {"class_weight": 2.0, "mask_weight": 5.0, "dice_weight": 5.0, "no_object_weight": 0.1}
-    criterion = locate("SetCriterion")(19, **weights, **sampling)
+    pad_batch, criterion = locate("pad_batch"), locate("SetCriterion")(19)
     groups = locate("parameter_groups")(network, lr=7e-4, weight_decay=0.05, backbone_lr_multiplier=0.1)
     optimizer = torch.optim.AdamW(groups, fused=True)
 
@@ -83,14 +77,14 @@ def training(backbone: str) -> Work:
 
 
 def loader() -> Work:
-    """Eight augmented samples and their targets, loaded in this process."""
+    """Eight augmented samples with targets, loaded in this process."""
     data = locate("CityscapesDataModule")(FOLDER / "cityscapes", batch_size=4, num_workers=0)
     data.setup("fit")
     batches = data.train_dataloader()
     return lambda: [image for batch in batches for image in batch.images]
 
 
-def main() -> None:
+if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print
     torch.set_num_threads(int(sys.argv[3]))
     made: dict[str, tuple[Work, str]] = {}
@@ -105,7 +99,3 @@ def main() -> None:
             found = b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in work())
             made[line] = work, hashlib.sha256(found).hexdigest()
         print(made[line][1], file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()

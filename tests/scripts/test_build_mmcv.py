@@ -11,13 +11,14 @@ from scripts import build_mmcv
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is run instead of being run: arguments and environments."""
+    """Arguments and environments of what would be run; mmcv is missing."""
     seen = []
 
     def run(command, env=None, **options):
         seen.append((command, env))
         return subprocess.CompletedProcess(command, 0)
 
+    monkeypatch.setattr(build_mmcv, "installed", lambda cuda: ("", "No module named 'mmcv'"))
     monkeypatch.setattr(build_mmcv.subprocess, "run", run)
     return seen
 
@@ -49,7 +50,6 @@ def test_it_builds_what_is_missing(monkeypatch, capsys, calls):
 
 
 def test_a_missing_compiler_is_said_before_anything_is_downloaded(monkeypatch, capsys, calls):
-    monkeypatch.setattr(build_mmcv, "installed", lambda cuda: ("", "No module named 'mmcv'"))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert build_mmcv.main() == 2
@@ -58,15 +58,10 @@ def test_a_missing_compiler_is_said_before_anything_is_downloaded(monkeypatch, c
     assert calls == []
 
 
-def test_a_failed_installation_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(build_mmcv, "installed", lambda cuda: ("", "No module named 'mmcv'"))
+def test_a_failed_installation_is_named(monkeypatch, capsys, calls):
     monkeypatch.setattr(build_mmcv, "check_tools", lambda cuda: None)
-    monkeypatch.setattr(build_mmcv, "build", lambda cuda: None)
     assert build_mmcv.main() == 2
     assert capsys.readouterr().err == "error: mmcv is built but does not load: No module named 'mmcv'\n"
-    monkeypatch.undo()
-    monkeypatch.setattr(build_mmcv, "installed", lambda cuda: ("", ""))
-    monkeypatch.setattr(build_mmcv, "check_tools", lambda cuda: None)
     monkeypatch.setattr(build_mmcv.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     assert build_mmcv.main() == 2
     assert capsys.readouterr().err.startswith("error: pip install setuptools<81 wheel ninja addict")

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pem_lightning.losses import UniformSource
 from pem_lightning.types import Predictions, Target
 
-Match = tuple[Tensor, Tensor]
-"""An image's matched queries, and their segments."""
+Match = tuple[Tensor, Tensor]  # an image's matched queries, and their segments
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class SetLosses:
 
     def __call__(self, predictions: Predictions, targets: Sequence[Target]) -> dict[str, Float[Tensor, ""]]:
         """Compute the weighted losses of all layers by name."""
-        device = predictions.mask_logits.device
-        number = torch.tensor([sum(len(target.labels) for target in targets)], dtype=torch.float, device=device)
-        num_masks = number.clamp(min=1).item()
+        num_masks = max(1, sum(len(target.labels) for target in targets))
         losses = {}
         for i, layer in enumerate((predictions, *predictions.auxiliary)):
             suffix = f"_{i - 1}" if i else ""
@@ -85,10 +83,12 @@ class SetLosses:
         mask_logits: Float[Tensor, "B Q h w"],
         targets: Sequence[Target],
         matches: Sequence[Match],
-        num_masks: float,
+        num_masks: int,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         logits = mask_logits[_index(matches, 0)]  # M h w
-        masks = _pad([target.masks for target in targets]).to(logits)[_index(matches, 1)]  # M H W
+        masks = pad_sequence([target.masks for target in targets], batch_first=True).to(logits)[
+            _index(matches, 1)
+        ]  # M H W
         with torch.no_grad():
             points = self._choose_points(logits)
             expected = _sample(masks, points)
@@ -126,14 +126,6 @@ def _pairwise_dice(logits: Float[Tensor, "Q P"], expected: Float[Tensor, "N P"])
 def _sample(maps: Float[Tensor, "rows H W"], points: Float[Tensor, "rows P 2"]) -> Float[Tensor, "rows P"]:
     maps = _at_least_float32(maps)
     return F.grid_sample(maps[:, None], 2 * points[:, :, None].to(maps) - 1, align_corners=False)[:, 0, :, 0]
-
-
-def _pad(masks: Sequence[Bool[Tensor, "_ H W"]]) -> Bool[Tensor, "B N H W"]:
-    """To the largest number of segments."""
-    padded = masks[0].new_zeros(len(masks), max(len(one) for one in masks), *masks[0].shape[1:])
-    for place, one in zip(padded, masks, strict=True):
-        place[: len(one)] = one
-    return padded
 
 
 def _index(matches: Sequence[Match], side: int) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"]]:

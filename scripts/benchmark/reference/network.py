@@ -25,7 +25,7 @@ from pem_lightning.types import Predictions, UserError
 
 
 def predict(network: PEM, images: Float[Tensor, "B 3 H W"]) -> Predictions:
-    """Predict, with the auxiliary predictions, what `PEM.forward` does.
+    """Predict what `PEM.forward` does, auxiliary predictions included.
 
     Raises:
         UserError: the network is an ablation.
@@ -88,12 +88,10 @@ def _decode_queries(
     decoder: Any, mask_features: Float[Tensor, "B C_mask H W"], levels: list[Float[Tensor, "B C_in _ _"]]
 ) -> Predictions:
     inputs, positions = [], []
-    for level, projection, embedding in zip(
-        levels[: len(decoder.input_projections)],
-        decoder.input_projections,
-        decoder.level_embedding.weight,
-        strict=True,
-    ):
+    parts = zip(
+        levels, decoder.input_projections, decoder.level_embedding.weight, strict=False
+    )  # as many as layers need
+    for level, projection, embedding in parts:
         inputs.append(projection(level) + embedding[:, None, None])
         y, x = sine_position_encoding(level.shape[2], level.shape[3], decoder.channels, device=level.device)
         positions.append((y + x).to(level.dtype))

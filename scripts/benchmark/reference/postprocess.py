@@ -27,7 +27,7 @@ def semantic(
     resize_first: bool,
 ) -> Float[Tensor, "K H W"]:
     """Scores of all classes at all pixels; for the arguments see `inference.postprocess.semantic`."""
-    masks = _crop(_resize(mask_logits, padded_size), image_size)
+    masks = _resize(mask_logits, padded_size)[:, : image_size[0], : image_size[1]]
     if resize_first:
         masks = _resize(masks, output_size)
     scores = torch.einsum("qk,qhw->khw", class_logits.softmax(-1)[:, :-1], masks.sigmoid())
@@ -46,7 +46,8 @@ def panoptic(
     overlap_threshold: float = 0.8,
 ) -> tuple[Int32[Tensor, "H W"], list[Segment]]:
     """The id map and its segments; for the arguments see `inference.postprocess.panoptic`."""
-    masks = _resize(_crop(_resize(mask_logits, padded_size), image_size), output_size).sigmoid()
+    masks = _resize(mask_logits, padded_size)[:, : image_size[0], : image_size[1]]
+    masks = _resize(masks, output_size).sigmoid()
     scores, labels = class_logits.softmax(-1).max(-1)
     kept = (labels != class_logits.shape[-1] - 1) & (scores > object_mask_threshold)
     scores, labels, masks = scores[kept], labels[kept], masks[kept]
@@ -70,10 +71,6 @@ def panoptic(
         if class_id not in thing_classes:
             stuff_ids[class_id] = segments[-1].id
     return id_map, segments
-
-
-def _crop(masks: Float[Tensor, "M _ _"], size: Size) -> Float[Tensor, "M H W"]:
-    return masks[:, : size[0], : size[1]]
 
 
 def _resize(maps: Float[Tensor, "M _ _"], size: Size) -> Float[Tensor, "M H W"]:

@@ -1,7 +1,6 @@
 """The reference's training step against the authors' numbers, and ours against it: losses and all gradients."""
 
 import json
-from math import prod
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from pem_lightning.preprocess import pad_batch
 from pem_lightning.training.optim import parameter_groups
 from pem_lightning.types import Predictions, Target
 from scripts.benchmark import reference as plain
+from scripts.benchmark.training import shared_draws
 from tests.models.randomize import build_tiny, randomize
 
 
@@ -62,18 +62,6 @@ def draw_targets(counts, size, num_classes):
         masks[-1:] = False
         targets.append(Target(torch.randint(num_classes, (count,), generator=draw), masks))
     return targets
-
-
-def shared_draws():
-    """Equal numbers for the n-th row of so many points, whether rows are drawn one by one or all at once."""
-    streams = {}
-
-    def rand(shape, device):
-        stream = streams.setdefault(shape[-2], torch.Generator().manual_seed(shape[-2]))
-        rows = [torch.rand(shape[-2:], generator=stream) for _ in range(prod(shape[:-2]))]
-        return torch.stack(rows).view(shape) if rows else torch.empty(shape)
-
-    return rand
 
 
 @pytest.mark.parametrize("counts", [(3, 5), (0, 2), (0, 0)])
