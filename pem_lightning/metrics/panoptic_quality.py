@@ -129,7 +129,8 @@ class PanopticQuality(Metric):
             occurring = group & seen
             if not occurring.any():
                 return QualityAverage(float("nan"), float("nan"), float("nan"), 0)
-            return QualityAverage(*(float(x[occurring].mean()) for x in (pq, sq, rq)), int(occurring.sum()))
+            means = (float(x[occurring].mean()) for x in (pq, sq, rq))
+            return QualityAverage(*means, num_classes=int(occurring.sum()))  # type: ignore[misc]
 
         groups = (average(seen), average(self.is_thing), average(~self.is_thing))
         return PanopticResult(*groups, pq, sq, rq, iou_sum, tp, fp, fn)

@@ -85,7 +85,7 @@ def quartiles(values: Sequence[float], scale: float = 1.0) -> str:
     return f"{median} ({low} to {high})"
 
 
-def number(value: float) -> str:
+def number(value: float | np.floating) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 

@@ -99,5 +99,5 @@ def ask(worker: subprocess.Popen[str], name: str) -> str:
     print(name, file=worker.stdin, flush=True)
     answer = worker.stdout.readline().strip()
     if not answer:
-        raise UserError(f"{name} has failed in {worker.args[2]}: see above")  # type: ignore[index]
+        raise UserError(f"{name} has failed: see above")
     return answer

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
         gmacs = f"{pipeline.gmacs(images):.1f}"
         rows.append((name, common.quartiles(times[name][TOTAL]), speedup, stages, memory, gmacs))
     facts = f"Inference, {images.shape[2]}x{images.shape[3]}, batch {len(images)}"
-    columns = ("", "s", "times as fast", "network / results, s", "added MiB", "GMACs")
+    columns: tuple[str, ...] = ("", "s", "times as fast", "network / results, s", "added MiB", "GMACs")
     parts = [common.describe(facts, options), common.table(columns, rows)]
     parts += [f"{name}: {p.note}." for name, p in pipelines.items() if isinstance(p, Baseline)]
     if differences:
@@ -125,13 +125,13 @@ class PEMPipeline:
         sizes: Any = {"padded_size": padded, "image_size": size, "output_size": size}
         found = []
         for logits in zip(output.class_logits, output.mask_logits, strict=True):
-            settings = {"object_mask_threshold": common.choose_threshold(logits[0]), **self.settings}
-            order = {"resize_first": settings.pop("resize_first")}
+            settings: dict[str, Any] = {"object_mask_threshold": common.choose_threshold(logits[0]), **self.settings}
+            order = settings.pop("resize_first")
             if self.is_reference:
-                semantic = reference.semantic(*logits, **order, **sizes).argmax(0)
+                semantic = reference.semantic(logits[0], logits[1], resize_first=order, **sizes).argmax(0)
             else:
-                semantic = semantic_map(*logits, **order, **sizes)
-            fuse = reference.panoptic if self.is_reference else panoptic
+                semantic = semantic_map(logits[0], logits[1], resize_first=order, **sizes)
+            fuse: Any = reference.panoptic if self.is_reference else panoptic
             ids, segments = fuse(*logits, thing_classes=self.things, **settings, **sizes)
             found.append(Maps(semantic, ids, [segment.class_id for segment in segments]))
         return found

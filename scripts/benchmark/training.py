@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
         rows.append((name, common.quartiles(found[TOTAL], scale=1000), share, *cells, memory))
     size = f"{options.batch} x {options.size[0]}x{options.size[1]}"
     facts = f"Training step, {size}, {options.segments} segments per image, {options.num_points} points"
-    columns = ("ms: share of the reference's", "step", "share", *STAGES, "added MiB")
+    columns: tuple[str, ...] = ("ms: share of the reference's", "step", "share", *STAGES, "added MiB")
     parts = [common.describe(facts, options), common.table(columns, rows)]
     if differences:
         columns = ("relative difference from the reference", "loss", "largest of a loss", "gradients")
