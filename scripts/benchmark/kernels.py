@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,7 +91,11 @@ def conv_problems(levels: list[tuple[int, int]], options: argparse.Namespace) ->
             torch.randn(CHANNELS, CHANNELS, 3, 3, generator=draw) / (9 * CHANNELS) ** 0.5,
         ]
         tensors = [t.to(options.device).requires_grad_() for t in tensors]
-        yield f"convolution {height}x{width}", lambda kernel, tensors=tensors: kernel(*tensors), tensors
+        yield f"convolution {height}x{width}", partial(_apply, tensors), tensors
+
+
+def _apply(tensors: list[torch.Tensor], kernel: Kernel) -> torch.Tensor:
+    return kernel(*tensors)
 
 
 def attention_problem(levels: list[tuple[int, int]], options: argparse.Namespace) -> Problem:

@@ -84,6 +84,8 @@ def loader() -> Work:
     return lambda: [image for batch in batches for image in batch.images]
 
 
+KINDS: dict[str, Callable[..., Work]] = {"inference": inference, "training": training, "loader": loader}
+
 if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print
     torch.set_num_threads(int(sys.argv[3]))
@@ -94,7 +96,7 @@ if __name__ == "__main__":
             made[line][0]()
         else:
             kind, *arguments = line.split()
-            work = {"inference": inference, "training": training, "loader": loader}[kind](*arguments)
+            work = KINDS[kind](*arguments)
             torch.manual_seed(0)
             found = b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in work())
             made[line] = work, hashlib.sha256(found).hexdigest()
