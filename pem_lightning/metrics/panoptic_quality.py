@@ -130,7 +130,7 @@ class PanopticQuality(Metric):
             if not occurring.any():
                 return QualityAverage(float("nan"), float("nan"), float("nan"), 0)
             means = (float(x[occurring].mean()) for x in (pq, sq, rq))
-            return QualityAverage(*means, num_classes=int(occurring.sum()))  # type: ignore[misc]
+            return QualityAverage(*means, num_classes=int(occurring.sum()))  # type: ignore[arg-type, misc]
 
         groups = (average(seen), average(self.is_thing), average(~self.is_thing))
         return PanopticResult(*groups, pq, sq, rq, iou_sum, tp, fp, fn)
