@@ -129,7 +129,8 @@ class PanopticQuality(Metric):
             occurring = group & seen
             if not occurring.any():
                 return QualityAverage(float("nan"), float("nan"), float("nan"), 0)
-            return QualityAverage(*(float(x[occurring].mean()) for x in (pq, sq, rq)), int(occurring.sum()))
+            mean_pq, mean_sq, mean_rq = (float(quality[occurring].mean()) for quality in (pq, sq, rq))
+            return QualityAverage(mean_pq, mean_sq, mean_rq, int(occurring.sum()))
 
         groups = (average(seen), average(self.is_thing), average(~self.is_thing))
         return PanopticResult(*groups, pq, sq, rq, iou_sum, tp, fp, fn)
