@@ -129,8 +129,8 @@ class PanopticQuality(Metric):
             occurring = group & seen
             if not occurring.any():
                 return QualityAverage(float("nan"), float("nan"), float("nan"), 0)
-            means = (float(x[occurring].mean()) for x in (pq, sq, rq))
-            return QualityAverage(*means, num_classes=int(occurring.sum()))  # type: ignore[arg-type, misc]
+            mean_pq, mean_sq, mean_rq = (float(quality[occurring].mean()) for quality in (pq, sq, rq))
+            return QualityAverage(mean_pq, mean_sq, mean_rq, int(occurring.sum()))
 
         groups = (average(seen), average(self.is_thing), average(~self.is_thing))
         return PanopticResult(*groups, pq, sq, rq, iou_sum, tp, fp, fn)

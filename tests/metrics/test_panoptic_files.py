@@ -154,7 +154,7 @@ def test_any_number_of_workers_gives_the_same_bits_and_errors(tmp_path):
 
 
 @pytest.mark.cityscapesscripts
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_files_score_as_official(tmp_path, seed):
     """cityscapesScripts has a copy of panopticapi's evaluation of files."""
     official = pytest.importorskip(
