@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,12 @@ IGNORE_INDEX = 255
 
 class UserError(Exception):
     """A mistake of the user. The message is one line that names the cure; the command line exits with code 2."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the nearest known word, for the end of a message; empty if nothing is similar."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class Segment(NamedTuple):

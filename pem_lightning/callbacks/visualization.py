@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from pem_lightning.callbacks.loggers import log_picture
-from pem_lightning.data.targets import class_map
 from pem_lightning.files import write_or_warn
 from pem_lightning.inference.postprocess import Result
 from pem_lightning.inference.results import encode_png, stack_instances
@@ -52,7 +51,7 @@ def make_panel(sample: Sample, result: Result, info: DatasetInfo) -> Panel:
     if result.panoptic is not None:
         return Panel(image, (ids, sample.segments), (result.panoptic, result.segments))
     if result.semantic is not None:
-        truth = class_map(sample._replace(panoptic=ids))
+        truth = sample._replace(panoptic=ids).class_map()
         return Panel(image, class_segments(truth, info), class_segments(result.semantic, info))
     things = tuple(segment for segment in sample.segments if segment.is_thing)
     return Panel(image, (ids, things), stack_instances(result.instances, tuple(ids.shape)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pem_lightning.types import UserError
+from pem_lightning.types import UserError, did_you_mean
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -76,9 +75,6 @@ def compose(job: str, overrides: Iterable[str]) -> DictConfig:
             raise UserError(explain(error, job)) from error
 
 
-check_composes = compose  # its name in scripts/check_data.py
-
-
 def explain(error: Exception, job: str) -> str:
     """One line for an error of Hydra's while it composed `job`, with the nearest key or choice where one is near."""
     if isinstance(error, OverrideParseException):
@@ -93,14 +89,9 @@ def explain(error: Exception, job: str) -> str:
         return f"{wrong} needs an optional package: pip install -r requirements-sweep.txt"
     if options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text):
         choices = options[1].split()
-        hint = _nearest(wrong.split("/")[-1], choices)
+        hint = did_you_mean(wrong.split("/")[-1], choices)
         return f"there is no {'='.join(wrong.rsplit('/', 1))}{hint}; choose one of: {', '.join(choices)}"
-    return f"there is no key {wrong}{_nearest(wrong, _keys(compose(job, [])))}; see them all with --cfg job"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return f"there is no key {wrong}{did_you_mean(wrong, _keys(compose(job, [])))}; see them all with --cfg job"
 
 
 def _keys(config: DictConfig) -> Iterator[str]:

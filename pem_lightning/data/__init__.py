@@ -7,8 +7,9 @@ from pem_lightning.data.coco import CocoPanopticDataModule, CocoPanopticDataset
 from pem_lightning.data.datamodule import SegmentationDataModule
 from pem_lightning.data.semantic_folder import SemanticFolderDataModule, SemanticFolderDataset
 from pem_lightning.data.synthetic import SyntheticDataModule, generate_synthetic
-from pem_lightning.data.targets import IGNORE_INDEX, build_target, class_map
+from pem_lightning.data.targets import build_target
 from pem_lightning.data.transforms import EvalTransform, SSDColorJitter, TrainTransform
+from pem_lightning.types import IGNORE_INDEX
 
 __all__ = [
     "ADE20K",
@@ -30,6 +31,5 @@ __all__ = [
     "SyntheticDataModule",
     "TrainTransform",
     "build_target",
-    "class_map",
     "generate_synthetic",
 ]

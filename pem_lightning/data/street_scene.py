@@ -409,6 +409,7 @@ class _Street:
         self.sprite(0, _FAR, LABELS["unlabeled"]).box(-9, 0, 9, self.draw(2, 4), (176, 186, 198))
 
     def draw_ground(self) -> None:
+        """Terrain, pavements with joints, road, kerbs and markings."""
         tone = int(self.rng.integers(-8, 9))
         slab, joint, asphalt, white = (190 + tone, 172 + tone, 164 + tone), (162, 144, 138), 94 + tone, (236, 236, 232)
         self._flat((-400, 400), (1.5, _FAR), (158, 168, 84), LABELS["terrain"])
@@ -429,6 +430,7 @@ class _Street:
                 self._flat((x, x + 0.5), (z, z * 1.35), white, None)
 
     def draw_roadside(self, side: int) -> None:
+        """Buildings, walls, fences and hedges of one side, from far to near."""
         edge = self.walk + (self.draw(1.5, 3) if self.rng.random() < 0.5 else 0.0)  # some streets have a verge
         near = _FAR * 0.8
         while near > 3.5:
@@ -475,6 +477,7 @@ class _Street:
             self._upright(x, depths, (1.0, 1.3), (84, 144, 66), "vegetation")
 
     def furniture(self) -> Iterator[Placed]:
+        """Poles, lights and signs along both kerbs, with their depth."""
         for side in (-1, 1):
             x = side * (self.kerb + 0.45)
             for z in np.arange(self.draw(4, 7), 15, self.draw(4, 6)).tolist():

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from pem_lightning.types import IGNORE_INDEX, Sample, Target, UserError
 
@@ -29,7 +27,7 @@ def build_target(sample: Sample, task: Task, keep_empty: bool = True) -> Target:
             semantic target never has empty masks.
     """
     if task == "semantic":
-        classes = class_map(sample)
+        classes = sample.class_map()
         counts = torch.bincount(classes.flatten(), minlength=IGNORE_INDEX + 1)
         labels = counts[:IGNORE_INDEX].nonzero().flatten()
         return Target(labels, classes == labels[:, None, None])
@@ -41,8 +39,3 @@ def build_target(sample: Sample, task: Task, keep_empty: bool = True) -> Target:
         visible = masks.any(2).any(1)
         labels, masks = labels[visible], masks[visible]
     return Target(labels, masks)
-
-
-def class_map(sample: Sample) -> Int64[Tensor, "map_height map_width"]:
-    """Class index of every pixel, `IGNORE_INDEX` where nothing is annotated."""
-    return sample.class_map()

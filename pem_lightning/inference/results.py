@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from pem_lightning.inference.visualize import (
     overlay_panoptic,
     region_of,
 )
-from pem_lightning.types import VOID_ID, DatasetInfo, Segment, UserError
+from pem_lightning.types import VOID_ID, DatasetInfo, Segment, UserError, did_you_mean
 
 SHOWN_SCORE = 0.5
 """Instances with a lower score are not drawn."""
@@ -233,15 +232,9 @@ def find_classes(names: Iterable[str], info: DatasetInfo) -> frozenset[int]:
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
         if name not in info.class_names:
-            hint = nearest(str(name), info.class_names)
+            hint = did_you_mean(str(name), info.class_names)
             raise UserError(f"there is no class {name}{hint}; choose from: {', '.join(info.class_names)}")
     return frozenset(info.class_names.index(name) for name in wanted)
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint at what may have been meant; empty if nothing is similar."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def only_classes(result: Result, classes: Collection[int]) -> Result:

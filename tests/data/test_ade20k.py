@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, ADE20KDataModule, ADE20KDataset
-from pem_lightning.data.targets import build_target, class_map
+from pem_lightning.data.targets import build_target
 from pem_lightning.types import Segment, UserError
 
 
@@ -39,7 +39,7 @@ def test_every_value_becomes_its_class(tmp_path):
     assert sample.name == "ADE_train_00000001"
     assert sample.image.shape == (3, 3, 151)
     assert sample.panoptic.dtype == torch.int32
-    assert class_map(sample)[0].tolist() == [255, *range(150)]
+    assert sample.class_map()[0].tolist() == [255, *range(150)]
     assert [s.class_id for s in sample.segments] == list(range(150))
     assert {s.class_id for s in sample.segments if s.is_thing} == ADE20K.thing_classes
     assert build_target(sample, "semantic").labels.tolist() == list(range(150))

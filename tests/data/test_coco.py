@@ -11,7 +11,7 @@ from PIL import Image
 
 from pem_lightning.data.coco import CocoPanopticDataModule, CocoPanopticDataset, PanopticPairs, renumbered
 from pem_lightning.data.dataset import distinct_color
-from pem_lightning.data.targets import build_target, class_map
+from pem_lightning.data.targets import build_target
 from pem_lightning.files import MAX_ID, id_to_rgb
 from pem_lightning.metrics.panoptic_files import evaluate_panoptic_files
 from pem_lightning.types import Segment, UserError
@@ -87,7 +87,7 @@ def test_segments_are_numbered_as_listed(tmp_path):
         Segment(4, 2, True),
         Segment(5, 1, True),
     )
-    assert class_map(sample).tolist() == [[1, 1, 255], [0, 2, 2]]
+    assert sample.class_map().tolist() == [[1, 1, 255], [0, 2, 2]]
     assert build_target(sample, "panoptic").labels.tolist() == [1, 0, 2, 1]
     assert build_target(sample, "panoptic").masks.sum((1, 2)).tolist() == [2, 1, 1, 0]
 

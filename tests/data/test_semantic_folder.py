@@ -10,7 +10,7 @@ from PIL import Image
 
 from pem_lightning.data.dataset import distinct_color
 from pem_lightning.data.semantic_folder import SemanticFolderDataModule, SemanticFolderDataset, read_classes
-from pem_lightning.data.targets import build_target, class_map
+from pem_lightning.data.targets import build_target
 from pem_lightning.types import Segment, UserError
 from tests.data.damage import damages, outcome
 from tests.data.test_coco import JUNK
@@ -41,7 +41,7 @@ def test_values_are_positions(tmp_path):
     sample = SemanticFolderDataset(tmp_path, "train")[0]
     assert sample.panoptic.dtype == torch.int32
     assert sample.panoptic.tolist() == [[1, 2, 3, 0, 1]]
-    assert class_map(sample).tolist() == [[0, 1, 2, 255, 0]]
+    assert sample.class_map().tolist() == [[0, 1, 2, 255, 0]]
     assert sample.segments == (Segment(1, 0, False), Segment(2, 1, False), Segment(3, 2, False))
     assert build_target(sample, "semantic").labels.tolist() == [0, 1, 2]
 
@@ -52,7 +52,7 @@ def test_ids_colors_and_void_of_the_file(tmp_path):
     dataset = SemanticFolderDataset(tmp_path, "train")
     assert dataset.info.category_ids == (7, 260)
     assert dataset.info.colors.tolist() == [[128, 64, 128], list(distinct_color(1))]
-    assert class_map(dataset[0]).tolist() == [[0, 1, 255], [255, 255, 0]]
+    assert dataset[0].class_map().tolist() == [[0, 1, 255], [255, 255, 0]]
 
 
 @pytest.mark.parametrize(("value", "classes"), [(255, []), (2, [2])])
@@ -66,7 +66,7 @@ def test_palette_maps_are_read_by_index(tmp_path):
     picture = Image.fromarray(np.array([[2, 0, 255]], np.uint8), "P")
     picture.putpalette([value for index in range(256) for value in (index // 2, 255 - index, 7)])
     picture.save(tmp_path / "labels" / "train" / "a.png")
-    assert class_map(SemanticFolderDataset(tmp_path, "train")[0]).tolist() == [[2, 0, 255]]
+    assert SemanticFolderDataset(tmp_path, "train")[0].class_map().tolist() == [[2, 0, 255]]
 
 
 def test_folders_may_be_nested(tmp_path):

@@ -11,8 +11,7 @@ from pem_lightning.data import synthetic
 from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataset
 from pem_lightning.data.street_scene import draw_street
 from pem_lightning.data.synthetic import SyntheticDataModule, generate_synthetic
-from pem_lightning.data.targets import IGNORE_INDEX, class_map
-from pem_lightning.types import UserError
+from pem_lightning.types import IGNORE_INDEX, UserError
 
 SMALL = {"train": 1, "val": 1, "height": 32, "width": 64}
 MANIFEST = "synthetic_manifest.json"
@@ -158,7 +157,7 @@ def test_every_class_crowds_and_void_occur(default_scenes):
     samples = list(default_scenes)
     assert {s.class_id for sample in samples for s in sample.segments} == set(range(CITYSCAPES.num_classes))
     assert any(s.is_crowd for sample in samples for s in sample.segments)
-    assert any((class_map(sample) == IGNORE_INDEX).any() for sample in samples)
+    assert any((sample.class_map() == IGNORE_INDEX).any() for sample in samples)
     things = [sum(s.is_thing and not s.is_crowd for s in sample.segments) for sample in samples]
     assert min(things) >= 2
     assert max(things) <= 12

@@ -9,7 +9,6 @@ from pem_lightning.data.targets import (
     IGNORE_INDEX,
     build_target,
     check_task,
-    class_map,
 )
 from pem_lightning.types import Sample, Segment, UserError
 
@@ -68,4 +67,4 @@ def test_semantic_masks_partition_the_labelled_pixels(values):
     masks = build_target(sample, "semantic").masks
     assert torch.equal(masks.sum(0), (sample.panoptic != 0).long())
     classes = {s.id: s.class_id for s in SEGMENTS} | {0: IGNORE_INDEX}
-    assert class_map(sample).flatten().tolist() == [classes[value] for value in values]
+    assert sample.class_map().flatten().tolist() == [classes[value] for value in values]
