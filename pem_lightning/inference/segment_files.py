@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.progress import track
 
 from pem_lightning.inference.predictor import Photo, Predictor, read_photo
-from pem_lightning.inference.results import SegmentedImage, nearest, write_coco_panoptic
+from pem_lightning.inference.results import SegmentedImage, write_coco_panoptic
 from pem_lightning.inference.sources import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -27,7 +27,7 @@ from pem_lightning.inference.sources import (
     prefetch,
 )
 from pem_lightning.inference.visualize import draw_caption
-from pem_lightning.types import UserError
+from pem_lightning.types import UserError, did_you_mean
 
 SAVE = ("all", "masks", "overlays")
 
@@ -61,7 +61,7 @@ def segment_files(
             files could not be read. These are named and skipped, and raise when all others are done.
     """
     if save is not None and save not in SAVE:
-        raise UserError(f"there is no save={save}{nearest(str(save), SAVE)}; choose one of: {', '.join(SAVE)}")
+        raise UserError(f"there is no save={save}{did_you_mean(str(save), SAVE)}; choose one of: {', '.join(SAVE)}")
     for name, number in (("every", every), ("max_frames", max_frames)):
         if number is not None and number < 1:
             raise UserError(f"{name}={number}: choose 1 or more")
