@@ -21,10 +21,12 @@ from scripts.benchmark.common import Times
 
 ROOT = Path(__file__).parents[2]
 BACKBONES = ("resnet50", "stdc1")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", type=Path, help="the other checkout, of any age")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of inference")
     parser.add_argument("--size", type=common.parse_size, default=(1024, 2048), help="HEIGHTxWIDTH of whole images")
     parser.add_argument("--training-size", type=common.parse_size, default=(256, 512), help="HEIGHTxWIDTH of crops")
 
@@ -37,7 +39,7 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     """
     if not (options.repo / "pem_lightning").is_dir():
         raise UserError(f"{options.repo} is no checkout of this project: give the folder that holds pem_lightning")
-    names = [f"inference {backbone} {precision}" for backbone in BACKBONES for precision in ("float32", "bfloat16")]
+    names = [f"inference {backbone} {precision}" for backbone in BACKBONES for precision in options.precisions]
     names += [*(f"training {backbone}" for backbone in BACKBONES), "loader"]
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     hashes: dict[str, set[str]] = {name: set() for name in names}
