@@ -29,10 +29,10 @@ class Stripes(nn.Module):
         masks = torch.full((count + 1, height, width), -9.0)
         for i in range(count):
             masks[i, :, i * width // count : (i + 1) * width // count] = 9
-        class_logits = 9 * torch.eye(3)[[*self.classes, 2]]
+        masks, class_logits = masks.to(images.device), 9 * torch.eye(3, device=images.device)[[*self.classes, 2]]
         return Predictions(class_logits.expand(len(images), -1, -1), masks.expand(len(images), -1, -1, -1))
 
 
-def predictor(task="panoptic", model=None, info=INFO, **options):
+def predictor(task="panoptic", model=None, info=INFO, device="cpu", **options):
     inference = TaskInference(task, info.thing_classes, resize_first=task != "semantic")
-    return Predictor.from_parts(model or Stripes(), info, inference, device="cpu", **options)
+    return Predictor.from_parts(model or Stripes(), info, inference, device=device, **options)

@@ -1,0 +1,154 @@
+"""What only a GPU can show; `scripts/gpu_check.py` runs these beside measurements."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pem_lightning import build_pem
+from pem_lightning.inference.optimize import OptimizedNetwork
+from pem_lightning.losses import SetCriterion
+from pem_lightning.models.deformable_conv import deform_conv_torch
+from pem_lightning.models.mask2former_pixel_decoder import get_kernel, pixel_centres
+from pem_lightning.preprocess import pad_batch
+from pem_lightning.types import Target
+from tests.inference.toy import predictor
+from tests.models.randomize import randomize
+from tests.models.test_deformable_conv import inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return randomize(build_pem("stdc1", num_classes=5, num_queries=20, num_layers=2)).eval()
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Relative, of norms."""
+    expected = expected.double()
+    return float((actual.cpu().double() - expected).norm() / expected.norm())
+
+
+def to_gpu(tensors):
+    return [t.detach().float().cuda().requires_grad_() for t in tensors]
+
+
+def assert_near_float64(function, arguments):
+    expected_leaves, leaves = [t.detach().requires_grad_() for t in arguments], to_gpu(arguments)
+    expected, actual = function(*expected_leaves), function(*leaves)
+    assert distance(actual, expected) < 1e-5
+    probe = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * probe).sum(), expected_leaves)
+    found = torch.autograd.grad((actual * probe.float().cuda()).sum(), leaves)
+    for one, other in zip(found, wanted, strict=True):
+        assert distance(one, other) < 1e-4
+
+
+def test_deformable_convolution_against_float64():
+    assert_near_float64(deform_conv_torch, inputs(0, 2, 20, 30))
+
+
+def test_deformable_attention_against_float64():
+    levels = [(3, 4), (6, 8)]
+    draw = torch.Generator().manual_seed(0)
+    centres = pixel_centres(levels).double()
+    values = torch.randn(2, len(centres), 2, 8, generator=draw, dtype=torch.float64)
+    shape = (2, len(centres), 2, 2, 4)
+    points = centres[:, None, None, None] + 0.2 * torch.randn(*shape, 2, generator=draw, dtype=torch.float64)
+    weights = torch.randn(*shape, generator=draw, dtype=torch.float64).flatten(3).softmax(-1).view(shape)
+    kernel = get_kernel("torch")
+    assert_near_float64(lambda v, p, w: kernel(v, levels, p, w), [values, points, weights])
+
+
+@pytest.mark.parametrize(
+    ("precision", "compile", "tolerance"),
+    [
+        ("float32", None, 1e-3),
+        ("float32", "reduce-overhead", 1e-3),  # CUDA graphs
+        ("bfloat16", None, 0.2),
+        ("float16", None, 0.1),
+    ],
+)
+def test_the_fast_network_against_float64(network, precision, compile, tolerance):
+    images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = network.double()(images.double())
+    fast = OptimizedNetwork(network.float().cuda(), precision, compile)
+    for _ in range(3):  # graphs are recorded, then replayed
+        actual = fast(images.cuda())
+    network.cpu()
+    assert actual.mask_logits.dtype == torch.float32
+    assert distance(actual.class_logits, expected.class_logits) < tolerance
+    assert distance(actual.mask_logits, expected.mask_logits) < tolerance
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
+def test_results_are_those_of_the_cpu(task):
+    photo = np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
+    expected, actual = predictor(task)(photo), predictor(task, device="cuda")(photo)
+    for name in ("panoptic", "semantic"):
+        if (wanted := getattr(expected, name)) is not None:
+            assert torch.equal(getattr(actual, name).cpu(), wanted)
+    assert len(actual.instances or ()) == len(expected.instances or ())
+
+
+def test_losses_and_gradients_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    network = randomize(build_pem("stdc1", num_classes=5, num_queries=20, num_layers=2)).eval()
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (3, 64, 96), dtype=torch.uint8, generator=draw) for _ in range(2)]
+    rows = (torch.arange(64)[:, None] // 16 == torch.arange(4)[:, None, None]).expand(4, 64, 96)
+
+    def step(device):
+        points = torch.Generator().manual_seed(0)
+        criterion = SetCriterion(
+            5, num_points=256, rand=lambda shape, where: torch.rand(shape, generator=points).to(where)
+        ).to(device)
+        network.to(device).zero_grad()
+        wanted = [Target(torch.arange(4, device=device), rows.to(device)) for _ in images]
+        batch, targets = pad_batch([image.to(device) for image in images], wanted)
+        losses = criterion(network(batch), targets)
+        torch.stack(list(losses.values())).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in network.parameters()])
+        return torch.stack(list(losses.values())).detach().cpu(), gradients.cpu()
+
+    (expected, wanted), (actual, found) = step("cpu"), step("cuda")
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    assert distance(found, wanted) < 0.02  # near ties of masks and prototypes fall the other way
+
+
+def test_one_synchronisation_per_step():
+    network = build_pem("stdc1", num_classes=5, num_queries=10, num_layers=2).cuda().train()
+    criterion = SetCriterion(5, num_points=64).cuda()
+    images = list(torch.zeros(2, 3, 64, 96, dtype=torch.uint8, device="cuda"))
+    masks = torch.zeros(3, 64, 96, dtype=torch.bool, device="cuda")
+    wanted = [Target(torch.zeros(3, dtype=torch.long, device="cuda"), masks) for _ in images]
+
+    def step():
+        batch, targets = pad_batch(images, wanted)
+        losses = criterion(network(batch), targets)
+        torch.stack(list(losses.values())).sum().backward()
+
+    step()  # brings constants to the device once and for all
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in caught if "synchronizing" in str(one.message)]
+    assert len(waits) == 1, waits
