@@ -28,9 +28,11 @@ STATED_PQ = 70.0  # of `make demo`'s training on a GPU
 
 
 class Part(NamedTuple):
+    """A program, and the seconds that it may take."""
+
     name: str
     command: list[str]
-    seconds: float  # the limit
+    seconds: float
 
 
 def main(arguments: list[str] | None = None) -> int:
