@@ -64,7 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
 def parts(cuda: bool, output: Path) -> Iterator[Part]:
     """What is run, each in a process of its own."""
     benchmark = [sys.executable, "-m", "scripts.benchmark"]
-    yield Part("tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], 150)
+    yield Part(
+        "tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"], 150
+    )
     size = [] if cuda else ["--size", "64x128"]
     yield Part("kernels", [*benchmark, "kernels", "--rounds", "3", *size], 60)
     few = ["--backbones", "stdc1", *size]
@@ -126,7 +128,11 @@ def read_training(folder: Path, cuda: bool) -> dict[str, Any]:
 
 def describe(cuda: bool) -> dict[str, Any]:
     """What the numbers depend on."""
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "processors": os.cpu_count()}
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processors": os.cpu_count(),
+    }
     if cuda:
         properties = torch.cuda.get_device_properties(0)
         facts |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}

@@ -1,5 +1,7 @@
 """What only a GPU can show; `scripts/gpu_check.py` runs these beside measurements."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -14,6 +16,7 @@ from pem_lightning.models.deformable_conv import deform_conv_torch
 from pem_lightning.models.mask2former_pixel_decoder import get_kernel, pixel_centres
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.types import Target
+from scripts.benchmark import common
 from tests.inference.toy import predictor
 from tests.models.randomize import randomize
 from tests.models.test_deformable_conv import inputs
@@ -73,26 +76,37 @@ def test_deformable_attention_against_float64():
     assert_near_float64(lambda v, p, w: kernel(v, levels, p, w), [values, points, weights])
 
 
-@pytest.mark.parametrize(
-    ("precision", "compile", "tolerance"),
-    [
-        ("float32", None, 1e-3),
-        ("float32", "reduce-overhead", 1e-3),  # CUDA graphs
-        ("bfloat16", None, 0.2),
-        ("float16", None, 0.1),
-    ],
-)
-def test_the_fast_network_against_float64(network, precision, compile, tolerance):
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.2), ("float16", 0.1)])
+def test_the_fast_network_against_float64(network, precision, tolerance):
     images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = network.double()(images.double())
-    fast = OptimizedNetwork(network.float().cuda(), precision, compile)
-    for _ in range(3):  # graphs are recorded, then replayed
-        actual = fast(images.cuda())
-    network.cpu()
+    actual = OptimizedNetwork(network.float(), precision).cuda()(images.cuda())
     assert actual.mask_logits.dtype == torch.float32
     assert distance(actual.class_logits, expected.class_logits) < tolerance
     assert distance(actual.mask_logits, expected.mask_logits) < tolerance
+
+
+COMPILED = """
+import torch
+from pem_lightning import build_pem
+from pem_lightning.inference.optimize import OptimizedNetwork
+
+torch.manual_seed(0)
+network = build_pem("stdc1", num_classes=5, num_queries=20, num_layers=1).eval()
+images = torch.randn(1, 3, 64, 96)
+with torch.no_grad():
+    expected = network(images)
+fast = OptimizedNetwork(network, compile="reduce-overhead").cuda()
+for _ in range(3):  # the graph is recorded, then replayed
+    actual = fast(images.cuda()).mask_logits.cpu()
+assert (actual - expected.mask_logits).norm() < 1e-2 * expected.mask_logits.norm()
+"""
+
+
+def test_cuda_graphs():
+    """In a program of its own: tracing does not go through the checks of shapes."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
 
 
 @pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
@@ -150,5 +164,17 @@ def test_one_synchronisation_per_step():
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(one.message) for one in caught if "synchronizing" in str(one.message)]
+    waits = [str(one.message) for one in caught if "called a synchronizing" in str(one.message)]
     assert len(waits) == 1, waits
+
+
+def test_events_see_the_work_that_the_host_does_not_wait_for():
+    a = torch.randn(4096, 4096, device="cuda")
+
+    def task(lap):
+        for _ in range(20):
+            a @ a
+        lap("products")
+
+    common.time_once(task, "cuda")
+    assert common.time_once(task, "cuda")["products"] > 20 * 2 * 4096**3 / 2e15  # no GPU does two petaflops

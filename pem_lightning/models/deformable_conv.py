@@ -50,7 +50,7 @@ class DeformableConv(nn.Module):
 @cache
 def get_kernel(name: str) -> Kernel:
     """Look up a kernel: "torch", "torchvision", "mmcv" or "auto"; see `choose_kernel`."""
-    libraries = {"torchvision": _torchvision_kernel, "mmcv": _mmcv_kernel}
+    libraries = {"mmcv": _mmcv_kernel, "torchvision": _torchvision_kernel}
     return choose_kernel("deformable convolution", name, deform_conv_torch, libraries)
 
 
@@ -58,7 +58,7 @@ def choose_kernel(operator: str, name: str, plain: Kernel, libraries: Mapping[st
     """Choose an operator's kernel.
 
     Args:
-        name: "torch"; a library's name; or "auto", which is mmcv on GPUs where it is installed and "torch" otherwise.
+        name: "torch"; a library's name; or "auto", on GPUs the first library that works, and "torch" otherwise.
         plain: the kernel "torch", which also runs on all other devices (flops are counted on "meta").
         libraries: the loader of each library's kernel for a device type, which raises if it does not work there.
 
@@ -71,16 +71,16 @@ def choose_kernel(operator: str, name: str, plain: Kernel, libraries: Mapping[st
     cuda = ["cuda"] if torch.cuda.is_available() else []
     if name == "torch" or (name == "auto" and not cuda):
         return plain
-    try:
-        if name == "auto":
-            kernels = {"cuda": libraries["mmcv"]("cuda")}
-        else:
-            kernels = {device: libraries[name](device) for device in ["cpu", *cuda]}
-    except Exception as error:  # a library built for another torch raises anything when it is imported
-        if name == "auto":
-            return plain
-        hint = "build it with `make mmcv`" if name == "mmcv" else "install it"
-        raise UserError(f"kernel={name} needs a working {name} ({error}): {hint}, or use kernel=auto") from error
+    kernels: dict[str, Kernel] = {}
+    for library in libraries if name == "auto" else [name]:
+        try:
+            kernels = {device: libraries[library](device) for device in (cuda if name == "auto" else ["cpu", *cuda])}
+            break
+        except Exception as error:  # a library built for another torch raises anything when it is imported
+            if name != "auto":
+                hint = "build it with `make mmcv`" if name == "mmcv" else "install it"
+                message = f"kernel={name} needs a working {name} ({error}): {hint}, or use kernel=auto"
+                raise UserError(message) from error
     return lambda x, *arguments: kernels.get(x.device.type, plain)(x, *arguments)
 
 

@@ -59,20 +59,6 @@ def test_stages_add_up():
     assert found["total"] == pytest.approx(found["first"] + found["second"], abs=1e-3)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_events_see_the_work_that_the_host_does_not_wait_for():
-    a = torch.randn(4096, 4096, device="cuda")
-
-    def task(lap):
-        for _ in range(20):
-            a @ a
-        lap("products")
-
-    common.time_once(task, "cuda")
-    assert common.time_once(task, "cuda")["products"] > 20 * 2 * 4096**3 / 2e15  # no GPU does two petaflops
-
-
 def test_ratios_are_taken_within_a_round():
     assert common.ratios({"total": [8.0, 2.0, 4.0]}, {"total": [4.0, 1.0, 2.0]}) == [2, 2, 2]
     assert common.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == "3 (2 to 4)"
