@@ -167,7 +167,8 @@ def next_steps(trainer: Trainer, directory: Path, record: Any) -> list[tuple[str
     """Commands to train on, with the overrides in the `PEMModule`'s record, to evaluate and to predict."""
     lines = []
     best, last = (directory / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    if last.exists():
+    saved = any(last.parent.glob("last*.ckpt"))  # the end becomes `last.ckpt` once the results are written
+    if saved:
         keys = {override: override.split("=")[0].lstrip("+~") for override in record.get("overrides", [])}
         own = [o for o, key in keys.items() if key not in ("resume", "weights", "recipe.max_steps")]
         done = trainer.global_step >= trainer.max_steps > 0
@@ -175,7 +176,7 @@ def next_steps(trainer: Trainer, directory: Path, record: Any) -> list[tuple[str
         steps = [f"recipe.max_steps={2 * trainer.max_steps}"] if done else longer
         command = shlex.join(["python", "train.py", *own, *steps, f"resume={readable(last)}"])
         lines.append(("train longer" if done else "go on", command))
-    for path in [path for path in (best, last) if path.exists()][:1]:
+    for path in [path for path, exists in ((best, best.exists()), (last, saved)) if exists][:1]:
         checkpoint = shlex.quote(f"checkpoint={readable(path)}")
         lines.append(("evaluate", f"python evaluate.py {checkpoint}"))
         lines.append(("predict", f"python predict.py {checkpoint} input=IMAGE"))

@@ -1,4 +1,9 @@
-"""A trained network made fast: the same answers up to rounding, and options that trade digits for time."""
+"""A trained network made fast: the same answers up to rounding, and options that trade digits for time.
+
+Here: fused batch normalisations, memory format, precision, compilation. Without gradients other parts take shorter
+ways of their own: `TransformerDecoder.forward` (masks only at the size that the next layer needs), `deform_conv_torch`
+(strip by strip), `PrototypeSelection` (the most similar features chunk by chunk), and `fast_argmax` for the results.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class LayerPrototypes:
 
     @property
     def empty(self) -> Bool[Tensor, " Q"]:
-        """Queries that did not choose because their mask, but not all others', is empty; they have cell (0, 0)."""
+        """Queries without a choice: their mask is empty while another one in the image is not. Their cell is (0, 0)."""
         return ~self.masks.flatten(1).any(1)
 
     @property

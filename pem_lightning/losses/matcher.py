@@ -21,7 +21,7 @@ from pem_lightning.losses.point_sampling import UniformSource, sample_masks, sam
 from pem_lightning.types import Predictions, Target
 
 LARGEST_LOGIT = 1e4
-"""No meaningful logit is larger, and the sum of such costs over all points cannot overflow."""
+"""Logits are cut off here: no meaningful one is larger, and costs of such logits cannot overflow when summed."""
 
 
 class Match(NamedTuple):

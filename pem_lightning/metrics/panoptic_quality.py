@@ -1,7 +1,7 @@
 """Panoptic quality (Kirillov et al., CVPR 2019) with the exact rules of panopticapi, COCO's and Cityscapes' evaluator.
 
 K classes, G true segments, P predicted segments, H W spatial;
-rows and columns of an overlap: the segments, then void, then ids of no known segment.
+overlap[g, p] counts pixels; the last two rows and columns are void (-2) and ids of no known segment (-1).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class FrozenBatchNorm2d(nn.Module):
 class ConvBNReLU(nn.Module):
     """Convolution without bias that keeps the size at stride 1, batch normalisation, ReLU."""
 
-    fusable = (("conv", "bn"),)
+    fusable = (("conv", "bn"),)  # a convolution and the normalisation after it, which `optimize` merges
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, norm: NormFactory = nn.BatchNorm2d

@@ -108,5 +108,6 @@ class PixelDecoder(nn.Module):
         self, i: int, feature: Float[Tensor, "B C_in H W"], context: Float[Tensor, "B C _ _"]
     ) -> Float[Tensor, "B C H W"]:
         x, csm = self.laterals[i](feature), self.csm[i]
-        # Only a modulated map is new and may be changed in place; without CSM, the ReLU's gradient needs its output.
+        # csm(x) is a new tensor, to which may be added in place; an Identity hands on the ReLU's output, which its
+        # backward pass needs.
         return x + context if isinstance(csm, nn.Identity) else csm(x).add_(context)

@@ -54,7 +54,7 @@ class PrototypeCrossAttention(nn.Module):
         Args:
             query_positions: added for the attention only.
             features: of one level, with position encoding.
-            mask_logits: at the level's size; 0 is foreground. None for no masking.
+            mask_logits: at the level's size; a logit of 0 or more is foreground. None for no masking.
         """
         keys = pointwise(self.feature_linear, self.feature_conv(self.feature_norm(features)))
         keys = F.normalize(keys.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # B P C

@@ -1,4 +1,8 @@
-"""A training that is stopped, or killed at any moment, goes on as if nothing had happened: no bit differs."""
+"""A training that is stopped, or killed at any moment, goes on as if nothing had happened: no bit differs.
+
+Here states are saved and restored. `cli/overrides.py` chooses the checkpoint, `cli/jobs.py` trims the logs that ran
+ahead of it, and `data/sampler.py` skips the images that were seen.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +110,7 @@ def _set_progress(loops: dict[str, Any], validation_due: bool, validation_interv
     validated = steps > 0 and isinstance(validation_interval, int) and steps % validation_interval == 0
     loops["epoch_progress"] = _progress(1, 0)
     loops["epoch_loop.batch_progress"] = _progress(steps, steps)
-    # After a step with validation, Lightning passes by the end of that step once more and counts it there.
+    # Resumed after a step with validation, `_TrainingEpochLoop.advance` ends that step once more, and counts it.
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - validated
     # A validation that has begun is begun anew.
     loops["epoch_loop.val_loop.batch_progress"] = {**_progress(0, 0), "total": _counters(int(validation_due), 0)}

@@ -25,7 +25,7 @@ class Interrupted(SystemExit):
 class StopSignals:
     """Notes Ctrl-C, SIGTERM and, in a SLURM job, its early warning SIGUSR1, instead of dying of them.
 
-    A second Ctrl-C stops at once. To be made before Lightning installs its own handlers; somebody else's handler of
+    A second Ctrl-C stops at once. Construct it before Lightning installs its own handlers; somebody else's handler of
     SIGTERM is left in place.
 
     Attributes:

@@ -198,7 +198,7 @@ class TestOurs:
 
 
 class TestCoverage:
-    @pytest.mark.parametrize("name", BACKBONES)
+    @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "stdc1", "stdc2"])
     def test_backbones_are_told_apart(self, name):
         with torch.device("meta"):
             state = build_backbone(name).state_dict()
