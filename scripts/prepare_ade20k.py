@@ -143,7 +143,7 @@ def finished_entry(target: Path, sources: list[Any]) -> dict[str, Any] | None:
 
 def make_png(job: Job, sources: list[Any]) -> dict[str, Any]:
     photo, semantic, instances, target = job
-    pixels, classes = read_pair(photo, semantic, DOWNLOAD)
+    pixels, classes = read_pair((photo, semantic), DOWNLOAD)
     numbers = read_map(instances, INSTANCES)
     if numbers.shape != pixels.shape:
         raise UserError(f"{instances} is no RGB map of its image's size: {INSTANCES}")

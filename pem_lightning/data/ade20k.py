@@ -36,16 +36,14 @@ DOWNLOAD = (
 )
 
 
-def _read_classes() -> tuple[ClassInfo, ...]:
-    with Path(__file__).with_name("ade20k_classes.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return tuple(
+_ROWS = csv.DictReader(Path(__file__).with_name("ade20k_classes.csv").read_text(encoding="utf-8").splitlines())
+ADE20K = DatasetInfo(
+    "ade20k",
+    tuple(
         ClassInfo(r["name"], (int(r["red"]), int(r["green"]), int(r["blue"])), r["is_thing"] == "1", int(r["id"]) + 1)
-        for r in rows
-    )
-
-
-ADE20K = DatasetInfo("ade20k", _read_classes())
+        for r in _ROWS
+    ),
+)
 """Category ids are the values of the semantic maps, 1 to 150; 0 is void."""
 
 ADE20K_PANOPTIC = DatasetInfo("ade20k", tuple(replace(c, category_id=c.category_id - 1) for c in ADE20K.classes))
@@ -68,14 +66,11 @@ class ADE20KDataset(SegmentationDataset):
 
     def read(self, index: int) -> Sample:
         """A segment's id is its value in the file."""
-        image_path, map_path = self.files(index)
-        image, values = read_pair(image_path, map_path, DOWNLOAD)
-        present = np.unique(values).tolist()
-        if present[-1] > ADE20K.num_classes:
-            raise UserError(
-                f"{map_path} has the value {present[-1]}, but ADE20K's are 0 (void) to {ADE20K.num_classes}: {DOWNLOAD}"
-            )
-        things = ADE20K.thing_classes
+        image, values = read_pair(self.files(index), DOWNLOAD)
+        present, things = np.unique(values).tolist(), ADE20K.thing_classes
+        if (largest := present[-1]) > ADE20K.num_classes:
+            known = f"ADE20K's are 0 (void) to {ADE20K.num_classes}"
+            raise UserError(f"{self.files(index)[1]} has the value {largest}, but {known}: {DOWNLOAD}")
         segments = [Segment(v, v - 1, v - 1 in things, is_crowd=v - 1 in things) for v in present if v != VOID_ID]
         return make_sample(image, values.astype(np.int32), segments, self.names[index])
 

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -146,7 +147,11 @@ class CachedDataset(SegmentationDataset):
 
     def _check_space(self, indices: list[int]) -> None:
         """Refuse before the work if the disk cannot hold all copies."""
-        needed = sum(_size_of_copy(self.files(index)[0]) for index in indices)
+        needed = 0
+        for index in indices:
+            # Reading it properly will say what is wrong with a file that cannot be opened.
+            with suppress(Exception), Image.open(self.files(index)[0]) as file:
+                needed += file.width * file.height * _BYTES_PER_PIXEL
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
@@ -185,11 +190,3 @@ def _identity(dataset: SegmentationDataset) -> str:
     folders = [os.path.commonpath([os.path.abspath(path.parent) for path in column]) for column in columns]
     facts = json.dumps([_FORMAT, type(dataset).__qualname__, dataset.info.to_dict(), folders])
     return hashlib.sha256(facts.encode()).hexdigest()[:8]
-
-
-def _size_of_copy(image: Path) -> int:
-    try:
-        with Image.open(image) as file:
-            return file.width * file.height * _BYTES_PER_PIXEL
-    except Exception:  # reading it properly will say what is wrong
-        return 0

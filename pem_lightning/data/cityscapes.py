@@ -82,22 +82,29 @@ class CityscapesDataset(SegmentationDataset):
         files: dict[str, tuple[Path, ...]] = {}
         problems: list[str] = []
         for one in [split] if isinstance(split, str) else split:
-            found, missing = _find_split(Path(root), one)
-            files |= found
-            problems += missing
+            if one not in _ANNOTATIONS:
+                raise UserError(f"Cityscapes has no split {one!r}: choose from {', '.join(_ANNOTATIONS)}")
+            images = find_files(Path(root) / "leftImg8bit" / one, _IMAGE_SUFFIX, _HINT, "*/")
+            if kind := _ANNOTATIONS[one]:
+                maps = find_files(Path(root) / kind / one, f"_{kind}_instanceIds.png", _HINT, "*/")
+                pairs, missing = pair_files(images, maps, _HINT)
+                files |= pairs
+                problems += missing
+            else:
+                files |= {name: (path,) for name, path in images.items()}
         super().__init__(CITYSCAPES, dict(sorted(files.items())), problems, transform=transform, on_error=on_error)
 
     def read(self, index: int) -> Sample:
         """A segment's id is its value in the file."""
-        image_path, *annotation = self.files(index)
-        if not annotation:
-            image = read_rgb(image_path, _HINT)
+        files = self.files(index)
+        if len(files) == 1:
+            image = read_rgb(files[0], _HINT)
             return make_sample(image, np.full(image.shape[:2], VOID_ID, np.int32), (), self.names[index])
-        image, values = read_pair(image_path, annotation[0], _HINT)
+        image, values = read_pair(files, _HINT)
         try:
             panoptic, segments = panoptic_from_instance_ids(values)
         except ValueError as error:
-            raise UserError(f"{annotation[0]} {error}: {_HINT}") from error
+            raise UserError(f"{files[1]} {error}: {_HINT}") from error
         return make_sample(image, panoptic, segments, self.names[index])
 
 
@@ -127,17 +134,6 @@ def panoptic_from_instance_ids(
     ids = [segment.id for segment in segments]
     table[ids] = ids
     return table[values], tuple(segments)
-
-
-def _find_split(root: Path, split: str) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
-    """The files of one split by name, and what is wrong with them."""
-    if split not in _ANNOTATIONS:
-        raise UserError(f"Cityscapes has no split {split!r}: choose from {', '.join(_ANNOTATIONS)}")
-    images = find_files(root / "leftImg8bit" / split, _IMAGE_SUFFIX, _HINT, "*/")
-    kind = _ANNOTATIONS[split]
-    if kind is None:
-        return {name: (path,) for name, path in images.items()}, []
-    return pair_files(images, find_files(root / kind / split, f"_{kind}_instanceIds.png", _HINT, "*/"), _HINT)
 
 
 class CityscapesDataModule(SegmentationDataModule):

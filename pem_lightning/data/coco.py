@@ -100,7 +100,7 @@ class CocoPanopticDataset(SegmentationDataset):
         for folder in (image_folder, map_folder):
             if not folder.is_dir():
                 raise UserError(f"{folder} does not exist: {hint}")
-        class_of = {category_id: index for index, category_id in enumerate(found.category_ids)}
+        class_of = _class_of(found)
         files: dict[str, tuple[Path, ...]] = {}
         problems: list[str] = []
         image_ids, counts = {}, [0]
@@ -137,13 +137,13 @@ class CocoPanopticDataset(SegmentationDataset):
 
     def read(self, index: int) -> Sample:
         """Decode one item."""
-        image_path, map_path = self.files(index)
-        image, colors = read_pair(image_path, map_path, self._hint, colored=True)
+        image, colors = read_pair(self.files(index), self._hint, colored=True)
         listed = self._segments[self._starts[index] : self._starts[index + 1]]
         panoptic, unknown = renumbered(rgb_to_id(colors), listed[:, 0])
         if unknown.size:
+            path = self.files(index)[1]
             raise UserError(
-                f"{map_path} has the segment id {unknown[0]}, which its entry in the JSON does not list: {self._hint}"
+                f"{path} has the segment id {unknown[0]}, which its entry in the JSON does not list: {self._hint}"
             )
         things = self.info.thing_classes
         segments = [Segment(n, c, c in things, crowd == 1) for n, (_, c, crowd) in enumerate(listed.tolist(), start=1)]
@@ -201,6 +201,11 @@ def classes_of(content: Content, path: Path, name: str) -> DatasetInfo:
     return describe_classes(name, entries, path)
 
 
+def _class_of(info: DatasetInfo) -> dict[int | None, int]:
+    """Class indices by category id."""
+    return {category_id: index for index, category_id in enumerate(info.category_ids)}
+
+
 def _check_same_classes(found: DatasetInfo, expected: DatasetInfo, path: Path) -> None:
     theirs, ours = ([(c.category_id, c.name, c.is_thing) for c in info.classes] for info in (found, expected))
     if ours != theirs:
@@ -244,14 +249,14 @@ def _listed(entry: Content, lowest: int) -> dict[int, Content]:
     return segments
 
 
-def _described(number: int, segment: Content, class_of: Mapping[int, int]) -> tuple[int, int, bool]:
+def _described(number: int, segment: Content, class_of: Mapping[int | None, int]) -> tuple[int, int, bool]:
     """Id, class index and crowd flag of a listed segment."""
-    category = _whole(segment.get("category_id"))
-    if category is None or category not in class_of:
+    class_id = class_of.get(_whole(segment.get("category_id")))
+    if class_id is None:
         raise ValueError(f"has the category_id {segment.get('category_id')!r}, which no category has")
     if segment.get("iscrowd", 0) not in (0, 1):
         raise ValueError(f"has a segment with iscrowd {segment['iscrowd']!r}, which is neither 0 nor 1")
-    return number, class_of[category], bool(segment.get("iscrowd"))
+    return number, class_id, bool(segment.get("iscrowd"))
 
 
 def _is_file_name(value: Any) -> bool:
@@ -329,7 +334,7 @@ class PanopticPairs:
         prediction = read_panoptic_json(pred_json, "give the prediction's JSON second", ("annotations",))
         self.gt_json, self.pred_json = gt_json, pred_json
         self.info = _any_categories(truth, gt_json)
-        self._class_of = {category_id: index for index, category_id in enumerate(self.info.category_ids)}
+        self._class_of = _class_of(self.info)
         gt_folder = _folder(gt_json, gt_folder, "--gt-folder")
         pred_folder = _folder(pred_json, pred_folder, "--pred-folder")
         true, predicted = _by_image(truth, gt_json), _by_image(prediction, pred_json)
@@ -365,7 +370,8 @@ class PanopticPairs:
                 f"{pred_png} is {width}x{height}, but {gt_png} is {gt_map.shape[1]}x{gt_map.shape[0]}: "
                 "write predictions at the ground truth's size"
             )
-        pred_map, pixels, unlisted = _counted(ids, predicted)
+        pred_map, unlisted = renumbered(ids, np.array([s.id for s in predicted], np.int32))
+        pixels = np.bincount(pred_map.ravel(), minlength=len(predicted) + 1)[1:]
         if unlisted.size:
             raise UserError(
                 f"{pred_png} has the id {unlisted[0]}, which its entry in {self.pred_json} does not list: "
@@ -377,7 +383,8 @@ class PanopticPairs:
                 f"{image_id!r}, which has no pixels in {pred_png}: list only segments with pixels"
             )
         pred_segments = tuple(s._replace(id=number) for number, s in enumerate(predicted, start=1))
-        _, pixels, unlisted = _counted(gt_map, gt_segments)
+        numbers, unlisted = renumbered(gt_map, np.array([s.id for s in gt_segments], np.int32))
+        pixels = np.bincount(numbers.ravel(), minlength=len(gt_segments) + 1)[1:]
         stale = sum(areas.get(s.id, n) != n for s, n in zip(gt_segments, pixels.tolist(), strict=True))
         return Pair(image_id, pred_map, pred_segments, gt_map, gt_segments, areas, stale, bool(unlisted.size))
 
@@ -389,8 +396,7 @@ class PanopticPairs:
             raise UserError(f"{place} {error}: correct the JSON") from error
         segments, areas = [], {}
         for number, segment in listed.items():
-            category = _whole(segment.get("category_id"))
-            class_id = None if category is None else self._class_of.get(category)
+            class_id = self._class_of.get(_whole(segment.get("category_id")))
             if class_id is not None:
                 is_thing = self.info.classes[class_id].is_thing
                 segments.append(Segment(number, class_id, is_thing, segment.get("iscrowd") == 1))
@@ -454,11 +460,3 @@ def _read_ids(path: Path) -> Int32[np.ndarray, "height width"]:
     if values.ndim != 3 or values.shape[2] < 3:
         raise UserError(f"{path} has no colours: a segment's id is written as RGB, R + 256 G + 256² B")
     return rgb_to_id(values[..., :3])
-
-
-def _counted(
-    ids: Int32[np.ndarray, "height width"], segments: Sequence[Segment]
-) -> tuple[Int32[np.ndarray, "height width"], Int64[np.ndarray, " segments"], Int64[np.ndarray, " unknown"]]:
-    """`renumbered` by segments, and the pixels of each."""
-    numbers, unlisted = renumbered(ids, np.array([s.id for s in segments], np.int32))
-    return numbers, np.bincount(numbers.ravel(), minlength=len(segments) + 1)[1:], unlisted

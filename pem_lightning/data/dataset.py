@@ -155,9 +155,10 @@ _JPEG_END = b"\xff\xd9"
 
 
 def read_pair(
-    image: Path, annotation: Path, hint: str, colored: bool = False
+    files: Sequence[Path], hint: str, colored: bool = False
 ) -> tuple[UInt8[np.ndarray, "height width 3"], np.ndarray]:
     """Read an image as RGB, and the values of its annotation map of the same size, of one channel or RGB."""
+    image, annotation = files
     pixels, values = read_rgb(image, hint), read_map(annotation, hint)
     expected = pixels.shape if colored else pixels.shape[:2]
     if values.shape != expected:

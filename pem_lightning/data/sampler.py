@@ -100,9 +100,6 @@ class SeededDataset(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        state = torch.get_rng_state()  # without workers it is the generator that training draws from
-        torch.default_generator.manual_seed(key.seed)
-        try:
+        with torch.random.fork_rng(devices=()):  # without workers it is the generator that training draws from
+            torch.default_generator.manual_seed(key.seed)
             return self.dataset[key.item]
-        finally:
-            torch.set_rng_state(state)

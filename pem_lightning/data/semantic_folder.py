@@ -98,13 +98,12 @@ class SemanticFolderDataset(SegmentationDataset):
 
     def read(self, index: int) -> Sample:
         """Decode one item."""
-        image_path, map_path = self.files(index)
         hint = f"correct the file or {self.classes_file}"
-        image, values = read_pair(image_path, map_path, hint)
+        image, values = read_pair(self.files(index), hint)
         present = np.flatnonzero(np.bincount(values.ravel())).tolist()
-        unknown = [value for value in present if value >= len(self._table) or self._table[value] < 0]
-        if unknown:
-            raise UserError(f"{map_path} has the value {unknown[0]}, which is neither a class nor void: {hint}")
+        if unknown := [value for value in present if value >= len(self._table) or self._table[value] < 0]:
+            path = self.files(index)[1]
+            raise UserError(f"{path} has the value {unknown[0]}, which is neither a class nor void: {hint}")
         ids = sorted(set(self._table[present].tolist()) - {VOID_ID})
         return make_sample(image, self._table[values], [Segment(i, i - 1, False) for i in ids], self.names[index])
 

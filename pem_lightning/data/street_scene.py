@@ -98,12 +98,21 @@ class _Sprite:
         """Fill a box whose top edge is shorter by `slant` at either end."""
         self.polygon([(left, bottom), (right, bottom), (right - slant, top), (left + slant, top)], color)
 
-    def disc(self, x: Number, y: Number, radius: Number, color: Color) -> None:
-        self.ellipse(x, y, radius, radius, color)
+    def boxes(self, lefts: Sequence[Number], bottom: Number, width: Number, top: Number, color: Color) -> None:
+        for left in lefts:
+            self.box(left, bottom, left + width, top, color)
 
-    def ellipse(self, x: Number, y: Number, radius_x: Number, radius_y: Number, color: Color) -> None:
+    def disc(self, x: Number, y: Number, radius: Number, color: Color, radius_y: Number | None = None) -> None:
         center = self.canvas.project(self.x + (-x if self.mirrored else x), y, self.z)
-        self.canvas.ellipse(center, (radius_x / self.z, radius_y / self.z), color, self.segment_id)
+        radii = radius / self.z, (radius if radius_y is None else radius_y) / self.z
+        self.canvas.ellipse(center, radii, color, self.segment_id)
+
+    def wheels(
+        self, xs: Sequence[Number], y: Number, tyre: Number, rim: Number, color: Color = (176, 178, 182)
+    ) -> None:
+        for x in xs:
+            self.disc(x, y, tyre, _TYRE)
+            self.disc(x, y, rim, color)
 
     def line(self, points: Points, width: Number, color: Color) -> None:
         for (x0, y0), (x1, y1) in pairwise(points):
@@ -141,9 +150,7 @@ def _bicycle(s: _Sprite, rng: np.random.Generator) -> None:
     """The wheels count as full discs, as in Cityscapes."""
     frame = _hue(rng, 0.48, 0.56, 0.9, 0.75)
     s.shadow(1.6)
-    for x in (-0.55, 0.55):
-        s.disc(x, 0.36, 0.36, _TYRE)
-        s.disc(x, 0.36, 0.28, (150, 152, 156))
+    s.wheels((-0.55, 0.55), 0.36, 0.36, 0.28, (150, 152, 156))
     s.line([(-0.55, 0.36), (-0.12, 0.85), (0.4, 0.85), (0.0, 0.36), (-0.12, 0.85)], 0.1, frame)
     s.line([(-0.55, 0.36), (0.0, 0.36)], 0.1, frame)
     s.line([(0.55, 0.36), (0.38, 1.0), (0.52, 1.08)], 0.1, frame)
@@ -153,9 +160,7 @@ def _bicycle(s: _Sprite, rng: np.random.Generator) -> None:
 def _motorcycle(s: _Sprite, rng: np.random.Generator) -> None:
     paint = _hue(rng, 0.93, 1.0, 0.85, 0.72)
     s.shadow(2.0)
-    for x in (-0.7, 0.72):
-        s.disc(x, 0.36, 0.37, _TYRE)
-        s.disc(x, 0.36, 0.15, (190, 190, 195))
+    s.wheels((-0.7, 0.72), 0.36, 0.37, 0.15, (190, 190, 195))
     s.polygon([(-0.5, 0.3), (0.45, 0.3), (0.5, 0.7), (-0.4, 0.75)], (70, 70, 76))
     s.polygon([(-0.15, 0.7), (0.5, 0.65), (0.5, 1.0), (0.2, 1.1), (-0.1, 0.95)], paint)
     s.polygon([(-1.05, 0.72), (-0.1, 0.75), (-0.1, 0.95), (-1.0, 0.98)], paint)
@@ -178,13 +183,11 @@ def _rider(s: _Sprite, rng: np.random.Generator) -> None:
 def _car_front(s: _Sprite, rng: np.random.Generator) -> None:
     paint, towards = _car_paint(rng), bool(rng.integers(2))
     s.shadow(2.1)
-    for x in (-0.82, 0.56):
-        s.box(x, 0, x + 0.26, 0.4, _TYRE)
+    s.boxes((-0.82, 0.56), 0, 0.26, 0.4, _TYRE)
     s.box(-0.92, 0.22, 0.92, 0.86, paint, slant=0.04)
     s.box(-0.84, 0.84, 0.84, 1.48, paint, slant=0.2)
     s.box(-0.74, 0.88, 0.74, 1.38, _GLASS, slant=0.17)
-    for x in (-0.86, 0.5):
-        s.box(x, 0.56, x + 0.36, 0.76, (255, 246, 208) if towards else (214, 30, 34))
+    s.boxes((-0.86, 0.5), 0.56, 0.36, 0.76, (255, 246, 208) if towards else (214, 30, 34))
     s.box(-0.4, 0.42, 0.4, 0.6, _DARK if towards else (238, 238, 238))
     s.box(-0.9, 0.22, 0.9, 0.34, _DARK)
 
@@ -198,51 +201,44 @@ def _car_side(s: _Sprite, rng: np.random.Generator) -> None:
     s.polygon([(-0.22, 0.95), (1.0, 0.95), (0.45, 1.4), (-0.22, 1.4)], _GLASS)
     s.box(1.86, 0.56, 2.1, 0.74, (255, 246, 208))
     s.box(-2.1, 0.6, -1.92, 0.8, (214, 30, 34))
-    _wheels(s, (-1.3, 1.3), 0.36)
+    s.wheels((-1.3, 1.3), 0.36, 0.36, 0.18)
 
 
 def _truck(s: _Sprite, rng: np.random.Generator) -> None:
     cab = _hue(rng, 0.58, 0.64, 0.85, 0.7)
     s.shadow(3.0)
     if rng.integers(2):
-        for x in (-1.1, 0.7):
-            s.box(x, 0, x + 0.4, 0.55, _TYRE)
+        s.boxes((-1.1, 0.7), 0, 0.4, 0.55, _TYRE)
         s.box(-1.3, 0.6, 1.3, 3.5, (238, 236, 230))
         s.box(-1.2, 0.35, 1.2, 2.5, cab)
         s.box(-1.05, 1.4, 1.05, 2.25, _GLASS)
         s.box(-0.7, 0.8, 0.7, 1.15, _DARK)
-        for x in (-1.1, 0.75):
-            s.box(x, 0.5, x + 0.35, 0.72, (255, 246, 208))
+        s.boxes((-1.1, 0.75), 0.5, 0.35, 0.72, (255, 246, 208))
     else:
         s.box(-3.6, 0.5, 3.4, 0.75, _DARK)
         s.box(-3.6, 0.72, 1.7, 3.4, (238, 236, 230))
         s.box(-3.6, 1.8, 1.7, 2.15, cab)
         s.polygon([(1.85, 0.45), (3.6, 0.45), (3.6, 1.5), (3.2, 2.55), (1.85, 2.6)], cab)
         s.polygon([(2.5, 1.5), (3.5, 1.5), (3.15, 2.3), (2.5, 2.3)], _GLASS)
-        _wheels(s, (-2.7, -1.6, 2.7), 0.5)
+        s.wheels((-2.7, -1.6, 2.7), 0.5, 0.5, 0.25)
 
 
 def _bus(s: _Sprite, rng: np.random.Generator) -> None:
     paint = _hue(rng, 0.12, 0.15, 0.85, 0.98)
     s.shadow(3.0)
     if rng.integers(2):
-        for x in (-1.1, 0.75):
-            s.box(x, 0, x + 0.35, 0.5, _TYRE)
+        s.boxes((-1.1, 0.75), 0, 0.35, 0.5, _TYRE)
         s.box(-1.3, 0.25, 1.3, 3.2, paint, slant=0.08)
         s.box(-1.15, 1.1, 1.15, 2.5, _GLASS)
         s.box(-0.8, 2.65, 0.8, 3.0, _DARK)
         s.box(-0.5, 2.74, 0.5, 2.9, (255, 160, 40))
-        for x in (-1.15, 0.8):
-            s.box(x, 0.5, x + 0.35, 0.75, (255, 250, 220))
+        s.boxes((-1.15, 0.8), 0.5, 0.35, 0.75, (255, 250, 220))
     else:
         s.box(-4.6, 0.3, 4.6, 3.2, paint)
         s.box(-4.6, 0.3, 4.6, 0.7, (196, 60, 40))
-        for window in range(7):
-            x = -4.4 + 1.3 * window
-            s.box(x, 1.5, x + 1.1, 2.65, _GLASS)
-        for x in (-1.4, 2.4):
-            s.box(x, 0.55, x + 1.0, 2.65, (120, 160, 180))
-        _wheels(s, (-3.2, 3.2), 0.5)
+        s.boxes([-4.4 + 1.3 * window for window in range(7)], 1.5, 1.1, 2.65, _GLASS)
+        s.boxes((-1.4, 2.4), 0.55, 1.0, 2.65, (120, 160, 180))
+        s.wheels((-3.2, 3.2), 0.5, 0.5, 0.25)
 
 
 def _train(s: _Sprite, rng: np.random.Generator) -> None:
@@ -251,11 +247,8 @@ def _train(s: _Sprite, rng: np.random.Generator) -> None:
     s.box(-5.6, 0.1, 5.6, 0.5, _DARK)
     s.polygon([(-6, 0.35), (6, 0.35), (5.9, 2.0), (5.4, 3.5), (-5.4, 3.5), (-5.9, 2.0)], (240, 230, 198))
     s.polygon([(-6, 0.35), (6, 0.35), (5.95, 1.5), (-5.95, 1.5)], paint)
-    for window in range(8):
-        x = -5.3 + 1.35 * window
-        s.box(x, 1.7, x + 1.05, 2.8, _GLASS)
-    for x in (-3.4, 2.4):
-        s.box(x, 0.5, x + 1.1, 2.9, (64, 92, 84))
+    s.boxes([-5.3 + 1.35 * window for window in range(8)], 1.7, 1.05, 2.8, _GLASS)
+    s.boxes((-3.4, 2.4), 0.5, 1.1, 2.9, (64, 92, 84))
     s.box(-3.0, 3.5, 3.0, 3.75, (110, 114, 116))
 
 
@@ -296,7 +289,7 @@ def _tree(s: _Sprite, rng: np.random.Generator) -> None:
     for _ in range(12):
         x, y, light = float(rng.normal(0, 0.6)), float(rng.uniform(2.2, 4.6)), float(rng.uniform(0.75, 1.2))
         red, green, blue = (int(channel * light) for channel in leaves)
-        s.ellipse(x * size, y * size, 0.8 * size, 0.7 * size, (red, green, blue))
+        s.disc(x * size, y * size, 0.8 * size, (red, green, blue), 0.7 * size)
 
 
 def _litter_bin(s: _Sprite, rng: np.random.Generator) -> None:
@@ -308,12 +301,6 @@ def _litter_bin(s: _Sprite, rng: np.random.Generator) -> None:
 def _rails(s: _Sprite, rng: np.random.Generator) -> None:
     s.box(-40, -0.25, 40, 0.05, (120, 108, 100))
     s.box(-40, -0.15, 40, -0.08, (182, 184, 190))
-
-
-def _wheels(s: _Sprite, places: tuple[float, ...], radius: float) -> None:
-    for x in places:
-        s.disc(x, radius, radius, _TYRE)
-        s.disc(x, radius, radius / 2, (176, 178, 182))
 
 
 def _car_paint(rng: np.random.Generator) -> Color:
@@ -451,8 +438,7 @@ class _Street:
         plaster: Color = ((186, 116, 86), (206, 164, 116), (170, 98, 84), (176, 142, 124))[self.rng.integers(4)]
         (near, far), height, gable = depths, self.draw(5, 12), x + float(np.sign(x)) * 9
         wall = [(x, 0.0), (gable, 0.0), (gable, height), (x, height)]
-        corners = [self.canvas.project(wall_x, y, near) for wall_x, y in wall]
-        self.canvas.polygon(corners, _mix(plaster, (0, 0, 0), 0.28), LABELS["building"])
+        self.sprite(0, near, LABELS["building"]).polygon(wall, _mix(plaster, (0, 0, 0), 0.28))
         self._upright(x, depths, (0, height), plaster, "building")
         self._upright(x, depths, (height - 0.5, height), _mix(plaster, (60, 40, 40), 0.5), "building")
         columns = max(int((far - near) / 2.2), 1)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+
+from tests.data.damage import save
 
 
 @pytest.fixture
@@ -19,8 +20,6 @@ def write_sample(tmp_path: Path) -> Callable[..., None]:
         if image is None:
             image = np.random.default_rng(len(name)).integers(0, 256, (*ids.shape, 3), np.uint8)
         for array, folder, kind in ((image, "leftImg8bit", "leftImg8bit"), (ids, "gtFine", "gtFine_instanceIds")):
-            path = tmp_path / folder / split / city / f"{name}_{kind}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(path)
+            save(tmp_path / folder / split / city / f"{name}_{kind}.png", array)
 
     return write

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
@@ -20,6 +21,12 @@ SIGNATURES = [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"RIFF\x10\0
 def encoded(array: np.ndarray, kind: str, **options) -> bytes:
     Image.fromarray(array).save(buffer := io.BytesIO(), kind, **options)
     return buffer.getvalue()
+
+
+def save(path: Path | str, array: np.ndarray) -> None:
+    """As an image file, in a folder that is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
 
 
 def flipped(flips):

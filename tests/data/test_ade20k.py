@@ -3,19 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, ADE20KDataModule, ADE20KDataset
 from pem_lightning.data.targets import build_target
 from pem_lightning.types import Segment, UserError
+from tests.data.damage import save
 
 
 def write(root, name, semantic, split="training"):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*semantic.shape, 3), np.uint8))
-    for folder, suffix, picture in (("images", "jpg", image), ("annotations", "png", Image.fromarray(semantic))):
-        path = root / folder / split / f"{name}.{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+    image = np.random.default_rng(0).integers(0, 256, (*semantic.shape, 3), np.uint8)
+    save(root / "images" / split / f"{name}.jpg", image)
+    save(root / "annotations" / split / f"{name}.png", semantic)
 
 
 def test_classes_are_the_official_ones():

@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pem_lightning.data.ade20k import ADE20KDataset
 from pem_lightning.data.check import check_split, shifted_by_one
@@ -15,12 +14,8 @@ from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataset
 from pem_lightning.data.coco import CocoPanopticDataset
 from pem_lightning.data.semantic_folder import SemanticFolderDataset
 from pem_lightning.files import id_to_rgb
+from tests.data.damage import save
 from tests.panoptic_files import segment
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
 
 
 def photo(height, width):

@@ -16,6 +16,7 @@ from pem_lightning.data.cityscapes import (
     panoptic_from_instance_ids,
 )
 from pem_lightning.types import Segment, UserError
+from tests.data.damage import save
 
 OFFICIAL = (
     "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky "
@@ -102,16 +103,10 @@ def test_files_of_cityscapesscripts_do_not_disturb(tmp_path, write_sample):
     assert dataset[0].panoptic.unique().tolist() == [7]
 
 
-def write_coarse(root: Path, name: str) -> None:
-    city = name.split("_")[0]
-    for folder, kind in (("leftImg8bit", "leftImg8bit"), ("gtCoarse", "gtCoarse_instanceIds")):
-        path = root / folder / "train_extra" / city / f"{name}_{kind}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((4, 6, 3) if folder == "leftImg8bit" else (4, 6), 26, np.uint8)).save(path)
-
-
 def test_coarse_set(tmp_path, write_sample):
-    write_coarse(tmp_path, "augsburg_000000_000000")
+    stem = "train_extra/augsburg/augsburg_000000_000000"
+    save(tmp_path / f"leftImg8bit/{stem}_leftImg8bit.png", np.full((4, 6, 3), 26, np.uint8))
+    save(tmp_path / f"gtCoarse/{stem}_gtCoarse_instanceIds.png", np.full((4, 6), 26, np.uint8))
     sample = CityscapesDataset(tmp_path, "train_extra")[0]
     assert sample.segments == (Segment(26, 13, True, is_crowd=True),)
     write_sample("ulm_0_0", np.full((4, 4), 7, np.uint16))
@@ -127,9 +122,8 @@ def test_unknown_split(tmp_path):
 
 def test_test_split_has_images_only(tmp_path):
     for city in ("berlin", "bonn"):
-        folder = tmp_path / "leftImg8bit" / "test" / city
-        folder.mkdir(parents=True)
-        Image.new("RGB", (6, 4), (9, 8, 7)).save(folder / f"{city}_000000_000019_leftImg8bit.png")
+        image = np.full((4, 6, 3), (9, 8, 7), np.uint8)
+        save(tmp_path / f"leftImg8bit/test/{city}/{city}_000000_000019_leftImg8bit.png", image)
     dataset = CityscapesDataset(tmp_path, "test")
     assert dataset.names == ["berlin_000000_000019", "bonn_000000_000019"]
     assert dataset[0].segments == ()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pem_lightning.files import id_to_rgb
 from scripts.prepare_ade20k import prepare_split
+from tests.data.damage import save
 from tests.jobs import call
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,7 @@ TINY = (
     "recipe.train_transform.crop_size=[32,32]",
     "recipe.train_transform.shortest_edges=[32]",
     "recipe.eval_transform.shortest_edge=32",
-    "backbone=resnet18",
+    "backbone.module={_target_:tests.small_training.TinyBackbone}",
     "network.num_layers=1",
     "network.num_queries=10",
     "network.hidden_channels=64",
@@ -33,13 +34,9 @@ TINY = (
     "trainer=cpu",
     "callbacks.panels=null",
     "callbacks.curves=null",
+    "callbacks.confusion=null",
     "hydra.run.dir=run",
 )
-
-
-def save(path: str | Path, array: np.ndarray) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
 
 
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (41, 57, 3), np.uint8)

@@ -12,7 +12,7 @@ from pem_lightning.data.dataset import distinct_color
 from pem_lightning.data.semantic_folder import SemanticFolderDataModule, SemanticFolderDataset, read_classes
 from pem_lightning.data.targets import build_target
 from pem_lightning.types import Segment, UserError
-from tests.data.damage import damages, outcome
+from tests.data.damage import damages, outcome, save
 from tests.data.test_coco import JUNK
 
 
@@ -20,13 +20,8 @@ def write(root, name, values, split="train", suffix="jpg", classes="[road, car, 
     """One image with its class map, and `classes.yaml`."""
     values = np.asarray(values)
     values = values if values.dtype == np.uint16 else values.astype(np.uint8)
-    for kind, ending, picture in (
-        ("images", suffix, Image.new("RGB", values.shape[::-1], (1, 2, 3))),
-        ("labels", "png", Image.fromarray(values)),
-    ):
-        path = root / kind / split / f"{name}.{ending}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+    save(root / "images" / split / f"{name}.{suffix}", np.full((*values.shape, 3), 9, np.uint8))
+    save(root / "labels" / split / f"{name}.png", values)
     (root / "classes.yaml").write_text(classes)
 
 
