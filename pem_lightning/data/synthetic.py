@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from pem_lightning.data.cityscapes import CityscapesDataModule
+from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataModule
 from pem_lightning.data.dataset import SampleTransform
 from pem_lightning.data.street_scene import draw_street
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
@@ -103,6 +104,8 @@ def _is_replaceable(root: Path) -> bool:
 
 class SyntheticDataModule(CityscapesDataModule):
     """Drawn street scenes with Cityscapes' classes; written on first use. `seed` is that of the drawing."""
+
+    info = replace(CITYSCAPES, name="synthetic")
 
     def __init__(
         self,
