@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -28,13 +29,23 @@ def reference() -> Path:
 
 @pytest.fixture(scope="session")
 def official_weights(reference: Path):
-    """Draws the weights behind a reference case: (name, seed) -> the authors' state dict."""
+    """Draws the weights behind a reference case, once: (name, seed) -> the authors' state dict, not to be changed."""
     spec = importlib.util.spec_from_file_location("regenerate_weights", reference / "regenerate_weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
+    @cache
     def draw(name: str, seed: int) -> dict[str, torch.Tensor]:
         manifest = json.loads((reference / "pem" / f"manifest_{name}.json").read_text())
         return {key: torch.from_numpy(value) for key, value in module.weights(manifest, seed).items()}
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder in which a module's jobs run; they draw their images there."""
+    before = Path.cwd()
+    os.chdir(folder := tmp_path_factory.mktemp("work"))
+    yield folder
+    os.chdir(before)

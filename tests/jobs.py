@@ -1,10 +1,16 @@
-"""How tests run train.py, evaluate.py and predict.py: in their own process, which spares the imports."""
+"""How tests run train.py, evaluate.py and predict.py: here or in a copy of this process, which spares the imports."""
 
+import os
 import sys
+import traceback
+from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, open_dict
 
 from pem_lightning.cli import errors, launch
+
+ROOT = Path(__file__).parents[1]
 
 DRAWN = (
     "dataset.root=drawn",
@@ -23,6 +29,7 @@ TINY = (
     *DRAWN,
     "dataset.datamodule.num_train=8",
     "dataset.datamodule.num_val=3",
+    "backbone.module={_target_:tests.models.randomize.TinyBackbone}",
     "network.num_layers=2",
     "network.num_queries=20",
     "network.channels=32",
@@ -33,11 +40,10 @@ TINY = (
     "task.inference.overlap_threshold=0.05",
     "trainer.log_every_n_steps=1",
 )
-"""Arguments of train.py for a run of seconds on them."""
+"""Arguments of train.py for a run of seconds on them, with a backbone of four convolutions."""
 
 TINIEST = (
     *TINY,
-    "backbone.module={_target_:tests.small_training.TinyBackbone}",
     "dataset.datamodule.num_val=2",
     "logger=csv",
     "callbacks.throughput=null",
@@ -45,13 +51,13 @@ TINIEST = (
     "callbacks.curves=null",
     "callbacks.confusion=null",
 )
-"""The same with a backbone of four convolutions, and without pictures."""
+"""The same without pictures."""
 
 
 def call(job: str, *arguments: str) -> int:
     """Run a job as its entry point does; returns the exit code."""
     before = sys.argv
-    sys.argv = [f"{job}.py", *arguments]
+    sys.argv = [str(ROOT / f"{job}.py"), *arguments]
     try:
         launch.main(job)
     except SystemExit as stop:
@@ -59,6 +65,27 @@ def call(job: str, *arguments: str) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def in_child(*arguments, job="train"):
+    """Run a job in a copy of this process; returns what the shell would call its exit code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            torch.set_num_threads(1)  # the parent's other threads have not come along
+            sys.modules["__main__"].__spec__ = None  # with more devices, Lightning starts sys.argv and not pytest
+            code = call(job, *arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return 128 - code if code < 0 else code
 
 
 def compose(job: str = "train", *overrides: str) -> DictConfig:

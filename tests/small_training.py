@@ -8,30 +8,11 @@ from torch.utils.data import DataLoader
 from pem_lightning.data.cityscapes import CITYSCAPES
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.losses import SetCriterion
-from pem_lightning.models.backbones import Backbone
 from pem_lightning.training.module import PEMModule
 from pem_lightning.training.optim import cosine_schedule, parameter_groups
 from pem_lightning.types import Batch, Predictions, Target
 
 CLIP = 0.01
-
-
-class TinyBackbone(Backbone):
-    """Four convolutions."""
-
-    channels = (8, 8, 16, 16)
-
-    def __init__(self):
-        super().__init__()
-        sizes = [(3, 8, 4), (8, 8, 2), (8, 16, 2), (16, 16, 2)]
-        stages = [(nn.Conv2d(a, b, 5, stride, 2), nn.BatchNorm2d(b), nn.ReLU()) for a, b, stride in sizes]
-        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in stages)
-
-    def forward(self, images):
-        features = [images]
-        for stage in self.stages:
-            features.append(stage(features[-1]))
-        return features[1:]
 
 
 class Small(nn.Module):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -77,6 +77,7 @@ def test_a_folder_is_looked_at_before_it_is_made(tmp_path, monkeypatch):
 
 
 class TestPanopticPNG:
+    @settings(max_examples=30, deadline=None)
     @given(hnp.arrays(np.int32, st.tuples(st.integers(0, 4), st.integers(0, 4)), elements=st.integers(0, MAX_ID)))
     def test_ids_survive_the_way_to_colours_and_back(self, ids):
         assert np.array_equal(rgb_to_id(id_to_rgb(ids)), ids)

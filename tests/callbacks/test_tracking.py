@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,11 +27,8 @@ LOGGED = {"train/loss", "train/grad_norm", "train/images_per_second", "lr/networ
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory):
+def tracked(work):
     """Folder of a run of one step that was resumed for a second."""
-    folder = tmp_path_factory.mktemp("tracked")
-    before = Path.cwd()
-    os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
@@ -42,8 +37,7 @@ def tracked(tmp_path_factory):
         wandb.finish()  # as the end of the process does
         assert call("train", *SMALL, "recipe.max_steps=2", "resume=run/checkpoints/last.ckpt") == 0
         wandb.finish()
-    yield folder / "run"
-    os.chdir(before)
+    return work / "run"
 
 
 @pytest.fixture(scope="module")

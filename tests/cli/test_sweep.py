@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,24 +14,19 @@ from omegaconf import read_write
 from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.cli import jobs, launch
 from pem_lightning.types import UserError
-from tests.jobs import DRAWN, call
+from tests.jobs import TINIEST, call, in_child
 
-ROOT = Path(__file__).parents[2]
 HAS_PLUGINS = importlib.util.find_spec("hydra_plugins") is not None
 needs_plugins = pytest.mark.skipif(not HAS_PLUGINS, reason="needs requirements-sweep.txt")
 
 TINY = (
-    *DRAWN,
+    *(option for option in TINIEST if not option.startswith("network.num_")),
     "dataset.datamodule.num_train=4",
-    "dataset.datamodule.num_val=2",
     "decoder_layers=1",
     "num_queries=10",
     "recipe.max_steps=1",
     "recipe.val_interval=1",
     "recipe.checkpoint_interval=1",
-    "callbacks.panels=null",
-    "callbacks.curves=null",
-    "logger=csv",
 )
 """Arguments of train.py for one step on drawn images."""
 
@@ -167,15 +160,6 @@ class StopOnce(Callback):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with drawn images; jobs run inside it."""
-    before = Path.cwd()
-    os.chdir(folder := tmp_path_factory.mktemp("sweeps"))
-    yield folder
-    os.chdir(before)
-
-
-@pytest.fixture(scope="module")
 def swept(work):
     """Folder of a sweep of two jobs, one of which cannot run; in one process."""
     arguments = ("sweep=paper_attention", "ablation=[no_csm,no_deformable]", "recipe.global_batch_size=2,9")
@@ -213,21 +197,16 @@ def test_a_job_that_was_cut_off_goes_on_from_its_last_checkpoint(work):
     assert json.loads((work / "cut" / "0" / "metrics.json").read_text())["step"] == 2
 
 
-def run(folder, *arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "-m", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-
-
 @needs_plugins
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_other_launchers(work, launcher):
-    """From a folder that is not the project's, in processes of their own."""
+def test_other_launchers(work, launcher, monkeypatch, capfd):
+    """From a folder that is not the project's."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     one = ["hydra.launcher.n_jobs=1"] if launcher == "joblib" else []
-    done = run(work, *one, f"hydra/launcher={launcher}", f"hydra.sweep.dir={launcher}", "recipe.global_batch_size=2,9")
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: 1_recipe.global_batch_size-9 failed (")
+    options = (f"hydra/launcher={launcher}", f"hydra.sweep.dir={launcher}", "recipe.global_batch_size=2,9")
+    assert in_child(*TINY, "-m", *one, *options) == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: 1_recipe.global_batch_size-9 failed (")
     finished = work / launcher / "0_recipe.global_batch_size-2" / "finished.json"
     assert json.loads(finished.read_text())["value"] >= 0
 
@@ -251,13 +230,6 @@ def test_optuna_searches_and_goes_on(work, monkeypatch):
 
 @pytest.mark.slow
 def test_a_job_on_two_devices(work):
-    done = run(
-        work,
-        "trainer.devices=2",
-        "trainer.strategy=ddp",
-        "recipe.global_batch_size=4",
-        "seed=0,1",
-        "hydra.sweep.dir=two",
-    )
-    assert done.returncode == 0, done.stderr
+    devices = ("trainer.devices=2", "trainer.strategy=ddp", "recipe.global_batch_size=4")
+    assert in_child(*TINY, "-m", *devices, "seed=0,1", "hydra.sweep.dir=two") == 0
     assert len(list((work / "two").glob("*/finished.json"))) == 2

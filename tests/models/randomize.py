@@ -13,16 +13,15 @@ from tests import jobs
 
 
 class TinyBackbone(Backbone):
-    """Strides 4, 8, 16 and 32 for little computing."""
+    """Four convolutions."""
+
+    channels = (8, 8, 16, 16)
 
     def __init__(self):
         super().__init__()
-        self.channels = (8, 8, 16, 16)
-        widths = ((3, 8, 4), (8, 8, 2), (8, 16, 2), (16, 16, 2))
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c_in, c_out, stride + 1, stride, stride // 2), nn.BatchNorm2d(c_out), nn.ReLU())
-            for c_in, c_out, stride in widths
-        )
+        sizes = [(3, 8, 4), (8, 8, 2), (8, 16, 2), (16, 16, 2)]
+        stages = [(nn.Conv2d(a, b, 5, stride, 2), nn.BatchNorm2d(b), nn.ReLU()) for a, b, stride in sizes]
+        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in stages)
 
     def forward(self, images):
         features = [images]

@@ -1,9 +1,5 @@
 """Every kernel of the deformable convolution against its definition, in float64 with all gradients."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,32 +139,3 @@ def test_libraries_leave_counting_to_the_plain_kernel():
     expected = count_gmacs(network, 8, 8)
     network.kernel = choose_kernel("op", "fast", deform_conv_torch, {"fast": lambda device: missing})
     assert count_gmacs(network, 8, 8) == expected
-
-
-COMPILED = """
-import torch
-from torch import nn
-from pem_lightning.models.mask2former_pixel_decoder import MultiScaleDeformableAttention
-from pem_lightning.models.deformable_conv import DeformableConv
-
-class Both(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.attention = DeformableConv(8, 8), MultiScaleDeformableAttention(8, 2, 1, 2)
-
-    def forward(self, x):
-        x = self.conv(x).flatten(2).transpose(1, 2)
-        return self.attention(x, torch.full((x.shape[1], 2), 0.3), x, [(6, 7)])
-
-torch.manual_seed(0)
-network, x = Both().eval(), torch.randn(2, 8, 6, 7)
-for context in (torch.no_grad(), torch.enable_grad()):
-    with context:
-        torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="eager")(x), network(x))
-"""
-
-
-@pytest.mark.slow
-def test_both_operators_are_compiled_in_one_graph():
-    """In a process of its own: the compiler cannot look through the tests' checks of shapes."""
-    subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parents[2], timeout=300)

@@ -1,20 +1,17 @@
-"""Training runs that die: a callback that kills, and how tests run it in a process of its own without new imports."""
+"""Training runs that die: a callback that kills, and how tests compare what is left."""
 
 import os
 import signal
-import sys
-import traceback
 from pathlib import Path
 
 import torch
 from lightning import Callback
 
 from pem_lightning.training import resume
-from tests.jobs import call
 
 
 class Kill(Callback):
-    """Kills its process when a step, counted from 1, is reached.
+    """Kills its process, of several the first, when a step, counted from 1, is reached.
 
     Args:
         step: of the training.
@@ -27,18 +24,18 @@ class Kill(Callback):
     def __init__(self, step, moment="step", signal="SIGKILL"):
         self.step, self.moment, self.signal = step, moment, signal
 
-    def strike(self, moment, step):
-        if moment == self.moment and step == self.step:
+    def strike(self, trainer, moment, step):
+        if trainer.is_global_zero and moment == self.moment and step == self.step:
             os.kill(os.getpid(), getattr(signal, self.signal))
 
     def on_before_backward(self, trainer, pl_module, loss):
-        self.strike("step", trainer.global_step + 1)
+        self.strike(trainer, "step", trainer.global_step + 1)
 
     def on_validation_batch_end(self, trainer, *args):
-        self.strike("validation", trainer.global_step)
+        self.strike(trainer, "validation", trainer.global_step)
 
     def on_fit_end(self, trainer, pl_module):
-        self.strike("results", trainer.global_step)
+        self.strike(trainer, "results", trainer.global_step)
 
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step != self.step:
@@ -55,26 +52,6 @@ class Kill(Callback):
             torch.save = half
         if self.moment == "rename":
             resume._link = lambda source, target: os.kill(os.getpid(), signal.SIGKILL)
-
-
-def in_child(*arguments, job="train"):
-    """Run a job in a copy of this process; returns what the shell would call its exit code."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            torch.set_num_threads(1)  # the parent's other threads have not come along
-            code = call(job, *arguments)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return 128 - code if code < 0 else code
 
 
 def kill(step, moment="step", signal="SIGKILL"):

@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -47,6 +47,7 @@ def test_impossible_splits_name_the_nearest(images, devices, limit, hints):
         assert hint in str(refused.value)
 
 
+@settings(deadline=None)
 @given(images=st.integers(1, 100), devices=st.integers(1, 12), limit=st.none() | st.integers(2, 20))
 def test_a_split_is_equal_and_fits_and_what_is_named_instead_is_possible(images, devices, limit):
     try:

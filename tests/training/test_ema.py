@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -52,14 +51,11 @@ LIMITS = ("recipe.val_interval=2", "recipe.checkpoint_interval=2")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(work):
     """Folder of a run of four steps."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("averaged"))
     settings = ("recipe.max_steps=4", "recipe.ema_decay=0.2", "recipe.optimizer.lr=0.02")  # far enough in a few steps
     assert call("train", *TINIEST, *LIMITS, *settings, "hydra.run.dir=trained") == 0
-    yield Path("trained").absolute()
-    os.chdir(before)
+    return work / "trained"
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from pem_lightning import build_pem
 from pem_lightning.losses import SetCriterion
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.types import Target
-from tests.small_training import TinyBackbone
+from tests.models.randomize import TinyBackbone
 
 
 class Crossings(TorchDispatchMode):

@@ -5,9 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,8 @@ from lightning import Callback
 
 from pem_lightning.callbacks.visualization import log_files, read_metrics
 from pem_lightning.checkpoints import read_checkpoint
-from tests.jobs import TINIEST, call
-from tests.training.killing import differences, in_child, kill, state, survive
+from tests.jobs import TINIEST, call, in_child
+from tests.training.killing import differences, kill, state, survive
 
 pytestmark = pytest.mark.slow
 
@@ -33,18 +30,9 @@ RUN = (
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with drawn images; jobs run inside it."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("interrupted"))
-    yield Path.cwd()
-    os.chdir(before)
-
-
-@pytest.fixture(scope="module")
 def whole(work):
     """Folder of a run that nothing happened to."""
-    assert in_child(*RUN, "hydra.run.dir=whole") == 0
+    assert call("train", *RUN, "hydra.run.dir=whole") == 0  # here, which leaves the imports for all others
     return work / "whole"
 
 
@@ -191,31 +179,19 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_ends_in_one_line(work, capfd):
     assert json.loads(Path("full/metrics.json").read_text())["step"] == 3
 
 
-def start(*arguments):
-    command = [sys.executable, str(Path(__file__).parents[2] / "train.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_two_processes_agree_on_what_one_of_them_meets(work):
+def test_two_processes_agree_on_what_one_of_them_meets(work, capfd):
     """NaN in one of them is skipped by both; a signal to the first stops both after the same step; they resume."""
     arguments = (*RUN, "recipe.global_batch_size=4", "trainer.devices=2", "trainer.strategy=ddp")
-    own = ("recipe.max_bad_steps=1", "recipe.max_steps=2000", "hydra.run.dir=two")
-    process = start(*arguments, *own, *poison(2, rank=1))
+    own = ("recipe.max_bad_steps=1", "hydra.run.dir=two")
+    assert in_child(*arguments, *own, *poison(2, rank=1), *kill(4, signal="SIGTERM")) == 143
+    out = capfd.readouterr().out
     last = work / "two" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 200
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 143, err
     assert out.count("SKIPPED, 1 of at most 1") == 2
     step = read_checkpoint(last).step
     assert f"stopped by SIGTERM at step {step}" in out
     assert len(list((work / "two").glob("non_finite_step_000002_device_[01].pt"))) == 2
-    process = start(f"resume={last}", f"recipe.max_steps={step + 1}", "recipe.val_interval=1")
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    limits = (f"recipe.max_steps={step + 1}", "recipe.val_interval=1")
+    assert in_child(f"resume={last}", *limits, *survive()) == 0
     assert json.loads((work / "two" / "metrics.json").read_text())["step"] == step + 1
 
 

@@ -1,6 +1,5 @@
 """Training steps of a network of two convolutions: logs, clipping, precision, memory format, compilation."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from pem_lightning.inference.optimize import check_compile
 from pem_lightning.types import UserError
 from tests.small_training import CLIP, train
 
@@ -79,28 +77,26 @@ def test_channels_last_changes_the_layout_alone(plain):
     assert plain[0].network.features.weight.is_contiguous()
 
 
-def test_settings_that_cannot_be_compiled_name_their_key(monkeypatch):
-    with pytest.raises(UserError, match=r"recipe\.compile=fast: choose null"):
-        check_compile("recipe.compile", "fast")
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"recipe\.compile needs a C\+\+ compiler"):
-        check_compile("recipe.compile", "default")
-
-
 COMPILED = """
 import torch
-from pem_lightning import build_pem
+from torch import nn
+from pem_lightning.models.deformable_conv import DeformableConv
+from pem_lightning.models.mask2former_pixel_decoder import MultiScaleDeformableAttention
+from tests.models.randomize import build_tiny
 from tests.small_training import train
 
-# To machine code.
+# As graphs, forth and back. Machine code is made of them in tests/inference/test_optimize.py.
+compile, modes = torch.compile, []
+torch.compile = lambda f, mode, **others: modes.append(mode) or compile(f, backend="aot_eager", **others)
 plain, compiled = train()[0], train(compile="default")[0]
 torch.testing.assert_close(compiled.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
 assert list(compiled.state_dict()) == list(plain.state_dict())
 assert len(plain.network.seen) == 6
+assert modes == ["default"]
 
-# All of PEM as one graph, forth and back.
+# All of PEM as one graph.
 torch.manual_seed(0)
-network = build_pem("resnet18", num_classes=19, num_queries=8, num_layers=1).train()
+network = build_tiny(num_layers=1).train()
 state = {name: value.clone() for name, value in network.state_dict().items()}
 images = torch.randn(2, 3, 64, 64)
 
@@ -112,15 +108,28 @@ def gradients(forward):
     return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
 
 plain = gradients(network)
-torch.testing.assert_close(gradients(torch.compile(network.forward, fullgraph=True, backend="aot_eager")), plain)
+torch.testing.assert_close(gradients(compile(network.forward, fullgraph=True, backend="aot_eager")), plain)
+
+# Both deformable operators as one graph, with gradients and without.
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.attention = DeformableConv(8, 8), MultiScaleDeformableAttention(8, 2, 1, 2)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        return self.attention(x, torch.full((x.shape[1], 2), 0.3), x, [(6, 7)])
+
+network, x = Both().eval(), torch.randn(2, 8, 6, 7)
+for context in (torch.no_grad(), torch.enable_grad()):
+    with context:
+        torch.testing.assert_close(compile(network, fullgraph=True, backend="eager")(x), network(x))
 """
 
 
 @pytest.mark.slow
-def test_compiled_like_plain(tmp_path):
+def test_compiled_like_plain():
     """In a process without the tests' checks of shapes, which `torch.compile` cannot compile."""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", COMPILED]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

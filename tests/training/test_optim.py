@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -119,6 +119,7 @@ def test_scheduler_steps_through_its_function_and_stays_at_the_end():
         assert lrs == pytest.approx([lr * base for base in scheduler.base_lrs])
 
 
+@settings(max_examples=15, deadline=None)
 @given(warmup=st.integers(1, 30))
 def test_warmup_rises_linearly_to_the_decay(warmup):
     plain = cosine_schedule(optimizer(), max_iterations=50).lr_lambdas[0]
@@ -128,26 +129,3 @@ def test_warmup_rises_linearly_to_the_decay(warmup):
     assert warm(50) == plain(50)
     steps = [warm(t + 1) - warm(t) for t in range(warmup)]
     assert steps == pytest.approx([steps[0]] * warmup)
-
-
-def test_schedule_survives_a_checkpoint():
-    first = cosine_schedule(optimizer(), max_iterations=10)
-    rates(first, 4)
-    second = cosine_schedule(optimizer(), max_iterations=10)
-    second.optimizer.load_state_dict(first.optimizer.state_dict())
-    second.load_state_dict(first.state_dict())
-    assert rates(first, 6) == rates(second, 6)
-
-
-def test_the_recipes_fused_optimizer_steps_like_the_plain_one():
-    torch.manual_seed(0)
-    start, gradients = torch.randn(4, 3), torch.randn(5, 4, 3)
-    results = []
-    for fused in (False, True):
-        parameter = nn.Parameter(start.clone())
-        adamw = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.05, fused=fused)
-        for gradient in gradients:
-            parameter.grad = gradient.clone()
-            adamw.step()
-        results.append(parameter.detach())
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)

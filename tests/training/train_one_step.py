@@ -24,7 +24,7 @@ from pem_lightning.losses import SetCriterion
 from pem_lightning.training.module import PEMModule
 from pem_lightning.training.optim import cosine_schedule, parameter_groups
 from pem_lightning.types import Batch, Target
-from tests.small_training import TinyBackbone
+from tests.models.randomize import TinyBackbone
 
 IMAGES = 4
 
