@@ -1,6 +1,6 @@
 """Measures inference, a training step, data loading and kernels; see docs/benchmarks.md.
 
-    python -m scripts.benchmark inference|training|data|kernels|compare [options]
+    python -m scripts.benchmark inference|training|data|kernels|compare|soak [options]
 
 Prints tables in Markdown; with --output FOLDER they, and a picture of stages, are written too. Needs no data set and
 no trained weights. Exit code 0: done, 2: wrong usage.
@@ -21,9 +21,16 @@ import torch
 
 from pem_lightning.files import write_file
 from pem_lightning.types import UserError
-from scripts.benchmark import common, compare, data, inference, kernels, training
+from scripts.benchmark import common, compare, data, inference, kernels, soak, training
 
-COMMANDS = {"inference": inference, "training": training, "data": data, "kernels": kernels, "compare": compare}
+COMMANDS = {
+    "inference": inference,
+    "training": training,
+    "data": data,
+    "kernels": kernels,
+    "compare": compare,
+    "soak": soak,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
