@@ -6,17 +6,19 @@ process's business: its workers do not hear these signals, and stay until it has
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import active_children, parent_process
+from multiprocessing import active_children, parent_process, resource_tracker
 from types import FrameType
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What a group is asked to stop with, or warned by; SIGUSR2 is submitit's."""
@@ -36,12 +38,16 @@ class Interrupted(SystemExit):
 class WorkerLoader(DataLoader[Any]):
     """A DataLoader whose workers leave signals to this process, and end when it has ended, however it did."""
 
-    def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
+    def __init__(self, dataset: Any, **options: Any) -> None:
         options.setdefault("worker_init_fn", start_worker)
+        if multiprocessing.get_start_method(allow_none=True) == "loky":  # in a job of joblib, and for joblib only
+            options.setdefault("multiprocessing_context", "fork" if sys.platform == "linux" else "spawn")
         super().__init__(dataset, **options)
 
     def __iter__(self) -> Any:
         """Start the workers; they inherit the blocked signals, so that there is no moment in which one kills them."""
+        if self.num_workers and (self.multiprocessing_context or multiprocessing).get_start_method() != "fork":
+            resource_tracker.ensure_running()  # which would unblock them, if it was started with the first worker
         before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
         try:
             return super().__iter__()
@@ -104,7 +110,8 @@ def leave(number: int, frame: FrameType | None) -> None:
 @contextmanager
 def stop_in_order() -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and, in a SLURM job, its warning SIGUSR1 raise `Interrupted`, see `leave`."""
-    before = _install(leave)
+    global _left_at
+    before, _left_at = _install(leave), 0.0
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -21,7 +22,7 @@ class Kill(Callback):
         moment: "step" within its backward pass; "validation" after the first image of the validation that follows it;
             "write" in the middle of the next checkpoint; "rename" before that takes the last one's place; "results"
             when the checkpoint of the end is written, and the results are not.
-        signal: which.
+        signal: which; any other than SIGKILL goes to the whole group of processes, loading ones included.
     """
 
     def __init__(self, step, moment="step", signal="SIGKILL"):
@@ -29,7 +30,9 @@ class Kill(Callback):
 
     def strike(self, moment, step):
         if moment == self.moment and step == self.step:
-            os.kill(os.getpid(), getattr(signal, self.signal))
+            if self.signal == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal_group(self.signal)
 
     def on_before_backward(self, trainer, pl_module, loss):
         self.strike("step", trainer.global_step + 1)
@@ -48,6 +51,10 @@ class Kill(Callback):
 
             def half(content, file):
                 write(content, file)
+                if self.signal != "SIGKILL":
+                    torch.save = write
+                    signal_group(self.signal)
+                    return
                 file.truncate(file.tell() // 2)
                 file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -57,14 +64,21 @@ class Kill(Callback):
             resume._link = lambda source, target: os.kill(os.getpid(), signal.SIGKILL)
 
 
+def signal_group(name):
+    """Signal this process's group as a terminal, `timeout` or SLURM would: from outside."""
+    command = ["kill", f"-{name.removeprefix('SIG')}", "--", f"-{os.getpgrp()}"]
+    subprocess.run(command, check=True, start_new_session=True)
+
+
 def in_child(*arguments, job="train"):
-    """Run a job in a copy of this process; returns what the shell would call its exit code."""
+    """Run a job in a copy of this process, in a group of its own; returns what the shell would call its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         code = 70
         try:
+            os.setpgid(0, 0)
             torch.set_num_threads(1)  # the parent's other threads have not come along
             code = call(job, *arguments)
         except BaseException:
