@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from pem_lightning.processes import Interrupted, stop_in_order
 from pem_lightning.types import UserError
 
 MMCV = "mmcv==2.2.0"
@@ -47,9 +48,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as stop:
         print("stopped: mmcv is not installed, torch is as it was", file=sys.stderr)
-        return 130
+        return getattr(stop, "code", 130)
     minutes = (time.monotonic() - start) / 60
     print(f"mmcv {version} with operators for {device} is installed, after {minutes:.0f} minutes")
     return 0
@@ -100,4 +101,5 @@ def build(cuda: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stop_in_order():
+        sys.exit(main())

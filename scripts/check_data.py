@@ -30,6 +30,7 @@ from pem_lightning.data.check import SplitCheck, check_split
 from pem_lightning.data.dataset import SegmentationDataset
 from pem_lightning.files import write_file
 from pem_lightning.inference.visualize import overlay_panoptic, side_by_side
+from pem_lightning.processes import stop_in_order
 from pem_lightning.types import DatasetInfo, Sample, UserError
 
 TILE = (320, 400)
@@ -138,4 +139,5 @@ def tile(sample: Sample, info: DatasetInfo) -> Image.Image:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stop_in_order():
+        sys.exit(main())

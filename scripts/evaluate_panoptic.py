@@ -24,6 +24,7 @@ from rich.table import Table
 
 from pem_lightning.files import write_file
 from pem_lightning.metrics.panoptic_files import FilesEvaluation, evaluate_panoptic_files
+from pem_lightning.processes import stop_in_order
 from pem_lightning.types import UserError
 
 
@@ -81,4 +82,5 @@ def percent(value: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stop_in_order():
+        sys.exit(main())

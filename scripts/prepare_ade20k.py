@@ -26,6 +26,7 @@ from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, DOWNLOAD, FOLDERS
 from pem_lightning.data.coco import panoptic_json
 from pem_lightning.data.dataset import find_files, map_parallel, pair_files, read_map, read_pair
 from pem_lightning.files import id_to_rgb, write_file
+from pem_lightning.processes import Interrupted, stop_in_order
 from pem_lightning.types import VOID_ID, UserError
 
 FORMAT_VERSION = 1
@@ -62,9 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as stop:
         print("interrupted: run the same command again to go on where it stopped", file=sys.stderr)
-        return 130
+        return getattr(stop, "code", 130)
     return 2 if any(problems) else 0
 
 
@@ -212,4 +213,5 @@ def split_json(entries: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stop_in_order():
+        sys.exit(main())

@@ -68,13 +68,14 @@ def call(job: str, *arguments: str) -> int:
 
 
 def in_child(*arguments, job="train"):
-    """Run a job in a copy of this process; returns what the shell would call its exit code."""
+    """Run a job in a copy of this process, in a group of its own; returns what the shell would call its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         code = 70
         try:
+            os.setpgid(0, 0)
             torch.set_num_threads(1)  # the parent's other threads have not come along
             sys.modules["__main__"].__spec__ = None  # with more devices, Lightning starts sys.argv and not pytest
             code = call(job, *arguments)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import lightning
+from lightning import Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from omegaconf import DictConfig, open_dict
 
 from pem_lightning.callbacks.visualization import log_files
@@ -36,8 +39,10 @@ from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.segment_files import segment_files
 from pem_lightning.models.backbones import Backbone
 from pem_lightning.models.flops import count_parameters
+from pem_lightning.processes import Interrupted, leave
 from pem_lightning.training.distributed import split_batch
 from pem_lightning.training.resume import AtomicCheckpointIO
+from pem_lightning.training.signals import requeue
 from pem_lightning.types import DatasetInfo, UserError
 
 log = logging.getLogger(__name__)
@@ -78,7 +83,13 @@ def train(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
             "say weights=..., or backbone.norm=batch, which learns better"
         )
     # Lightning's own records of a checkpoint are plain data, too, so that nothing needs to be trusted.
-    trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
+    try:
+        with _in_all_processes(trainer):
+            trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
+    except Interrupted as stop:
+        if stop.signal == signal.SIGUSR1 and trainer.is_global_zero:
+            log.warning("%s", requeue())
+        raise
     if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
         trainer.strategy.checkpoint_io.check()
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
@@ -98,7 +109,11 @@ def evaluate(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     load_network(module.network, checkpoint)
     if cfg.inference.precision != "float32" or cfg.inference.compile is not None:  # else to the digits of training
         module.network = OptimizedNetwork(module.network, cfg.inference.precision, cfg.inference.compile)
-    metrics = trainer.validate(module, datamodule, verbose=False)
+    if signal.getsignal(signal.SIGTERM) is leave:  # Lightning's own handler would talk to the other processes
+        back = LambdaCallback(on_validation_start=lambda *_: signal.signal(signal.SIGTERM, leave))
+        trainer.callbacks.append(back)  # type: ignore[attr-defined]
+    with _in_all_processes(trainer):
+        metrics = trainer.validate(module, datamodule, verbose=False)
     return float(metrics[0][cfg.task.monitor])
 
 
@@ -115,6 +130,17 @@ def predict(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
         show_fps=cfg.show_fps,
     )
     return 0.0
+
+
+@contextmanager
+def _in_all_processes(trainer: Trainer) -> Iterator[None]:
+    """Pass an interruption on to the processes that Lightning has started, which may not have got the signal."""
+    try:
+        yield
+    except Interrupted:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)
+        raise
 
 
 def _take_network(cfg: DictConfig, checkpoint: Checkpoint | None) -> Checkpoint:

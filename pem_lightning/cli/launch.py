@@ -8,7 +8,9 @@ import hashlib
 import importlib
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ from pem_lightning.checkpoints import Checkpoint
 from pem_lightning.cli.errors import CONF, compose, configs, explain, key_of, user_error_behind
 from pem_lightning.cli.overrides import parse, sound_checkpoint, take_over
 from pem_lightning.files import check_writable, write_file
+from pem_lightning.processes import Interrupted, StopJobs, stop_in_order, when_orphaned
 from pem_lightning.types import UserError
 
 log = logging.getLogger(__name__)
@@ -55,8 +58,13 @@ class SweepFolder(Callback):
 def main(job: str) -> None:
     """Run train, evaluate or predict with the command line's overrides, once or as a sweep.
 
-    A user's mistake ends in one line and exit code 2, a sweep with a failed job in exit code 1.
+    A user's mistake ends in one line and exit code 2, a sweep with a failed job in exit code 1, a signal in 128 + it.
     """
+    with stop_in_order():
+        _main(job)
+
+
+def _main(job: str) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
@@ -94,6 +102,7 @@ def _start(job: str, options: argparse.Namespace) -> None:
     sweep = options.multirun or any(key_of(o) == "sweep" or o == "hydra.mode=MULTIRUN" for o in overrides)
     if "LOCAL_RANK" in os.environ and _PROCESS in os.environ:
         overrides, sweep = json.loads(os.environ[_PROCESS]), False
+        when_orphaned(lambda: None, grace=5)  # after that time the first process is not ending, it was killed
     if sweep and not options.cfg:
         _sweep(job, overrides)
         return
@@ -182,14 +191,28 @@ def _sweep(job: str, overrides: Sequence[str]) -> None:
     packages = [str(CONF.parent), os.environ.get("PYTHONPATH", "")]  # where launchers' processes find ours
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, packages))
     app: Any = GlobalHydra.instance().hydra
-    app.multirun(job, partial(run_in_sweep, job=job), [*overrides, *added])
+    run, parts = partial(run_in_sweep, job=job), [*overrides, *added]
+    if "hydra/launcher=joblib" not in overrides:
+        app.multirun(job, run, parts)
+        return
+    with StopJobs() as signals:
+        try:
+            app.multirun(job, run, parts)
+        finally:
+            if signals.received is not None:
+                raise Interrupted(signals.received)
+
+
+_job_signals = StopJobs()
+"""Of a process of joblib: once it was asked to stop, it starts no further job."""
 
 
 def run_in_sweep(cfg: DictConfig, job: str) -> float:
     """Run one job of a sweep.
 
     A job that finished in its folder with the same settings is not run again; a training that was cut off goes on from
-    its last checkpoint.
+    its last checkpoint. In a process of joblib an interrupted job returns NaN: for an error, joblib would kill the
+    others, which are saving.
 
     Returns:
         The job's metric.
@@ -197,6 +220,20 @@ def run_in_sweep(cfg: DictConfig, job: str) -> float:
     Raises:
         JobError: it failed. The other jobs still run.
     """
+    if multiprocessing.parent_process() is None:
+        return _run_in_sweep(cfg, job)
+    if _job_signals.listen():
+        when_orphaned(lambda: os.kill(os.getpid(), signal.SIGTERM), grace=60)
+    if _job_signals.received is None:
+        try:
+            with stop_in_order():
+                return _run_in_sweep(cfg, job)
+        except Interrupted as stop:
+            _job_signals.received = stop.signal
+    return float("nan")
+
+
+def _run_in_sweep(cfg: DictConfig, job: str) -> float:
     config: Any = HydraConfig.get()
     folder = Path(config.runtime.output_dir)
     _adapt(cfg, folder)

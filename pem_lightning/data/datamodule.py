@@ -17,6 +17,7 @@ from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDat
 from pem_lightning.data.sampler import EndlessSampler, EvalSampler, SeededDataset, TrainSampler
 from pem_lightning.data.targets import Task, build_target, check_task
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
+from pem_lightning.processes import WorkerLoader
 from pem_lightning.types import Batch, DatasetInfo, Sample, UserError
 
 
@@ -152,7 +153,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         collate: Callable[[Sequence[Sample]], Batch],
         **options: Any,
     ) -> DataLoader[Sample]:
-        return DataLoader(
+        return WorkerLoader(
             SeededDataset(dataset),
             batch_size=batch_size,
             sampler=sampler,

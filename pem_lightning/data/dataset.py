@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Int32, UInt, UInt8
 from PIL import ExifTags, Image, ImageOps
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pem_lightning.data.targets import IGNORE_INDEX
+from pem_lightning.processes import WorkerLoader
 from pem_lightning.types import ClassInfo, DatasetInfo, Sample, Segment, UserError
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def pair_files(
 def map_parallel(function: Callable[[Any], Any], items: Sequence[Any], workers: int, title: str) -> Iterable[Any]:
     """The function's results in order, from several processes (0: from this one), with a progress bar."""
     dataset: Any = items  # a sequence is all that a loader needs
-    loader = DataLoader(dataset, batch_size=None, num_workers=min(workers, len(items)), collate_fn=function)
+    loader = WorkerLoader(dataset, batch_size=None, num_workers=min(workers, len(items)), collate_fn=function)
     return track(loader, title, total=len(items), transient=True)
 
 

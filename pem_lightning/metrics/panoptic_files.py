@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pem_lightning.data.coco import PanopticPairs
 from pem_lightning.metrics.panoptic_quality import PanopticQuality, PanopticResult, QualityAverage
+from pem_lightning.processes import WorkerLoader
 from pem_lightning.types import DatasetInfo, UserError
 
 
@@ -75,7 +76,7 @@ def evaluate_panoptic_files(
     """
     folders = (Path(folder) if folder else None for folder in (gt_folder, pred_folder))
     pairs = PanopticPairs(Path(gt_json), Path(pred_json), *folders)
-    loader = DataLoader(_Scores(pairs), None, num_workers=min(workers, len(pairs)), collate_fn=_unchanged)
+    loader = WorkerLoader(_Scores(pairs), batch_size=None, num_workers=min(workers, len(pairs)), collate_fn=_unchanged)
     total: PanopticQuality | None = None
     stale, unlisted = 0, 0
     for score in track(loader, "Comparing", len(pairs), transient=True):

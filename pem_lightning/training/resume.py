@@ -23,9 +23,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pem_lightning.files import replace_file
 from pem_lightning.metrics.evaluator import from_plain, to_plain
+from pem_lightning.processes import Interrupted
 from pem_lightning.training.distributed import SharedFlag
 from pem_lightning.training.module import PEMModule
-from pem_lightning.training.signals import Interrupted, StopSignals, requeue
+from pem_lightning.training.signals import StopSignals
 from pem_lightning.types import UserError
 
 log = logging.getLogger(__name__)
@@ -202,8 +203,9 @@ class LastCheckpoint(Checkpoint):
         self._publish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """If writing the results failed, keep the training all the same."""
-        self._publish(trainer)
+        """If writing the results failed, keep the training all the same; if it was interrupted, resuming repeats it."""
+        if isinstance(exception, Exception):
+            self._publish(trainer)
         self._signals.remove()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -246,8 +248,6 @@ class LastCheckpoint(Checkpoint):
     def _leave(self, trainer: Trainer) -> None:
         number = self._signals.received or signal.SIGTERM  # that another process got
         if trainer.is_global_zero:
-            if number == signal.SIGUSR1:
-                log.warning("%s", requeue())
             stopped, step = signal.Signals(number).name, trainer.global_step
             hint = f"python train.py resume={self.dirpath / LAST}"
             log.warning("stopped by %s at step %d; to go on: %s", stopped, step, hint)

@@ -8,18 +8,13 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-
-class Interrupted(SystemExit):
-    """A training was asked to stop, and saved where it stands. The exit code is the shell's: 128 + the signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.signal = signal.Signals(number)
+from pem_lightning.processes import REPEAT_SECONDS, Interrupted, leave
 
 
 class StopSignals:
@@ -36,9 +31,10 @@ class StopSignals:
         self.received: int | None = None
         numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if SLURMEnvironment.detect() else [])]
         self._before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
-        if self._before[signal.SIGTERM] not in (None, signal.SIG_DFL):
+        if self._before[signal.SIGTERM] not in (None, signal.SIG_DFL, leave):
             del self._before[signal.SIGTERM]
         self._installed = False
+        self._received_at = 0.0
 
     def install(self) -> None:
         """Listen in Lightning's place; only the main thread can."""
@@ -56,12 +52,14 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received = number
+            self.received, self._received_at = number, time.monotonic()
             again = "; once more stops at once, without saving" if number == signal.SIGINT else ""
             # Neither print nor a logger may be used here: they may be what was interrupted.
             os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving{again}\n".encode())
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
+        elif number == signal.SIGINT and (
+            self.received != number or time.monotonic() - self._received_at > REPEAT_SECONDS
+        ):
+            raise Interrupted(number)
 
 
 def requeue() -> str:

@@ -20,6 +20,7 @@ if not __package__:  # started as `python scripts/benchmark`
 import torch
 
 from pem_lightning.files import write_file
+from pem_lightning.processes import stop_in_order
 from pem_lightning.types import UserError
 from scripts.benchmark import common, compare, data, inference, kernels, soak, training
 
@@ -70,4 +71,5 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stop_in_order():
+        sys.exit(main())

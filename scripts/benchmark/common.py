@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.pem import PEM, build_pem
+from pem_lightning.processes import Interrupted, start_worker
 
 NUM_CLASSES = 19  # of Cityscapes
 KEPT_QUERIES = 30
@@ -96,8 +97,14 @@ def ratios(numerator: Times, denominator: Times, stage: str = TOTAL) -> list[flo
 
 def added_memory(job: Callable[..., object], *arguments: Any) -> str:
     """The most MiB that a job adds to a fresh process: allocated on a GPU, or else resident."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return f"{pool.submit(_run_and_measure, job, arguments, torch.get_num_threads()).result():.0f}"
+    with ProcessPoolExecutor(1, get_context("spawn"), start_worker) as pool:
+        measured = pool.submit(_run_and_measure, job, arguments, torch.get_num_threads())
+        try:
+            return f"{measured.result():.0f}"
+        except Interrupted:
+            for process in active_children():
+                process.terminate()  # or the pool would wait for it
+            raise
 
 
 def _run_and_measure(job: Callable[..., object], arguments: tuple[Any, ...], threads: int) -> float:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.cli import jobs, launch
 from pem_lightning.types import UserError
 from tests.jobs import TINIEST, call, in_child
+from tests.training.killing import signal_group
 
 HAS_PLUGINS = importlib.util.find_spec("hydra_plugins") is not None
 needs_plugins = pytest.mark.skipif(not HAS_PLUGINS, reason="needs requirements-sweep.txt")
@@ -209,6 +211,31 @@ def test_other_launchers(work, launcher, monkeypatch, capfd):
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: 1_recipe.global_batch_size-9 failed (")
     finished = work / launcher / "0_recipe.global_batch_size-2" / "finished.json"
     assert json.loads(finished.read_text())["value"] >= 0
+
+
+class SignalAll(Callback):
+    """When two jobs of a sweep have made two steps each, the first signals all processes."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 2:
+            folder = Path(trainer.default_root_dir)
+            (folder / "ready").touch()
+            while len(list(folder.parent.glob("*/ready"))) < 2:
+                time.sleep(0.05)
+            if folder.name.startswith("0_"):
+                signal_group("SIGTERM")
+
+
+@needs_plugins
+@pytest.mark.slow
+def test_a_signal_to_all_processes_lets_the_jobs_of_joblib_save(work, capfd):
+    signals = "+callbacks.signals._target_=tests.cli.test_sweep.SignalAll"
+    arguments = (*TINIEST, "dataset.num_workers=1", "recipe.max_steps=1000", "hydra/launcher=joblib")
+    assert in_child(*arguments, "-m", "seed=1,2,3", signals, "hydra.sweep.dir=signals") == 143
+    assert "Traceback" not in capfd.readouterr().err
+    folders = sorted((work / "signals").glob("*/checkpoints"))
+    assert [folder.parent.name for folder in folders] == ["0_seed-1", "1_seed-2"]
+    assert all(read_checkpoint(folder / "last.ckpt").step >= 2 for folder in folders)
 
 
 @needs_plugins

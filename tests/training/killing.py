@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ class Kill(Callback):
         moment: "step" within its backward pass; "validation" after the first image of the validation that follows it;
             "write" in the middle of the next checkpoint; "rename" before that takes the last one's place; "results"
             when the checkpoint of the end is written, and the results are not.
-        signal: which.
+        signal: which; any other than SIGKILL goes to the whole group of processes, loading ones included.
     """
 
     def __init__(self, step, moment="step", signal="SIGKILL"):
@@ -26,7 +27,9 @@ class Kill(Callback):
 
     def strike(self, trainer, moment, step):
         if trainer.is_global_zero and moment == self.moment and step == self.step:
-            os.kill(os.getpid(), getattr(signal, self.signal))
+            if self.signal == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal_group(self.signal)
 
     def on_before_backward(self, trainer, pl_module, loss):
         self.strike(trainer, "step", trainer.global_step + 1)
@@ -45,6 +48,10 @@ class Kill(Callback):
 
             def half(content, file):
                 write(content, file)
+                if self.signal != "SIGKILL":
+                    torch.save = write
+                    signal_group(self.signal)
+                    return
                 file.truncate(file.tell() // 2)
                 file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -52,6 +59,12 @@ class Kill(Callback):
             torch.save = half
         if self.moment == "rename":
             resume._link = lambda source, target: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def signal_group(name):
+    """Signal this process's group as a terminal, `timeout` or SLURM would: from outside."""
+    command = ["kill", f"-{name.removeprefix('SIG')}", "--", f"-{os.getpgrp()}"]
+    subprocess.run(command, check=True, start_new_session=True)
 
 
 def kill(step, moment="step", signal="SIGKILL"):

@@ -13,8 +13,9 @@ from lightning import Callback
 
 from pem_lightning.callbacks.visualization import log_files, read_metrics
 from pem_lightning.checkpoints import read_checkpoint
+from pem_lightning.data import CachedDataset, synthetic
 from tests.jobs import TINIEST, call, in_child
-from tests.training.killing import differences, kill, state, survive
+from tests.training.killing import differences, kill, signal_group, state, survive
 
 pytestmark = pytest.mark.slow
 
@@ -61,27 +62,66 @@ def test_a_training_that_is_killed_again_and_again_ends_as_if_it_had_not_been(wh
     assert "trained to step 7 of 7 already: nothing to do" in capfd.readouterr().out
 
 
-def test_signals_save_and_say_how_to_go_on(whole, capfd, monkeypatch, tmp_path):
-    """With loading processes; SLURM is asked to queue the job again, and the job's own command goes on."""
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    """A job of a SLURM that writes into a file what it is asked."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
-    command = (*RUN, "hydra.run.dir=stopped", "dataset.num_workers=2")
-    with monkeypatch.context() as slurm:
+    with monkeypatch.context() as patch:
         for name, value in job.items():
-            slurm.setenv(name, value)
-        assert in_child(*command, "resume=auto", *kill(1, signal="SIGUSR1")) == 138
-        assert (tmp_path / "asked").read_text() == "requeue 77\n"
-        assert in_child(*command, "resume=auto", *kill(3, "validation", signal="SIGTERM")) == 143
+            patch.setenv(name, value)
+        yield tmp_path / "asked"
+
+
+def test_signals_to_all_processes_save_and_say_how_to_go_on(whole, slurm, capfd):
+    """With loading processes; SLURM is asked to queue the job again, and the job's own command goes on."""
+    command = (*RUN, "hydra.run.dir=stopped", "dataset.num_workers=2")
     last = Path("stopped").absolute() / "checkpoints" / "last.ckpt"
-    assert f"stopped by SIGTERM at step 3; to go on: python train.py resume={last}" in capfd.readouterr().out
-    assert in_child(f"resume={last}", *kill(5, signal="SIGINT")[1:]) == 130
-    assert read_checkpoint(last).step == 5
+    assert in_child(*command, "resume=auto", *kill(1, signal="SIGUSR1")) == 138
+    assert slurm.read_text() == "requeue 77\n"
+    assert read_checkpoint(last).step == 1
+    assert in_child(*command, "resume=auto", *kill(3, "validation", signal="SIGTERM")) == 143
+    assert read_checkpoint(last).step == 3
+    printed = capfd.readouterr()
+    assert f"stopped by SIGTERM at step 3; to go on: python train.py resume={last}" in printed.out
+    assert in_child(f"resume={last}", *kill(4, "write", signal="SIGTERM")[1:]) == 143
+    assert read_checkpoint(last).step == 5  # the step that followed the checkpoint
+    assert in_child(f"resume={last}", *kill(6, signal="SIGINT")[1:]) == 130
+    assert read_checkpoint(last).step == 6
+    assert "Traceback" not in printed.err + capfd.readouterr().err
     assert in_child(f"resume={last}", *survive()) == 0
     assert_the_same(whole, Path("stopped"))
     assert "dataset.num_workers=2" in Path("stopped/.hydra/overrides.yaml").read_text()
+
+
+def test_signals_before_the_first_step_leave_nothing_half_made(work, slurm, capfd, monkeypatch):
+    """While scenes are drawn, and while loading processes copy them into the cache; the next start goes on."""
+    command = (*RUN, "dataset.root=streets", "dataset.num_workers=2", "dataset.cache=cache", "recipe.max_steps=1")
+    command = (*command, "hydra.run.dir=early")
+    with monkeypatch.context() as patch:
+        write = synthetic._write_sample
+        patch.setattr(synthetic, "_write_sample", lambda *a: signal_group("SIGTERM") if a[2] == 4 else write(*a))
+        assert in_child(*command) == 143
+    assert not list(work.glob("*streets*"))
+    with monkeypatch.context() as patch:
+        copy = CachedDataset.copy
+        patch.setattr(CachedDataset, "copy", lambda *a: signal_group("SIGUSR1") if a[1] == 4 else copy(*a))
+        assert in_child(*command) == 138
+        assert slurm.read_text() == "requeue 77\n"
+        patch.setattr(CachedDataset, "copy", lambda *a: signal_group("SIGINT") if a[1] == 6 else copy(*a))
+        assert in_child(*command) == 130
+    assert len(list(work.glob("cache/*/*.json"))) in (5, 6, 7)  # the two processes are not in step
+    assert in_child(*command) == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_signal_ends_an_evaluation_in_order(whole, capfd):
+    command = ("checkpoint=whole/checkpoints/best.ckpt", "dataset.num_workers=2", "hydra.run.dir=evaluated")
+    assert in_child(*command, *kill(0, "validation", signal="SIGINT"), job="evaluate") == 130
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, capfd):
@@ -180,11 +220,13 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_ends_in_one_line(work, capfd):
 
 
 def test_two_processes_agree_on_what_one_of_them_meets(work, capfd):
-    """NaN in one of them is skipped by both; a signal to the first stops both after the same step; they resume."""
-    arguments = (*RUN, "recipe.global_batch_size=4", "trainer.devices=2", "trainer.strategy=ddp")
+    """NaN in one of them is skipped by both; a signal to all stops both after the same step; they resume."""
+    devices = ("trainer.devices=2", "trainer.strategy=ddp", "dataset.num_workers=2")
+    arguments = (*RUN, "recipe.global_batch_size=4", *devices)
     own = ("recipe.max_bad_steps=1", "hydra.run.dir=two")
     assert in_child(*arguments, *own, *poison(2, rank=1), *kill(4, signal="SIGTERM")) == 143
-    out = capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err
     last = work / "two" / "checkpoints" / "last.ckpt"
     assert out.count("SKIPPED, 1 of at most 1") == 2
     step = read_checkpoint(last).step

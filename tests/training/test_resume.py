@@ -81,7 +81,7 @@ def test_signals_are_noted_and_handlers_put_back(capfd):
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.received == signal.SIGTERM
     assert "SIGTERM: finishing this step and saving" in capfd.readouterr().err
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGINT)
     signals.remove()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
