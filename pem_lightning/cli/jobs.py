@@ -12,7 +12,7 @@ from typing import cast
 import lightning
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pem_lightning.callbacks.visualization import log_files
 from pem_lightning.checkpoints import (
@@ -96,6 +96,7 @@ def evaluate(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     # In the layout of training, so that numbers are those of its validation to the last digit.
     module = build_module(cfg, datamodule.info, trainer=trainer)
     load_network(module.network, checkpoint)
+    module.evaluated_step = checkpoint.step
     if cfg.inference.precision != "float32" or cfg.inference.compile is not None:  # else to the digits of training
         module.network = OptimizedNetwork(module.network, cfg.inference.precision, cfg.inference.compile)
     metrics = trainer.validate(module, datamodule, verbose=False)
@@ -107,7 +108,7 @@ def predict(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     predictor = build_predictor(cfg, _take_network(cfg, checkpoint))
     segment_files(
         predictor,
-        cfg.input,
+        list(cfg.input) if OmegaConf.is_list(cfg.input) else cfg.input,
         cfg.output,
         save=cfg.save,
         every=cfg.every,

@@ -79,6 +79,7 @@ class PEMModule(LightningModule):
         self.info = info
         self.evaluator = Evaluator(info, inference.task)
         self.evaluation: Evaluation | None = None  # of the last validation
+        self.evaluated_step = 0  # whose weights it is of
         self.parameter_groups = parameter_groups
         self.optimizer = optimizer
         self.schedule = schedule
@@ -124,6 +125,13 @@ class PEMModule(LightningModule):
         norm = clip_gradients(optimizer, self.gradient_clip, self.trainer.precision_plugin)
         self.log("train/grad_norm", norm, batch_size=1)
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Have the last step validated, wherever `val_check_interval` stands: Lightning does so on a stop."""
+        trainer = self.trainer
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs and trainer.is_last_batch
+        if last_epoch or trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
+
     def validation_step(self, batch: Batch, batch_idx: int) -> ValidationOutput:
         """Predict one image after the other, each at its own size, and compare."""
         output = ValidationOutput(results=[], scores=[])
@@ -139,6 +147,8 @@ class PEMModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the data set's metrics, in percent."""
         self.evaluation = self.evaluator.compute()
+        if self.trainer.state.fn == "fit":
+            self.evaluated_step = self.trainer.global_step
         self.evaluator.reset()
         for name, value in self.evaluation.scalars().items():
             self.log(name, value, sync_dist=True)  # equal on all devices already, which Lightning cannot know
@@ -153,7 +163,8 @@ class PEMModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what evaluation and prediction need to do without any other file."""
-        checkpoint[CHECKPOINT_KEY] = {**self.record, "dataset_info": self.info.to_dict()}
+        state = {"dataset_info": self.info.to_dict(), "evaluated_step": self.evaluated_step}
+        checkpoint[CHECKPOINT_KEY] = {**self.record, **state}
         averaging = self._averaging()
         if averaging and "averaging_state" not in checkpoint:  # Lightning asks callbacks for full checkpoints only
             averaging.on_save_checkpoint(self.trainer, self, checkpoint)
@@ -169,6 +180,7 @@ class PEMModule(LightningModule):
             raise UserError(
                 "the checkpoint is of an older version, whose training cannot go on: start a new one with weights="
             )
+        self.evaluated_step = checkpoint[CHECKPOINT_KEY].get("evaluated_step", 0)
         if not self._averaging():
             checkpoint["state_dict"] = checkpoint.get("current_model_state", checkpoint["state_dict"])
 

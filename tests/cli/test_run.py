@@ -278,3 +278,29 @@ def test_the_papers_recipe_starts(tmp_path, monkeypatch, capsys):
     assert "mIoU" in printed
     assert "PQ" in printed
     assert Path("run/checkpoints/best.ckpt").exists()
+
+
+def test_names_of_files_may_have_any_characters(trained, work, capsys):
+    """Those of checkpoints, images and folders; and a sweep and a list still are what they were."""
+    folder = work / "odd = (1) [x], {y} ü"
+    folder.mkdir()
+    checkpoints = [shutil.copy(trained / "checkpoints/last.ckpt", folder / f"step={n}.ckpt") for n in (1, 2)]
+    photos = [folder / "photo (1)#'.png", folder / "b.png"]
+    for photo in photos:
+        Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(photo)
+    relative = folder.name  # as it is typed
+    checkpoint = f"checkpoint={relative}/step=1.ckpt"
+    assert call("predict", checkpoint, f"input={relative}/{photos[0].name}", f"output={relative}/one") == 0
+    assert (folder / "one" / f"{photos[0].stem}_overlay.png").is_file()
+    os.chdir(folder)
+    names = f"input=[{photos[0].name},{photos[1].name}]"
+    assert call("predict", f"checkpoint={checkpoints[0]}", names, "output=both", "save=overlays") == 0
+    assert len(list((folder / "both").glob("*_overlay.png"))) == 2
+    capsys.readouterr()
+    root = f"dataset.root={work}/drawn"
+    swept = ("-m", "checkpoint=step=1.ckpt,step=2.ckpt", root, "trainer=cpu", f"hydra.sweep.dir={folder}/sweep")
+    try:
+        assert call("evaluate", *swept) == 0
+    finally:
+        os.chdir(work)
+    assert len(list((folder / "sweep").glob("*/metrics.json"))) == 2
