@@ -64,7 +64,9 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     if cfg.trainer.precision == "auto":
         settings["precision"] = "16-mixed" if on_gpu else "32-true"
     if on_gpu and cfg.trainer.deterministic is True:
-        log.warning("trainer.deterministic=true: taking warn, as CUDA has no deterministic backward pass of grid_sample")
+        log.warning(
+            "trainer.deterministic=true: taking warn, as CUDA has no deterministic backward pass of grid_sample"
+        )
         settings["deterministic"] = "warn"
     if batches := cfg.trainer.get("overfit_batches"):  # Lightning would replace our samplers by its own
         settings |= {"overfit_batches": 0.0, "limit_train_batches": batches}
@@ -128,6 +130,7 @@ def build_module(
         schedule=instantiate(cfg.recipe.schedule),
         record={"config": cast(dict, OmegaConf.to_container(cfg, resolve=True)), "overrides": command_line()},
         micro_batches=micro_batches,
+        fit_memory=cfg.recipe.micro_batch_size == "auto",
         channels_last=trainer is not None and wants_channels_last(cfg, trainer, network),
         compile=cfg.recipe.compile if cfg.job == "train" else None,
         gradient_clip=float(cfg.recipe.gradient_clip or 0),

@@ -52,7 +52,7 @@ def train(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
         _check_resumable(cfg, checkpoint)
     tidy_up(Path(cfg.output_dir), checkpoint and checkpoint.step)
     trainer = build_trainer(cfg)
-    split = split_batch(cfg.recipe.global_batch_size, trainer.world_size, cfg.recipe.micro_batch_size)
+    split = split_batch(cfg.recipe.global_batch_size, trainer.world_size, micro_batch_limit(cfg, trainer.world_size))
     datamodule = build_datamodule(cfg, split.per_device)
     module = build_module(cfg, datamodule.info, trainer=trainer, micro_batches=split.micro_batches)
     if checkpoint is not None:
@@ -84,6 +84,18 @@ def train(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
     score = next((s for s in scores if s is not None), trainer.callback_metrics.get(cfg.task.monitor))
     return float("nan") if score is None else float(score)
+
+
+def micro_batch_limit(cfg: DictConfig, devices: int) -> int | None:
+    """The largest micro-batch; with `auto` the module begins with all images and takes fewer if memory is short."""
+    limit = cfg.recipe.micro_batch_size
+    if limit == "auto" and devices > 1:
+        raise UserError(
+            "recipe.micro_batch_size=auto is for one device: see what it logs there, and set that number for several"
+        )
+    if isinstance(limit, int) or limit in (None, "auto"):
+        return None if limit == "auto" else limit
+    raise UserError(f"recipe.micro_batch_size={limit}: choose a whole number, null for no limit, or auto")
 
 
 def evaluate(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:

@@ -1,4 +1,4 @@
-"""What the command line says: paths are taken as they are, `resume=` and `checkpoint=` bring their training's overrides."""
+"""Overrides: paths are taken as they are; `resume=` and `checkpoint=` bring those of their training."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _OF_THE_RUN = ("resume", "output_dir", "hydra", "sweep")
 _OF_TRAINING = (*_OF_THE_RUN, "debug", "weights", "trainer", "logger", "callbacks")
 """Choices of a training that say nothing about evaluating or using its result."""
 
-_PATHS = frozenset(
-    "input output output_dir checkpoint weights resume pretrained save_predictions root cache train_json train_maps "
-    "train_images val_json val_maps val_images default_root_dir dir subdir directory dirpath filename save_dir".split()
-)
+_PATHS = {
+    *("input", "output", "output_dir", "checkpoint", "weights", "resume", "pretrained", "save_predictions"),
+    *("root", "cache", "train_json", "train_maps", "train_images", "val_json", "val_maps", "val_images"),
+    *("default_root_dir", "dir", "subdir", "directory", "dirpath", "filename", "save_dir"),
+}
 """Last parts of keys whose values are paths, such as `dataset.root` and `hydra.run.dir`."""
 
 _READ_HERE = ("checkpoint", "resume", "weights", "seed", "hydra.run.dir")

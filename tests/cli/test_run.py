@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from pem_lightning.callbacks.visualization import read_metrics
-from pem_lightning.checkpoints import read_checkpoint
+from pem_lightning.checkpoints import convert_weights, read_checkpoint
 from pem_lightning.files import rgb_to_id
-from tests.jobs import TINY, call
+from pem_lightning.inference.predictor import Predictor
+from pem_lightning.training.module import PEMModule
+from tests.jobs import TINIEST, TINY, call
 
 ROOT = Path(__file__).parents[2]
 
@@ -304,3 +306,40 @@ def test_names_of_files_may_have_any_characters(trained, work, capsys):
     finally:
         os.chdir(work)
     assert len(list((folder / "sweep").glob("*/metrics.json"))) == 2
+
+
+def test_the_last_weights_are_validated_and_the_best_checkpoint_may_be_slim(work, capsys):
+    """Wherever the interval of validations stands; and what a validation is of is in its numbers."""
+    keys = ("recipe.max_steps=3", "recipe.val_interval=2", "callbacks.best.save_weights_only=true")
+    assert call("train", *TINIEST, *keys, "hydra.run.dir=end") == 0
+    assert [step for step, _ in read_metrics([work / "end/csv/metrics.csv"])["val/PQ"]] == [2, 3]
+    assert metrics_of("end")["step"] == 3
+    assert call("train", *TINIEST, *keys, "recipe.val_interval=100", "hydra.run.dir=end") == 0
+    best, last = (work / "end" / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    assert best.stat().st_size < 0.5 * last.stat().st_size
+    original = metrics_of("end")
+    assert original["step"] == 3
+    assert call("train", f"resume={best}") == 2
+    assert "trained to step 3 of 3" in capsys.readouterr().err
+    assert call("train", f"resume={best}", "recipe.max_steps=4") == 2
+    assert "has nothing but weights" in capsys.readouterr().err
+    convert_weights(last, work / "slim.pth")
+    for path in (best, "slim.pth"):
+        assert call("evaluate", f"checkpoint={path}", "hydra.run.dir=evaluated") == 0
+        assert metrics_of("evaluated") == original
+    assert Predictor("slim.pth")(np.zeros((32, 64, 3), np.uint8)).width == 64
+
+
+@pytest.mark.parametrize("limit", ["+trainer.overfit_batches=1", "debug=overfit", "+trainer.limit_train_batches=1"])
+def test_one_batch_is_seen_at_every_step(work, monkeypatch, limit):
+    seen, step = [], PEMModule.training_step
+    monkeypatch.setattr(PEMModule, "training_step", lambda self, b, i: (seen.append(b.names), step(self, b, i))[1])
+    assert call("train", *TINIEST, limit, "recipe.max_steps=3", "hydra.run.dir=overfit") == 0
+    assert seen == [seen[0]] * 3
+    assert metrics_of("overfit")["step"] == 3
+
+
+def test_a_fast_run_and_a_profile(work):
+    assert call("train", *TINIEST, "debug=fast", "hydra.run.dir=fast") == 0
+    assert call("train", *TINIEST, "debug=profile", "recipe.max_steps=2", "hydra.run.dir=profile") == 0
+    assert "training_step" in (work / "profile" / "fit-profile.txt").read_text()
