@@ -202,8 +202,9 @@ def run_in_sweep(cfg: DictConfig, job: str) -> float:
     """
     config: Any = HydraConfig.get()
     folder = Path(config.runtime.output_dir)
+    checkpoint = None
     if job != "train":
-        cfg = _with_own_checkpoint(cfg, job)
+        cfg, checkpoint = _with_own_checkpoint(job)
     _adapt(cfg, folder)
     marker = folder / "finished.json"
     settings = hashlib.sha256(OmegaConf.to_yaml(cfg, resolve=True).encode()).hexdigest()
@@ -213,7 +214,7 @@ def run_in_sweep(cfg: DictConfig, job: str) -> float:
         return finished["value"]
     value, problem = float("nan"), ""
     try:
-        checkpoint = _cut_off(cfg, folder) if job == "train" else None
+        checkpoint = _cut_off(cfg, folder) if job == "train" else checkpoint
         with _environment(cfg):
             value = _run(cfg, job, checkpoint)
     except Exception as error:
@@ -234,13 +235,13 @@ def run_in_sweep(cfg: DictConfig, job: str) -> float:
     return value
 
 
-def _with_own_checkpoint(cfg: DictConfig, job: str) -> DictConfig:
+def _with_own_checkpoint(job: str) -> tuple[DictConfig, Checkpoint | None]:
     """The experiment with what its checkpoint brings, which the sweep could not know if it varies the checkpoint."""
-    overrides, _ = take_over(job, list(HydraConfig.get().overrides.task))
+    overrides, checkpoint = take_over(job, list(HydraConfig.get().overrides.task))
     own = compose(job, overrides)
     with open_dict(own):
         del own["hydra"]
-    return own
+    return own, checkpoint
 
 
 def _adapt(cfg: DictConfig, folder: Path) -> None:

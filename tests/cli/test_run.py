@@ -327,7 +327,7 @@ def test_the_last_weights_are_validated_and_the_best_checkpoint_may_be_slim(work
     for path in (best, "slim.pth"):
         assert call("evaluate", f"checkpoint={path}", "hydra.run.dir=evaluated") == 0
         assert metrics_of("evaluated") == original
-    assert Predictor("slim.pth")(np.zeros((32, 64, 3), np.uint8)).width == 64
+    assert Predictor("slim.pth")(np.zeros((32, 64, 3), np.uint8)).image.shape == (32, 64, 3)
 
 
 @pytest.mark.parametrize("limit", ["+trainer.overfit_batches=1", "debug=overfit", "+trainer.limit_train_batches=1"])
