@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pem_lightning.cli.errors import CONF, compose, user_error_behind
+from pem_lightning.cli.overrides import literal_paths
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.data.check import SplitCheck, check_split
 from pem_lightning.data.dataset import SegmentationDataset
@@ -81,6 +82,7 @@ def check(overrides: list[str], workers: int, output: Path) -> int:
 
 
 def build_datamodule(overrides: list[str]) -> SegmentationDataModule:
+    overrides = literal_paths(overrides)
     compose("train", overrides)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("train", ["output_dir=.", *overrides])

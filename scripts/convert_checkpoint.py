@@ -1,7 +1,9 @@
-"""Writes published weights under our names, as a plain file of tensors that `weights=` reads.
+"""Writes published weights under our names, as a plain file of tensors that `weights=` reads; makes checkpoints slim.
 
     python scripts/convert_checkpoint.py R-50.pkl resnet50.pth
     python scripts/convert_checkpoint.py torchvision/resnet50 resnet50.pth    # by name, downloaded
+    python scripts/convert_checkpoint.py best.ckpt slim.pth          # evaluates and predicts, cannot be resumed
+    python scripts/convert_checkpoint.py best.ckpt slim.safetensors  # the same in another format
 
 What is accepted is in docs/training.md. Exit code 2: not accepted, or the backbone is not covered; nothing is written.
 """

@@ -48,8 +48,19 @@ class Step(torch.optim.AdamW):
         return torch.stack(gradients).norm().item() if gradients else 0.0
 
 
-def train(plugins=(), fused=False, steps=3, compile=None, channels_last=False, ckpt_path=None, **settings):
-    """Train it on four images in two micro-batches; returns module, trainer and the losses."""
+def train(
+    plugins=(),
+    fused=False,
+    steps=3,
+    compile=None,
+    channels_last=False,
+    ckpt_path=None,
+    micro_batches=2,
+    fit_memory=False,
+    hook=None,
+    **settings,
+):
+    """Train it on four images, in two micro-batches by default; returns module, trainer and the losses."""
     torch.manual_seed(0)
     module = PEMModule(
         network=Small(),
@@ -59,11 +70,14 @@ def train(plugins=(), fused=False, steps=3, compile=None, channels_last=False, c
         parameter_groups=lambda model: parameter_groups(model, lr=1e-3),
         optimizer=lambda groups: Step(groups, fused=fused),
         schedule=lambda optimizer: cosine_schedule(optimizer, max_iterations=10),
-        micro_batches=2,
+        micro_batches=micro_batches,
+        fit_memory=fit_memory,
         gradient_clip=CLIP,
         compile=compile,
         channels_last=channels_last,
     )
+    if hook is not None:
+        module.network.register_forward_hook(hook)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,

@@ -86,7 +86,7 @@ class Results(Callback):
         console = Console()
         if evaluation is not None:  # None if training stopped before the first validation
             rows = evaluation.per_class(info)
-            metrics = {"step": trainer.global_step, **evaluation.scalars(), "per_class": rows}
+            metrics = {"step": module.evaluated_step, **evaluation.scalars(), "per_class": rows}
             write_file(self.directory / "metrics.json", json.dumps(_without_nan(metrics), indent=2) + "\n")
             table = io.StringIO()
             writer = csv.DictWriter(table, rows[0].keys())

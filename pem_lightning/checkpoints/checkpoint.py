@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pem_lightning.checkpoints.safe_load import CHECKPOINT_KEY, is_safetensors, read_safetensors
 from pem_lightning.types import DatasetInfo, UserError
 
-CHECKPOINT_KEY = "pem_lightning"
 _NETWORK_PREFIX = "network."
 
 
@@ -42,7 +42,9 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint that train.py wrote. Only plain data is unpickled, so a foreign file can do no harm.
+    """Read a checkpoint that train.py or scripts/convert_checkpoint.py wrote.
+
+    Only plain data is unpickled, so a foreign file can do no harm.
 
     Raises:
         UserError: the file is missing, damaged, or not ours.
@@ -51,7 +53,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: train.py writes them to outputs/<experiment>/checkpoints")
     try:
+        if is_safetensors(path):
+            return parse_checkpoint(path, read_safetensors(path))
         return parse_checkpoint(path, torch.load(path, map_location="cpu", weights_only=True))
+    except UserError:
+        raise
     except Exception as error:  # torch.load has no common error for what is wrong with a file
         raise UserError(f"{path} is damaged or was not written by train.py: give one of its .ckpt files") from error
 
@@ -70,6 +76,13 @@ def parse_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         raw=None if raw is None else _network(raw),
         resumable="optimizer_states" in content,
     )
+
+
+def slim_content(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's content without what resuming needs: the network (averaged, if it is), classes, configuration."""
+    ours = {"config": checkpoint.config, "overrides": checkpoint.overrides, "dataset_info": checkpoint.info.to_dict()}
+    state = {f"{_NETWORK_PREFIX}{name}": value.clone() for name, value in checkpoint.network.items()}
+    return {"state_dict": state, "global_step": checkpoint.step, CHECKPOINT_KEY: ours}
 
 
 def _network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

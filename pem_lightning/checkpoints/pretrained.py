@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY, parse_checkpoint
-from pem_lightning.checkpoints.safe_load import as_tensor, read_content
+from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY, Checkpoint, parse_checkpoint, slim_content
+from pem_lightning.checkpoints.safe_load import as_tensor, read_content, safetensors_bytes
 from pem_lightning.files import write_file
 from pem_lightning.models.backbones import build_backbone
 from pem_lightning.types import DatasetInfo, UserError
@@ -56,7 +56,10 @@ def load_weights(network: nn.Module, source: str | Path, info: DatasetInfo | Non
 
 
 def convert_weights(source: str | Path, target: Path, backbone: str | None = None) -> LoadReport:
-    """Write weights under our names as a plain file of tensors that `load_weights` reads, if they cover the backbone.
+    """Write weights under our names, if they cover the backbone, as a plain file of tensors that `load_weights` reads.
+
+    A checkpoint of ours keeps classes and configuration, so that it still evaluates and predicts, and loses what only
+    resuming needs. A name that ends in .safetensors chooses that format.
 
     Without `backbone` it is the one that they look like.
 
@@ -74,20 +77,31 @@ def convert_weights(source: str | Path, target: Path, backbone: str | None = Non
         raise UserError(f"weights={source} ({weights.kind}) are those of no backbone here: say --backbone NAME")
     report = _compare(wanted, weights)
     if not report.gaps():
-        buffer = io.BytesIO()
-        torch.save({name: weights.state[name].clone() for name in report.loaded}, buffer)
-        write_file(target, buffer.getvalue())
+        content: dict[str, Any] = {name: weights.state[name].contiguous().clone() for name in report.loaded}
+        if weights.checkpoint is not None:
+            content = slim_content(weights.checkpoint)
+        if target.suffix == ".safetensors":
+            write_file(target, safetensors_bytes(target, content))
+        else:
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            write_file(target, buffer.getvalue())
     return report
 
 
 class Weights(NamedTuple):
-    """What a file holds: weights by our names, names without a counterpart, and the class head's classes, if known."""
+    """What a file holds: weights by our names, and names without a counterpart; or a checkpoint of ours."""
 
     source: str
     kind: str
     state: dict[str, Tensor]
     leftovers: list[str]
-    classes: tuple[str, ...] | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The class head's classes, if known."""
+        return None if self.checkpoint is None else self.checkpoint.info.class_names
 
 
 def read_weights(source: str | Path) -> Weights:
@@ -188,6 +202,9 @@ def from_official(official_state: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     if isinstance(official_state.get("model"), Mapping):
         official_state = official_state["model"]
+    official_state, prefix = _strip_prefixes(dict(official_state))
+    if prefix:
+        log.info("from_official: every name begins with %s, which is left out", prefix)
     weights = {k: torch.as_tensor(v) for k, v in official_state.items() if not _NOT_WEIGHTS.fullmatch(k)}
     state, leftovers = _renamed(weights, rename_official_key)
     if f"{_CLASS_HEAD}weight" not in state:
@@ -230,8 +247,9 @@ def _recognize(content: Mapping[Any, Any], source: str) -> Weights:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"weights={source} lacks what train.py writes into a checkpoint: give another") from error
         kind = f"{_OURS}, step {checkpoint.step} on {checkpoint.info.name}"
-        return Weights(source, kind, checkpoint.network, [], checkpoint.info.class_names)
+        return Weights(source, kind, checkpoint.network, [], checkpoint)
     state, others = _tensors(content)
+    state, prefix = _strip_prefixes(state)
     if content.get("__author__") == "Caffe2" or any(_CAFFE2_NAME.fullmatch(key) for key in state):
         raise UserError(
             f"weights={source} is one of Caffe2's (MSRA) models: they take BGR images, not divided by the deviation, "
@@ -240,6 +258,8 @@ def _recognize(content: Mapping[Any, Any], source: str) -> Weights:
     for kind, pattern, rename in _KINDS:
         if any(re.match(pattern, key) for key in state):
             renamed, leftovers = _renamed(state, rename)
+            if prefix:
+                kind = f"{kind}, without the prefix {prefix} of every name"
             return Weights(source, kind, renamed, leftovers + others)
     names = ", ".join([*state, *others][:3]) or "nothing"
     raise UserError(
@@ -255,12 +275,23 @@ def _tensors(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]:
     values = {str(key): as_tensor(value) for key, value in content.items()}
     tensors = {key: value for key, value in values.items() if value is not None}
     others = [key for key, value in values.items() if value is None and not key.startswith("__")]
-    if tensors and all(key.startswith("module.") for key in tensors):  # of nn.DataParallel
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     for key, value in tensors.items():
         if key.endswith(_COUNTER) and value.numel() == 1:
             tensors[key] = value.reshape(())  # some files have it as a vector
     return tensors, others
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "network.", "model.")
+"""What `DistributedDataParallel`, `torch.compile` and modules around a network put before its names."""
+
+
+def _strip_prefixes(state: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Names without the wrappers that all of them begin with, nested ones too, and what was taken away."""
+    stripped = ""
+    while shared := [p for p in _WRAPPERS if state and all(key.startswith(p) for key in state)]:
+        stripped += shared[0]
+        state = {key.removeprefix(shared[0]): value for key, value in state.items()}
+    return state, stripped
 
 
 def _guess_backbone(state: Mapping[str, Tensor]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 import re
 from collections import OrderedDict
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from pem_lightning.types import UserError
 
+CHECKPOINT_KEY = "pem_lightning"
+"""The entry of our checkpoints that nobody else's files have."""
 _ZIP = b"PK\x03\x04"
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 """The first object in a file of torch.save before PyTorch 1.6, which was several pickles in a row."""
@@ -56,14 +59,43 @@ def _read(path: Path) -> Any:
         head = file.read(9)
         if head.startswith(_ZIP):
             return _read_torch(path)
-        if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-            try:
-                return importlib.import_module("safetensors.torch").load_file(path)
-            except ImportError as error:
-                raise UserError(f"{path} needs the package safetensors: pip install safetensors") from error
+        if is_safetensors(path):
+            return read_safetensors(path)
         file.seek(0)
         content = _PlainUnpickler(file, encoding="latin1").load()
     return _read_torch(path) if content == _TORCH_MAGIC else content
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file looks like one of safetensors: the length of a header, and its JSON."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors by name; of a checkpoint of ours (see `safetensors_bytes`) its whole content."""
+    content = import_safetensors(path).load_file(path)
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    record = header.get("__metadata__", {}).get(CHECKPOINT_KEY)
+    return content if record is None else {"state_dict": content, **json.loads(record)}
+
+
+def safetensors_bytes(path: Path, content: Mapping[str, Any]) -> bytes:
+    """Tensors by name as a file of safetensors; of a checkpoint of ours all but the tensors goes into the metadata."""
+    if CHECKPOINT_KEY not in content:
+        return import_safetensors(path).save(dict(content))
+    record = {key: value for key, value in content.items() if key != "state_dict"}
+    return import_safetensors(path).save(content["state_dict"], {CHECKPOINT_KEY: json.dumps(record)})
+
+
+def import_safetensors(path: Path) -> Any:
+    """The package's functions for PyTorch; raises `UserError` if it is not installed."""
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise UserError(f"{path} needs the package safetensors: pip install safetensors") from error
 
 
 def _read_torch(path: Path) -> Any:

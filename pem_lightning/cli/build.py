@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any, cast
 
 import torch
@@ -9,6 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -23,6 +27,8 @@ from pem_lightning.training.module import PEMModule
 from pem_lightning.training.resume import AtomicCheckpointIO
 from pem_lightning.types import DatasetInfo, UserError
 
+log = logging.getLogger(__name__)
+
 _DECIDED_BY_RECIPE = {
     "accumulate_grad_batches": "micro_batch_size",
     "gradient_clip_val": "gradient_clip",
@@ -30,12 +36,22 @@ _DECIDED_BY_RECIPE = {
 }
 """Arguments of Lightning's that `PEMModule` does itself -> the recipe's key for it."""
 
+_INSTEAD_OF_CALLBACKS: dict[type, str] = {
+    lightning_callbacks.LearningRateFinder: "compare some: python train.py -m recipe.optimizer.lr=3e-4,7e-4,1e-3 "
+    "recipe.max_steps=500",
+    lightning_callbacks.BatchSizeFinder: "recipe.micro_batch_size=auto finds what fits the GPU",
+    lightning_callbacks.GradientAccumulationScheduler: "set recipe.micro_batch_size",
+    lightning_callbacks.StochasticWeightAveraging: "set recipe.ema_decay, e.g. 0.9998",
+}
+"""Lightning's callbacks that need its automatic optimisation or change the recipe's batch -> what to do."""
+
 
 def build_trainer(cfg: DictConfig) -> Trainer:
     """Make the trainer with its callbacks and loggers; `precision: auto` is decided here.
 
     Raises:
-        UserError: there is no GPU, the recipe decides what is set here, or Lightning does not know a value.
+        UserError: there is no GPU, the recipe decides what is set here, Lightning does not know a value, or SLURM's
+            tasks are not the trainer's devices.
     """
     for key, instead in _DECIDED_BY_RECIPE.items():
         if cfg.trainer.get(key) is not None:
@@ -47,18 +63,46 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         raise UserError("trainer.accelerator=gpu, but torch finds no GPU here: choose trainer=cpu or trainer=auto")
     if cfg.trainer.precision == "auto":
         settings["precision"] = "16-mixed" if on_gpu else "32-true"
+    if on_gpu and cfg.trainer.deterministic is True:
+        log.warning(
+            "trainer.deterministic=true: taking warn, as CUDA has no deterministic backward pass of grid_sample"
+        )
+        settings["deterministic"] = "warn"
+    if batches := cfg.trainer.get("overfit_batches"):  # Lightning would replace our samplers by its own
+        settings |= {"overfit_batches": 0.0, "limit_train_batches": batches}
+        settings |= {"limit_val_batches": cfg.trainer.get("limit_val_batches") or batches}
     plugins = [*instantiate(cfg.trainer.get("plugins") or []), AtomicCheckpointIO()]
     settings["sync_batchnorm"] = on_gpu and bool(cfg.trainer.sync_batchnorm)  # which PyTorch has on GPUs only
     if settings["sync_batchnorm"]:  # Lightning applies it when there are several processes
         plugins.append(PlainSyncBatchNorm())
     loggers = _instantiate_all(cfg.logger)
     callbacks = [ExactResume(), *_instantiate_all(cfg.callbacks)]
+    for callback in callbacks:
+        for kind, instead in _INSTEAD_OF_CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise UserError(f"{kind.__name__} does not work with this training: {instead}")
     try:
-        return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins, **settings)
+        trainer: Trainer = instantiate(
+            cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins, **settings
+        )
     except InstantiationException as error:
+        if "SLURM_NTASKS" in os.environ and "SLURM" in str(error.__cause__):
+            raise UserError(_slurm_hint(cfg)) from error
         if isinstance(error.__cause__, ValueError):  # its message lists the values there are
             raise UserError(f"trainer: {error.__cause__}") from error
         raise
+    if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) != trainer.world_size:
+        raise UserError(_slurm_hint(cfg))
+    return trainer
+
+
+def _slurm_hint(cfg: DictConfig) -> str:
+    """What to do if SLURM's tasks are not the trainer's devices, one each."""
+    return (
+        f"SLURM has {os.environ['SLURM_NTASKS']} tasks, which are not trainer.devices={cfg.trainer.devices} on "
+        f"trainer.num_nodes={cfg.trainer.num_nodes}, one each: make them equal with --ntasks-per-node and --nodes, and "
+        "start with srun (see scripts/slurm.sh); in a shell or notebook say SLURM_JOB_NAME=interactive python ..."
+    )
 
 
 def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> SegmentationDataModule:
@@ -86,6 +130,7 @@ def build_module(
         schedule=instantiate(cfg.recipe.schedule),
         record={"config": cast(dict, OmegaConf.to_container(cfg, resolve=True)), "overrides": command_line()},
         micro_batches=micro_batches,
+        fit_memory=cfg.recipe.micro_batch_size == "auto",
         channels_last=trainer is not None and wants_channels_last(cfg, trainer, network),
         compile=cfg.recipe.compile if cfg.job == "train" else None,
         gradient_clip=float(cfg.recipe.gradient_clip or 0),

@@ -15,7 +15,7 @@ import lightning
 from lightning import Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pem_lightning.callbacks.visualization import log_files
 from pem_lightning.checkpoints import (
@@ -57,7 +57,7 @@ def train(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
         _check_resumable(cfg, checkpoint)
     tidy_up(Path(cfg.output_dir), checkpoint and checkpoint.step)
     trainer = build_trainer(cfg)
-    split = split_batch(cfg.recipe.global_batch_size, trainer.world_size, cfg.recipe.micro_batch_size)
+    split = split_batch(cfg.recipe.global_batch_size, trainer.world_size, micro_batch_limit(cfg, trainer.world_size))
     datamodule = build_datamodule(cfg, split.per_device)
     module = build_module(cfg, datamodule.info, trainer=trainer, micro_batches=split.micro_batches)
     if checkpoint is not None:
@@ -97,6 +97,18 @@ def train(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     return float("nan") if score is None else float(score)
 
 
+def micro_batch_limit(cfg: DictConfig, devices: int) -> int | None:
+    """The largest micro-batch; with `auto` the module begins with all images and takes fewer if memory is short."""
+    limit = cfg.recipe.micro_batch_size
+    if limit == "auto" and devices > 1:
+        raise UserError(
+            "recipe.micro_batch_size=auto is for one device: see what it logs there, and set that number for several"
+        )
+    if isinstance(limit, int) or limit in (None, "auto"):
+        return None if limit == "auto" else limit
+    raise UserError(f"recipe.micro_batch_size={limit}: choose a whole number, null for no limit, or auto")
+
+
 def evaluate(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     """Evaluate a checkpoint on the validation images; returns the task's metric in percent."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -107,6 +119,7 @@ def evaluate(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     # In the layout of training, so that numbers are those of its validation to the last digit.
     module = build_module(cfg, datamodule.info, trainer=trainer)
     load_network(module.network, checkpoint)
+    module.evaluated_step = checkpoint.step
     if cfg.inference.precision != "float32" or cfg.inference.compile is not None:  # else to the digits of training
         module.network = OptimizedNetwork(module.network, cfg.inference.precision, cfg.inference.compile)
     if signal.getsignal(signal.SIGTERM) is leave:  # Lightning's own handler would talk to the other processes
@@ -122,7 +135,7 @@ def predict(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     predictor = build_predictor(cfg, _take_network(cfg, checkpoint))
     segment_files(
         predictor,
-        cfg.input,
+        list(cfg.input) if OmegaConf.is_list(cfg.input) else cfg.input,
         cfg.output,
         save=cfg.save,
         every=cfg.every,

@@ -27,12 +27,12 @@ from hydra.core.utils import run_job
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pem_lightning.checkpoints import Checkpoint
 from pem_lightning.cli.errors import CONF, compose, configs, explain, key_of, user_error_behind
-from pem_lightning.cli.overrides import parse, sound_checkpoint, take_over
+from pem_lightning.cli.overrides import literal_paths, parse, quote, sound_checkpoint, take_over
 from pem_lightning.files import check_writable, write_file
 from pem_lightning.processes import Interrupted, StopJobs, stop_in_order, when_orphaned
 from pem_lightning.types import UserError
@@ -103,6 +103,8 @@ def _start(job: str, options: argparse.Namespace) -> None:
     if "LOCAL_RANK" in os.environ and _PROCESS in os.environ:
         overrides, sweep = json.loads(os.environ[_PROCESS]), False
         when_orphaned(lambda: None, grace=5)  # after that time the first process is not ending, it was killed
+    else:
+        overrides = literal_paths(overrides, sweep)
     if sweep and not options.cfg:
         _sweep(job, overrides)
         return
@@ -161,9 +163,9 @@ def _run(cfg: DictConfig, job: str, checkpoint: Checkpoint | None) -> float:
 def _environment(cfg: DictConfig) -> Iterator[None]:
     """Tell processes that Lightning adds which job this is, and undo what a job does to the environment."""
     before = dict(os.environ)
-    own = [] if cfg.get("resume") is None else [f"resume='{cfg.resume}'"]
+    own = [] if cfg.get("resume") is None else [f"resume={quote(cfg.resume)}"]
     config = HydraConfig.get()
-    place = [f"hydra.run.dir='{config.runtime.output_dir}'", "hydra.output_subdir=null", "hydra.job.name=process"]
+    place = [f"hydra.run.dir={quote(config.runtime.output_dir)}", "hydra.output_subdir=null", "hydra.job.name=process"]
     os.environ[_PROCESS] = json.dumps([*config.overrides.task, *own, *place])
     try:
         yield
@@ -181,9 +183,10 @@ def _sweep(job: str, overrides: Sequence[str]) -> None:
             "resume= is for single runs; a sweep goes on when it is started again in its old hydra.sweep.dir"
         )
     overrides, checkpoint = take_over(job, overrides)
-    _check_checkpoint(job, checkpoint)
     # Folders are named by what differs between the jobs.
     varied = {o.key_or_group: o.is_sweep_override() for o in parse(overrides, job)}
+    if not varied.get("checkpoint"):  # else every job reads its own
+        _check_checkpoint(job, checkpoint)
     fixed = [key for key, several in varied.items() if not several]
     added = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(repr, fixed))}]", "hydra.mode=MULTIRUN"]
     if "hydra/launcher=joblib" in overrides and "hydra.launcher.n_jobs" not in given:
@@ -236,6 +239,9 @@ def run_in_sweep(cfg: DictConfig, job: str) -> float:
 def _run_in_sweep(cfg: DictConfig, job: str) -> float:
     config: Any = HydraConfig.get()
     folder = Path(config.runtime.output_dir)
+    checkpoint = None
+    if job != "train":
+        cfg, checkpoint = _with_own_checkpoint(job)
     _adapt(cfg, folder)
     marker = folder / "finished.json"
     settings = hashlib.sha256(OmegaConf.to_yaml(cfg, resolve=True).encode()).hexdigest()
@@ -245,7 +251,7 @@ def _run_in_sweep(cfg: DictConfig, job: str) -> float:
         return finished["value"]
     value, problem = float("nan"), ""
     try:
-        checkpoint = _cut_off(cfg, folder) if job == "train" else None
+        checkpoint = _cut_off(cfg, folder) if job == "train" else checkpoint
         with _environment(cfg):
             value = _run(cfg, job, checkpoint)
     except Exception as error:
@@ -259,11 +265,20 @@ def _run_in_sweep(cfg: DictConfig, job: str) -> float:
             torch.distributed.destroy_process_group()
     gc.collect()  # here, where no error keeps its frames alive any more
     if problem:
-        again = f"hydra.sweep.dir='{config.sweep.dir}'"
+        again = f"hydra.sweep.dir={quote(config.sweep.dir)}"
         raise JobError(f"{folder.name} failed ({problem}), see its run.log; add {again} to run only what is missing")
     if os.environ.get("SLURM_PROCID", "0") == "0":
         write_file(marker, json.dumps({"settings": settings, "value": value}) + "\n")
     return value
+
+
+def _with_own_checkpoint(job: str) -> tuple[DictConfig, Checkpoint | None]:
+    """The experiment with what its checkpoint brings, which the sweep could not know if it varies the checkpoint."""
+    overrides, checkpoint = take_over(job, list(HydraConfig.get().overrides.task))
+    own = compose(job, overrides)
+    with open_dict(own):
+        del own["hydra"]
+    return own, checkpoint
 
 
 def _adapt(cfg: DictConfig, folder: Path) -> None:

@@ -1,7 +1,9 @@
-"""The overrides that a checkpoint brings: `resume=` and `checkpoint=` take over those of its training."""
+"""Overrides: paths are taken as they are; `resume=` and `checkpoint=` bring those of their training."""
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -9,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from pem_lightning.checkpoints import Checkpoint, read_checkpoint
 from pem_lightning.cli.errors import compose, explain, key_of
@@ -18,8 +21,70 @@ from pem_lightning.types import UserError
 
 _OF_THE_RUN = ("resume", "output_dir", "hydra", "sweep")
 """Choices of a training that say nothing about going on with it."""
-_OF_TRAINING = (*_OF_THE_RUN, "weights", "trainer", "logger", "callbacks")
+_OF_TRAINING = (*_OF_THE_RUN, "debug", "weights", "trainer", "logger", "callbacks")
 """Choices of a training that say nothing about evaluating or using its result."""
+
+_PATHS = {
+    *("input", "output", "output_dir", "checkpoint", "weights", "resume", "pretrained", "save_predictions"),
+    *("root", "cache", "train_json", "train_maps", "train_images", "val_json", "val_maps", "val_images"),
+    *("default_root_dir", "dir", "subdir", "directory", "dirpath", "filename", "save_dir"),
+}
+"""Last parts of keys whose values are paths, such as `dataset.root` and `hydra.run.dir`."""
+
+_READ_HERE = ("checkpoint", "resume", "weights", "seed", "hydra.run.dir")
+"""Keys whose values are read before the experiment is composed."""
+
+
+def literal_paths(overrides: Sequence[str], sweep: bool = False) -> list[str]:
+    """Quote the values of keys for paths, so that Hydra takes them as they are, whatever characters they have.
+
+    Where no file has the name, Hydra's own syntax still counts: quotes, escapes, `${...}`, `null`, a list for `input`;
+    and in a sweep `a,b` and `choice(...)`.
+    """
+    return [_literal_path(override, sweep) for override in overrides]
+
+
+def _literal_path(override: str, sweep: bool) -> str:
+    key, equals, value = override.partition("=")
+    group, _, name = key_of(override).rpartition(".")
+    if not equals or key.startswith("~") or name not in _PATHS:
+        return override
+    return f"{key}={_literal(name, value, sweep and not group.startswith('hydra'))}"
+
+
+def _literal(name: str, value: str, sweep: bool) -> str:
+    try:
+        parsed: Override | None = OverridesParser.create().parse_override(f"{name}={value}")
+    except HydraException:
+        parsed = None
+    if not os.path.lexists(os.path.expanduser(value)):
+        if parsed is not None and _is_syntax(name, value, parsed, sweep):
+            return value
+        if sweep and "," in value:
+            return ",".join(_literal(name, part, sweep) for part in value.split(","))
+        if name == "input" and value.startswith("[") and value.endswith("]"):
+            return f"[{','.join(_literal(name, part.strip(), sweep) for part in value[1:-1].split(','))}]"
+    plain = parsed is not None and parsed.value_type == ValueType.ELEMENT and str(parsed.value()) == value
+    return value if plain and "${" not in value else quote(value)
+
+
+def _is_syntax(name: str, value: str, parsed: Override, sweep: bool) -> bool:
+    """Whether a value that names no file is meant in Hydra's syntax."""
+    if parsed.is_sweep_override():
+        return sweep
+    meaning: Any = parsed.value()
+    if isinstance(meaning, list):
+        return name == "input"
+    if isinstance(meaning, bool):
+        return name == "pretrained"
+    escaped = value.startswith(("'", '"')) or "\\" in value or "${" in value
+    return meaning is None or (isinstance(meaning, str) and escaped)
+
+
+def quote(text: object) -> str:
+    """Text as Hydra's grammar and OmegaConf read it unchanged, quoted."""
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(text))
+    return QuotedString(escaped, Quote.single).with_quotes()
 
 
 def parse(overrides: Sequence[str], job: str) -> list[Override]:
@@ -47,7 +112,8 @@ def take_over(job: str, overrides: Sequence[str]) -> tuple[list[str], Checkpoint
     Raises:
         UserError: the checkpoint cannot be used, or the command line contradicts it.
     """
-    values = {o.key_or_group: o.value() for o in parse(overrides, job) if not o.is_sweep_override()}
+    parsed = [o for o in parse(overrides, job) if not o.is_sweep_override()]
+    values = OmegaConf.create({o.key_or_group: o.value() for o in parsed if o.key_or_group in _READ_HERE})
     if job != "train":
         if values.get("checkpoint") is None:
             return list(overrides), None
@@ -63,8 +129,8 @@ def take_over(job: str, overrides: Sequence[str]) -> tuple[list[str], Checkpoint
     _check_same_start(checkpoint, values)
     run = path.parent.parent
     if (run / ".hydra").is_dir() and "hydra.run.dir" not in values:
-        rest.append(f"hydra.run.dir='{run}'")
-    return [*_brought(checkpoint, rest, _OF_THE_RUN), *rest, f"resume='{checkpoint.path}'"], checkpoint
+        rest.append(f"hydra.run.dir={quote(run)}")
+    return [*_brought(checkpoint, rest, _OF_THE_RUN), *rest, f"resume={quote(checkpoint.path)}"], checkpoint
 
 
 def _brought(checkpoint: Checkpoint, overrides: Sequence[str], without: Sequence[str]) -> list[str]:
@@ -93,7 +159,7 @@ def _path_to_resume(value: str, overrides: Sequence[str]) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime).with_name(LAST)
 
 
-def _check_same_start(checkpoint: Checkpoint, values: dict[str, Any]) -> None:
+def _check_same_start(checkpoint: Checkpoint, values: DictConfig) -> None:
     """The same command may be given again with `resume=`, but it cannot change where the run began."""
     trained = checkpoint.config
     weights = values.get("weights")

@@ -34,7 +34,7 @@ SAVE = ("all", "masks", "overlays")
 
 def segment_files(
     predictor: Predictor,
-    source: str | Path | int,
+    source: str | Path | int | list[str | Path | int],
     output: str | Path,
     *,
     save: str | None = None,
@@ -49,7 +49,7 @@ def segment_files(
 
     Args:
         predictor: decides on the task.
-        source: an image or a video, a folder of them, a pattern, a camera's number or a stream's address.
+        source: an image or a video, a folder of them, a pattern, a camera's number or a stream's address; or a list.
         output: folder for the results.
         save: "masks", "overlays" or "all"; by default all of images, and overlays of videos.
         every: segment only every n-th frame of a video; the result has the same duration.
@@ -67,11 +67,14 @@ def segment_files(
             raise UserError(f"{name}={number}: choose 1 or more")
     output = Path(output)
     files: list[Path] = []
-    videos = [str(source)]
-    if not is_stream(source):
-        paths = find_images(str(source), IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-        files = [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
-        videos = [str(path) for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+    videos: list[str] = []
+    for one in source if isinstance(source, list) else [source]:
+        if is_stream(one):
+            videos.append(str(one))
+            continue
+        paths = find_images(str(one), IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+        files += [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
+        videos += [str(path) for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     _check_names(files, videos, output, source)
     failed: list[str] = []
     if files:
@@ -88,7 +91,7 @@ def segment_files(
         raise UserError(f"{len(failed)} of {count} files could not be read: repair or remove those named above")
 
 
-def _check_names(files: Sequence[Path], videos: Sequence[str], output: Path, source: str | Path | int) -> None:
+def _check_names(files: Sequence[Path], videos: Sequence[str], output: Path, source: object) -> None:
     """No result may overwrite another one, or the input."""
     for names in ([path.stem for path in files], [_video_name(video) for video in videos]):
         name, times = Counter(names).most_common(1)[0] if names else ("", 0)

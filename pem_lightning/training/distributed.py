@@ -70,6 +70,11 @@ def _find_split(images: int, devices: int, limit: int | None) -> BatchSplit | No
     return None
 
 
+def more_micro_batches(images: int, count: int) -> int | None:
+    """The next number of equal micro-batches after `count`; None if they would be too small."""
+    return next((n for n in range(count + 1, images // MIN_MICRO_BATCH + 1) if images % n == 0), None)
+
+
 def _nearest(number: int, largest: int, fits: Callable[[int], object]) -> str:
     """The nearest numbers below and above one that fit: "30 or 33"."""
     below = next((n for n in range(number - 1, 0, -1) if fits(n)), None)

@@ -45,7 +45,7 @@ def trainer():
 @pytest.fixture
 def module(info):
     """Stands in for a module of the panoptic task."""
-    return Mock(spec=PEMModule, info=info, inference=Mock(task="panoptic"), record={})
+    return Mock(spec=PEMModule, info=info, inference=Mock(task="panoptic"), record={}, evaluated_step=5)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import http.client
 import io
 import logging
 import re
+import sys
 import urllib.error
 
 import pytest
@@ -17,6 +18,7 @@ from pem_lightning.checkpoints import (
     convert_weights,
     from_official,
     load_weights,
+    read_checkpoint,
     rename_official_key,
     show_report,
 )
@@ -110,7 +112,7 @@ class TestFormats:
         network = network_for("stdc1")
         report = load_weights(network, path)
         assert_same_backbone(network, stdc1)
-        assert report.kind == "STDC authors"
+        assert report.kind == "STDC authors" + (", without the prefix module. of every name" if prefix else "")
         assert parts(report.unexpected) == {"x2", "x4", "x8", "x16", "x32", "conv_last", "fc", "bn", "linear"}
         assert len([name for name in report.unexpected if name.startswith("x")]) == len(stdc1.state_dict())
 
@@ -123,6 +125,22 @@ class TestFormats:
         assert (report.missing, report.mismatched, report.reinitialized) == ([], [], [])
         copies = {name.split(".")[1] for name in report.unexpected if name.startswith("backbone")}
         assert copies == {"x2", "x4", "x8", "x16", "x32"}
+
+    @pytest.mark.parametrize(
+        "prefix", ["_orig_mod.", "network.", "model.", "module.", "network._orig_mod.module.model."]
+    )
+    def test_what_wrappers_put_before_every_name_is_left_out_and_said(self, tmp_path, resnet18, official, prefix):
+        own = network_for("resnet18")
+        for whose, state in (
+            ("torchvision or timm ResNet", torchvision_state(resnet18)),
+            ("PEM-Lightning", own.state_dict()),
+            ("PEM authors", official),
+        ):
+            path = saved(tmp_path / "a.pth", {"state_dict": {f"{prefix}{key}": value for key, value in state.items()}})
+            weights = read_weights(path)
+            assert weights.kind == f"{whose}, without the prefix {prefix} of every name"
+            assert weights.state.keys() == read_weights(saved(path, state)).state.keys()
+        assert from_official({f"{prefix}{key}": value for key, value in official.items()}).keys()
 
     @pytest.mark.parametrize("wrapping", [None, "blobs", "model", "author"])
     def test_caffe2s_are_refused_with_the_reason(self, tmp_path, wrapping):
@@ -241,13 +259,35 @@ class TestConversion:
         assert (again.unexpected, again.loaded) == ([], report.loaded)
 
     def test_whole_networks_are_converted_whole(self, tmp_path, official):
+        convert_weights(saved(tmp_path / "in", official), tmp_path / "out")
+        written, state = torch.load(tmp_path / "out"), from_official(official)
+        assert written.keys() == state.keys()
+        assert all(torch.equal(written[key], value.reshape(written[key].shape)) for key, value in state.items())
+
+    @pytest.mark.parametrize("name", ["slim.pth", "slim.safetensors"])
+    def test_a_checkpoint_of_ours_stays_one_without_what_resuming_needs(self, tmp_path, name):
+        if name.endswith("safetensors"):
+            pytest.importorskip("safetensors", reason="safetensors is not installed")
         own = network_for("resnet18")
-        sources = saved(tmp_path / "in", official), write_checkpoint(tmp_path / "a.ckpt", own)
-        for path, state in zip(sources, (from_official(official), own.state_dict()), strict=True):
-            convert_weights(path, tmp_path / "out")
-            written = torch.load(tmp_path / "out")
-            assert written.keys() == state.keys()
-            assert all(torch.equal(written[key], value.reshape(written[key].shape)) for key, value in state.items())
+        path = write_checkpoint(tmp_path / "a.ckpt", own)
+        content = {
+            **torch.load(path),
+            "optimizer_states": [[v.clone() for v in own.state_dict().values()] for _ in range(2)],
+        }
+        convert_weights(saved(path, content), tmp_path / name)
+        full, slim = read_checkpoint(path), read_checkpoint(tmp_path / name)
+        assert slim[1:5] == full[1:5] == (12, {"a": 1}, ["seed=3"], full.info)
+        assert slim.network.keys() == full.network.keys()
+        assert all(torch.equal(slim.network[key], value) for key, value in full.network.items())
+        assert (full.resumable, slim.resumable) == (True, False)
+        assert 2.9 < path.stat().st_size / (tmp_path / name).stat().st_size < 3.1
+        report = load_weights(network_for("resnet18"), tmp_path / name)
+        assert (report.kind, len(report.loaded)) == ("PEM-Lightning, step 12 on toy", len(own.state_dict()))
+
+    def test_safetensors_that_is_not_installed_is_named(self, tmp_path, resnet18, monkeypatch):
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+        with pytest.raises(UserError, match="pip install safetensors"):
+            convert_weights(saved(tmp_path / "in", resnet18.state_dict()), tmp_path / "out.safetensors")
 
     def test_an_uncovered_backbone_is_not_converted(self, tmp_path, resnet18):
         path = saved(tmp_path / "in", resnet18.state_dict())

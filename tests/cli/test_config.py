@@ -8,6 +8,7 @@ import pytest
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning import Trainer
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -15,6 +16,7 @@ from pem_lightning.callbacks import ConfusionMatrix, PredictionPanels, Results, 
 from pem_lightning.cli import errors
 from pem_lightning.cli.build import build_datamodule, build_module, build_trainer, wants_channels_last
 from pem_lightning.cli.errors import CONF, explain, folder_name, user_error_behind
+from pem_lightning.cli.jobs import micro_batch_limit
 from pem_lightning.data import CITYSCAPES
 from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.models.pem import PEM
@@ -232,6 +234,87 @@ def test_the_user_error_behind_a_chain_is_found():
 def test_what_the_recipe_decides_is_not_set_in_the_trainer(setting, instead):
     with pytest.raises(UserError, match=instead):
         build_trainer(compose("train", setting))
+
+
+@pytest.mark.parametrize(
+    ("callback", "instead"),
+    [
+        ("LearningRateFinder", r"-m recipe\.optimizer\.lr="),
+        ("BatchSizeFinder", r"recipe\.micro_batch_size=auto"),
+        ("GradientAccumulationScheduler,scheduling:{4:2}", r"recipe\.micro_batch_size"),
+        ("StochasticWeightAveraging,swa_lrs:0.1", r"recipe\.ema_decay"),
+    ],
+)
+def test_lightnings_callbacks_that_cannot_work_name_what_does(callback, instead):
+    setting = f"+callbacks.more={{_target_:lightning.pytorch.callbacks.{callback}}}"
+    with pytest.raises(UserError, match=f"{callback.split(',')[0]} .*{instead}"):
+        build_trainer(compose("train", "callbacks=none", "logger=none", setting))
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings"),
+    [
+        ({"SLURM_NTASKS": "4"}, ()),
+        ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, ()),
+        ({"SLURM_NTASKS": "1"}, ("trainer.devices=2",)),
+        ({"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2"}, ()),
+        ({"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, ("trainer.devices=2", "trainer.num_nodes=2")),
+    ],
+)
+def test_tasks_of_slurm_that_are_not_the_devices_are_one_line(monkeypatch, environment, settings):
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "jupyter", "SLURM_PROCID": "0", **environment}.items():
+        monkeypatch.setenv(name, value)
+    cfg = compose("evaluate", "checkpoint=x", "trainer=cpu", "callbacks=none", *settings)
+    with pytest.raises(
+        UserError, match=r"SLURM has \d tasks, which are not .*--ntasks-per-node.*SLURM_JOB_NAME=interactive"
+    ):
+        build_trainer(cfg)
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    if not settings:
+        build_trainer(cfg)
+
+
+@pytest.mark.parametrize(
+    ("batches", "train", "val"), [("+trainer.overfit_batches=1", 1, 1), ("+trainer.limit_val_batches=2", 1.0, 2)]
+)
+def test_limits_of_batches_keep_our_samplers(batches, train, val):
+    trainer = build_trainer(compose("train", "trainer=cpu", "callbacks=none", "logger=none", batches))
+    assert (trainer.overfit_batches, trainer.limit_train_batches, trainer.limit_val_batches) == (0.0, train, val)
+
+
+@pytest.mark.parametrize("debug", choices("debug"))
+def test_every_debug_choice_instantiates(debug, tmp_path):
+    cfg = compose("train", f"debug={debug}", "trainer=cpu", "callbacks=none", "logger=none", f"output_dir={tmp_path}")
+    trainer = build_trainer(cfg)
+    assert trainer.max_steps <= 200
+    assert trainer.limit_train_batches == (1.0 if debug == "profile" else 1)
+
+
+def test_deterministic_training_on_cuda_only_warns(monkeypatch):
+    """PyTorch has no deterministic backward pass of grid_sample there."""
+    given = {}
+
+    def make(node, **more):
+        given.update(more)
+        return Trainer(accelerator="cpu", logger=False) if "callbacks" in more else []
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pem_lightning.cli.build.instantiate", make)
+    for trainer, expected in (("gpu", "warn"), ("cpu", None)):
+        given.clear()
+        build_trainer(compose("train", f"trainer={trainer}", "trainer.deterministic=true", "callbacks=none"))
+        assert given.get("deterministic") == expected
+
+
+@pytest.mark.parametrize(("setting", "devices", "limit"), [("auto", 1, None), ("null", 1, None), ("4", 8, 4)])
+def test_the_limit_of_micro_batches(setting, devices, limit):
+    assert micro_batch_limit(compose("train", f"recipe.micro_batch_size={setting}"), devices) == limit
+
+
+@pytest.mark.parametrize(("setting", "devices", "message"), [("auto", 2, "for one device"), ("4.5", 1, "whole number")])
+def test_limits_of_micro_batches_that_are_refused(setting, devices, message):
+    with pytest.raises(UserError, match=message):
+        micro_batch_limit(compose("train", f"recipe.micro_batch_size={setting}"), devices)
 
 
 def test_loading_takes_the_devices_share_of_the_batch():

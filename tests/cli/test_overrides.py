@@ -5,13 +5,14 @@ import io
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from pem_lightning.callbacks.visualization import log_files, read_metrics
 from pem_lightning.checkpoints import CHECKPOINT_KEY
-from pem_lightning.cli.errors import key_of
+from pem_lightning.cli.errors import compose, key_of
 from pem_lightning.cli.jobs import tidy_up
-from pem_lightning.cli.overrides import take_over
+from pem_lightning.cli.overrides import literal_paths, parse, take_over
 from pem_lightning.types import UserError
 from tests.checkpoint_files import CLASSES, write_checkpoint
 
@@ -34,6 +35,112 @@ def write(run, step, name="last.ckpt", overrides=(), seed=0):
 )
 def test_key_of(override, key):
     assert key_of(override) == key
+
+
+NAMES = (
+    *(
+        "epoch=3-step=600.png",
+        "photo (1).png",
+        "it's.png",
+        "a'b\".png",
+        "{y}.png",
+        "#1.png",
+        "a,b.png",
+        "[x].png",
+        "[x]",
+    ),
+    *(
+        "a[1].png",
+        "$a.png",
+        "${a}.png",
+        "a\\${b}",
+        "back\\",
+        "C:\\d",
+        "a&b;c|d.png",
+        "背景.png",
+        "ü.png",
+        "1_000",
+        "1e3",
+    ),
+    *("007", "true", "null", "~x", "choice(a,b)", "'a.png'", "a@b:c", "a b.png", " a", "x: y"),
+)
+
+
+def read(override):
+    """The value of an override in a composed experiment."""
+    (parsed,) = parse([override], "train")
+    return OmegaConf.create({"device": "auto", "value": parsed.value()}).value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_are_taken_as_they_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    overrides = literal_paths([f"input={name}", f"checkpoint={name}", f"output={name}", f"++dataset.root={name}"])
+    assert literal_paths(overrides) == overrides
+    assert literal_paths(overrides, sweep=True) == overrides
+    assert [str(read(override)) for override in overrides] == [name] * 4
+
+
+@pytest.mark.parametrize(
+    "name", ["a=1", "out (1)", "a,b", "[x]", "{y}", "#1", "ü", "it's", "choice(a,b)", "true", "$a"]
+)
+def test_folders_that_are_still_to_be_made_are_taken_as_they_are(name):
+    (override,) = literal_paths([f"output={name}"])
+    assert read(override) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [
+        ("'a b'", "a b"),
+        ('"it\'s"', "it's"),
+        (r"a\,b", "a,b"),
+        ("${device}.png", "auto.png"),
+        ("null", None),
+        ("0", 0),
+        ("in/*.png", "in/*.png"),
+        ("[a.png,b.png]", ["a.png", "b.png"]),
+        ("[a (1).png,ü=1.png]", ["a (1).png", "ü=1.png"]),
+        ("rtsp://u:p@camera/x?y=1&z=[2]", "rtsp://u:p@camera/x?y=1&z=[2]"),
+    ],
+)
+def test_syntax_counts_where_no_file_has_the_name(value, meaning):
+    (override,) = literal_paths([f"input={value}"])
+    assert read(override) == meaning
+
+
+@pytest.mark.parametrize(
+    ("value", "swept"),
+    [
+        ("a.ckpt,b.ckpt", "a.ckpt,b.ckpt"),
+        ("epoch=1.ckpt,epoch=2.ckpt", "'epoch=1.ckpt','epoch=2.ckpt'"),
+        ("choice(a,b)", "choice(a,b)"),
+        ("there,too.ckpt", "'there,too.ckpt'"),
+    ],
+)
+def test_a_sweep_over_paths(value, swept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there,too.ckpt").touch()
+    assert literal_paths([f"checkpoint={value}"], sweep=True) == [f"checkpoint={swept}"]
+
+
+def test_other_keys_keep_hydras_syntax():
+    overrides = ["ablation=[no_csm,fpn]", "~input", "recipe.lr=1,2", "input", "class_weight=(1)"]
+    assert literal_paths(overrides) == overrides
+
+
+def test_a_checkpoint_of_any_name_brings_its_overrides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("epoch=3-step=600.ckpt", "${a} (1).ckpt", "it's.ckpt"):
+        write_checkpoint(tmp_path / name, nn.Linear(1, 1), ["task=semantic"])
+        overrides, checkpoint = take_over("evaluate", literal_paths([f"checkpoint={name}"]))
+        assert overrides[0] == "task=semantic"
+        assert str(checkpoint.path) == name
+    path = write(tmp_path / "a=1 ${b} it's", 7)
+    resumed, checkpoint = take_over("train", literal_paths([f"resume={path}"]))
+    assert compose("train", resumed).hydra.run.dir == str(path.parent.parent)
+    assert checkpoint.path == path
 
 
 def test_evaluation_takes_over_what_is_no_part_of_training(tmp_path):

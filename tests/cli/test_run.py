@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from pem_lightning.callbacks.visualization import read_metrics
-from pem_lightning.checkpoints import read_checkpoint
+from pem_lightning.checkpoints import convert_weights, read_checkpoint
 from pem_lightning.files import rgb_to_id
-from tests.jobs import DRAWN, ROOT, TINY, call, in_child
+from pem_lightning.inference.predictor import Predictor
+from pem_lightning.training.module import PEMModule
+from tests.jobs import DRAWN, ROOT, TINIEST, TINY, call, in_child
 
 pytestmark = pytest.mark.slow
 
@@ -259,3 +261,66 @@ def test_the_papers_recipe_starts(tmp_path, monkeypatch, capsys):
     assert "mIoU" in printed
     assert "PQ" in printed
     assert Path("run/checkpoints/best.ckpt").exists()
+
+
+def test_names_of_files_may_have_any_characters(trained, work, capsys):
+    """Those of checkpoints, images and folders; and a sweep and a list still are what they were."""
+    folder = work / "odd = (1) [x], {y} ü"
+    folder.mkdir()
+    checkpoints = [shutil.copy(trained / "checkpoints/last.ckpt", folder / f"step={n}.ckpt") for n in (1, 2)]
+    photos = [folder / "photo (1)#'.png", folder / "b.png"]
+    for photo in photos:
+        Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(photo)
+    relative = folder.name  # as it is typed
+    checkpoint = f"checkpoint={relative}/step=1.ckpt"
+    assert call("predict", checkpoint, f"input={relative}/{photos[0].name}", f"output={relative}/one") == 0
+    assert (folder / "one" / f"{photos[0].stem}_overlay.png").is_file()
+    os.chdir(folder)
+    names = f"input=[{photos[0].name},{photos[1].name}]"
+    assert call("predict", f"checkpoint={checkpoints[0]}", names, "output=both", "save=overlays") == 0
+    assert len(list((folder / "both").glob("*_overlay.png"))) == 2
+    capsys.readouterr()
+    root = f"dataset.root={work}/drawn"
+    swept = ("-m", "checkpoint=step=1.ckpt,step=2.ckpt", root, "trainer=cpu", f"hydra.sweep.dir={folder}/sweep")
+    try:
+        assert call("evaluate", *swept) == 0
+    finally:
+        os.chdir(work)
+    assert len(list((folder / "sweep").glob("*/metrics.json"))) == 2
+
+
+def test_the_last_weights_are_validated_and_the_best_checkpoint_may_be_slim(work, capsys):
+    """Wherever the interval of validations stands; and what a validation is of is in its numbers."""
+    keys = ("recipe.max_steps=3", "recipe.val_interval=2", "callbacks.best.save_weights_only=true")
+    assert call("train", *TINIEST, *keys, "hydra.run.dir=end") == 0
+    assert [step for step, _ in read_metrics([work / "end/csv/metrics.csv"])["val/PQ"]] == [2, 3]
+    assert metrics_of("end")["step"] == 3
+    assert call("train", *TINIEST, *keys, "recipe.val_interval=100", "hydra.run.dir=end") == 0
+    best, last = (work / "end" / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    assert best.stat().st_size < 0.5 * last.stat().st_size
+    original = metrics_of("end")
+    assert original["step"] == 3
+    assert call("train", f"resume={best}") == 2
+    assert "trained to step 3 of 3" in capsys.readouterr().err
+    assert call("train", f"resume={best}", "recipe.max_steps=4") == 2
+    assert "has nothing but weights" in capsys.readouterr().err
+    convert_weights(last, work / "slim.pth")
+    for path in (best, "slim.pth"):
+        assert call("evaluate", f"checkpoint={path}", "hydra.run.dir=evaluated") == 0
+        assert metrics_of("evaluated") == original
+    assert Predictor("slim.pth")(np.zeros((32, 64, 3), np.uint8)).image.shape == (32, 64, 3)
+
+
+@pytest.mark.parametrize("limit", ["+trainer.overfit_batches=1", "debug=overfit", "+trainer.limit_train_batches=1"])
+def test_one_batch_is_seen_at_every_step(work, monkeypatch, limit):
+    seen, step = [], PEMModule.training_step
+    monkeypatch.setattr(PEMModule, "training_step", lambda self, b, i: (seen.append(b.names), step(self, b, i))[1])
+    assert call("train", *TINIEST, limit, "recipe.max_steps=3", "hydra.run.dir=overfit") == 0
+    assert seen == [seen[0]] * 3
+    assert metrics_of("overfit")["step"] == 3
+
+
+def test_a_fast_run_and_a_profile(work):
+    assert call("train", *TINIEST, "debug=fast", "hydra.run.dir=fast") == 0
+    assert call("train", *TINIEST, "debug=profile", "recipe.max_steps=2", "hydra.run.dir=profile") == 0
+    assert "training_step" in (work / "profile" / "fit-profile.txt").read_text()

@@ -45,7 +45,7 @@ def assert_the_same(whole, run):
     metrics = read_metrics(log_files(run / "csv"))
     assert metrics == read_metrics(log_files(whole / "csv"))
     assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4, 5, 6, 7]
-    assert [step for step, _ in metrics["val/PQ"]] == [3, 6]
+    assert [step for step, _ in metrics["val/PQ"]] == [3, 6, 7]
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last-previous.ckpt", "last.ckpt"}
     assert list(run.rglob("*.tmp")) == []
 

@@ -133,3 +133,47 @@ def test_compiled_like_plain():
     command = [sys.executable, "-c", COMPILED]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
+
+
+def too_large(limit):
+    """A hook that raises what CUDA does when more images than `limit` run through the network at once."""
+
+    def forward(module, inputs, output):
+        if len(inputs[0]) > limit:
+            module.features.bias.grad = torch.ones(8)  # of a pass that got as far as that
+            torch.rand(3)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return forward
+
+
+def test_micro_batches_that_do_not_fit_are_cut_as_if_nothing_had_happened(plain, caplog):
+    """Same losses, and so the same random points, as with the two micro-batches that it ends with."""
+    caplog.set_level("INFO")
+    found, _, losses = train(micro_batches=1, fit_memory=True, hook=too_large(2))
+    assert found.micro_batches == 2
+    assert losses == plain[2]
+    assert [r.message for r in caplog.records if "memory" in r.message] == [
+        "memory is too small for micro-batches of 4: going on with 2"
+    ]
+    checkpoint = {}
+    found.on_save_checkpoint(checkpoint)
+    again, _, _ = train(micro_batches=1, fit_memory=True, steps=0)
+    again.on_load_checkpoint({**checkpoint, "global_step": 3, "loops": loops(3), "state_dict": {}})
+    assert again.micro_batches == 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "fit_memory", "message"),
+    [
+        (1, True, r"a micro-batch of 2 images needs more memory .*: lower recipe\.train_transform\.crop_size"),
+        (
+            2,
+            False,
+            r"a micro-batch of 4 images needs more memory .*: lower recipe\.micro_batch_size, or set it to auto",
+        ),
+    ],
+)
+def test_too_little_memory_is_one_line(limit, fit_memory, message):
+    with pytest.raises(UserError, match=message):
+        train(micro_batches=1, fit_memory=fit_memory, hook=too_large(limit))
