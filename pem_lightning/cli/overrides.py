@@ -130,6 +130,8 @@ def take_over(job: str, overrides: Sequence[str]) -> tuple[list[str], Checkpoint
     run = path.parent.parent
     if (run / ".hydra").is_dir() and "hydra.run.dir" not in values:
         rest.append(f"hydra.run.dir={quote(run)}")
+    elif path.parent.name == "checkpoints" and "output_dir" in map(key_of, checkpoint.overrides):
+        rest.insert(0, f"output_dir={quote(run)}")  # which it was started with; another one on the command line wins
     return [*_brought(checkpoint, rest, _OF_THE_RUN), *rest, f"resume={quote(checkpoint.path)}"], checkpoint
 
 

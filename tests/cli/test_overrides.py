@@ -168,6 +168,15 @@ def test_a_resumed_run_has_its_own_folder_and_choices(tmp_path):
     assert sorted(again) == sorted(resumed)
 
 
+def test_a_run_that_was_given_its_output_folder_goes_on_there(tmp_path):
+    path = write(tmp_path / "own", 7, overrides=["output_dir=own"])
+    (tmp_path / "own" / ".hydra").rmdir()  # which is in hydra.run.dir
+    resumed, _ = take_over("train", [f"resume={path}"])
+    assert compose("train", resumed).output_dir == str(tmp_path / "own")
+    resumed, _ = take_over("train", [f"resume={path}", "output_dir=other"])
+    assert compose("train", resumed).output_dir == "other"
+
+
 def test_last_is_the_newest_run(tmp_path):
     write(tmp_path / "old", 3)
     path = write(tmp_path / "new", 7)
