@@ -62,21 +62,22 @@ def read_image(source: ImageLike) -> Frame:
     16-bit values are scaled to 8 bits; transparent parts become white; of an animation the first frame is taken.
 
     Args:
-        source: a file; a Pillow image; an array uint8 [H, W, 3] (RGB, returned as it is), [H, W, 4] (RGBA) or [H, W]
-            (grey); or a tensor uint8 [3, H, W].
+        source: a file; a Pillow image; or an array [H, W, C], a tensor [C, H, W] or either in the other's order, where C
+            is 3 (RGB), 4 (RGBA) or 1 (grey), or [H, W]. Values: 8 bits (an RGB array is returned as it is), 16 bits,
+            other integers from 0 to 255, floating-point numbers from 0 to 1 or from 0 to 255, or bool.
 
     Raises:
-        UserError: the file is missing or is not a complete image, or the array or tensor has another shape or type.
+        UserError: the file is missing or is not a complete image, or the array or tensor has another shape or values.
     """
     if isinstance(source, Tensor):
-        if source.dtype != torch.uint8 or source.ndim != 3 or len(source) != 3 or source.numel() == 0:
-            raise UserError(
-                "an image must be a uint8 tensor [3, H, W] (several images: a list of tensors), "
-                f"not {str(source.dtype).removeprefix('torch.')} {list(source.shape)}"
-            )
-        return np.ascontiguousarray(source.permute(1, 2, 0).cpu().numpy())
+        return _from_tensor(source)
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    if not isinstance(source, str | Path | Image.Image):
+        hint = " (which cv2.imread returns for a file that it cannot read)" if source is None else ""
+        raise UserError(
+            f"an image must be a file's path, a Pillow image, an array or a tensor, not {type(source).__name__}{hint}"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images half as large as those refused
         try:
@@ -92,18 +93,56 @@ def read_image(source: ImageLike) -> Frame:
             raise UserError(f"cannot read the image ({error}): check that it is a complete image") from error
 
 
-def _from_array(array: np.ndarray) -> Frame:
+def _from_tensor(tensor: Tensor) -> Frame:
+    values = tensor.detach().cpu()
+    values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
+    array = np.asarray(values.numpy())
+    first, last = (array.shape[0], array.shape[-1]) if array.ndim == 3 else (0, 0)
+    if first == 3 or (last != 3 and first in (1, 4)):  # else it may be [H, W, C]
+        array = array.transpose(1, 2, 0)
+    return _from_array(array, tensor)
+
+
+def _from_array(array: np.ndarray, given: np.ndarray | Tensor | None = None) -> Frame:
+    """`given` is what the message names, if it is not the array."""
+    given = array if given is None else given
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
     channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
-        raise UserError(
-            "an image must be a uint8 array [H, W, 3], [H, W, 4] or [H, W] (several images: a list of arrays), "
-            f"not {array.dtype} {list(array.shape)}"
+    if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
+        kind, order = (
+            ("tensor", "[3, H, W], [4, H, W]") if isinstance(given, Tensor) else ("array", "[H, W, 3], [H, W, 4]")
         )
+        raise UserError(
+            f"an image must be a uint8 {kind} {order} or [H, W] (several images: a list of {kind}s), "
+            f"not {str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
+        )
+    array = np.ascontiguousarray(_to_bytes(array))  # OpenCV and PyTorch take no negative strides
     if channels == 3:
         return array
     if channels == 1:
         return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
     return reading.to_rgb(Image.fromarray(array))
+
+
+def _to_bytes(array: np.ndarray) -> UInt8[np.ndarray, "*shape"]:
+    """Values of any type and byte order in 8 bits."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # all 16 bits are used, as in files
+        return (array.astype(np.float32) / 257).round().astype(np.uint8)
+    low, high = float(array.min()), float(array.max())
+    scale = 255 if array.dtype.kind == "f" and high <= 1.001 else 1  # interpolation may exceed 1 a little
+    # Below 2, floating-point numbers would be a black image of 0 to 255, or one of 0 to 1 that exceeds it.
+    unclear = array.dtype.kind == "f" and 1.001 < high < 2
+    if unclear or not (low * scale > -0.5 and high * scale < 255.5):  # NaN fails, too
+        raise UserError(
+            f"an image of {array.dtype.name} must have values from 0 to 255, or fractions from 0 to 1, not from {low:g} "
+            f"to {high:g}: undo a normalisation, or convert it to uint8"
+        )
+    return (array.astype(np.float32) * scale).round().clip(0, 255).astype(np.uint8)
 
 
 def is_stream(source: str | Path | int) -> bool:

@@ -72,6 +72,14 @@ class TestInputs:
             assert (result.image == photo).all()
             assert result.panoptic.equal(results[0].panoptic)
 
+    def test_views_that_run_backwards(self, photo):
+        segment = predictor("panoptic")
+        for view in (photo[..., ::-1], np.fliplr(photo), np.flipud(photo), np.asfortranarray(photo)):
+            result = segment(view)
+            assert (result.image == view).all()
+            assert result.overlay().shape == photo.shape
+            assert next(segment.stream([Photo("x", view)])).panoptic.equal(result.panoptic)
+
     def test_a_list_comes_back_in_order_and_runs_in_batches_of_one_size(self, photo):
         model = Stripes()
         images = [photo, photo[:32], photo, photo[:32], photo]

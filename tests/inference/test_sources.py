@@ -1,6 +1,8 @@
 """Images of every kind, videos in and out, and reading ahead."""
 
 import io
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -120,7 +122,7 @@ class TestReadImage:
     def test_pillow_images_arrays_and_tensors(self):
         assert read_image(Image.new("L", (3, 2), 7)).tolist() == np.full((2, 3, 3), 7).tolist()
         array = np.random.default_rng(0).integers(0, 256, (2, 3, 4), np.uint8)
-        rgb = array[..., :3]
+        rgb = array[..., :3].copy()
         assert read_image(rgb) is rgb
         grey = read_image(array[..., 0])
         assert all((grey[..., channel] == array[..., 0]).all() for channel in range(3))
@@ -133,18 +135,105 @@ class TestReadImage:
     @pytest.mark.parametrize(
         "array",
         [
-            np.zeros((4, 4, 3), np.float32),
-            np.zeros((3, 4, 9), np.uint8),
+            np.zeros((4, 4, 3), np.complex64),
+            np.zeros((4, 4, 3), object),
+            np.zeros((5, 4, 2), np.uint8),
+            np.zeros((2, 4, 9), np.uint8),
             np.zeros((2, 4, 4, 3), np.uint8),
             np.zeros((0, 4, 3), np.uint8),
-            torch.zeros(3, 4, 4),
-            torch.zeros(4, 4, 3, dtype=torch.uint8),
+            torch.zeros(0, 4, 3),
             torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
         ],
     )
     def test_other_arrays_and_tensors_are_refused(self, array):
-        with pytest.raises(UserError, match=r"uint8 (array|tensor) .* not (float32|uint8) \["):
+        with pytest.raises(UserError, match=r"uint8 (array|tensor) .* not (complex64|object|float32|uint8) \["):
             read_image(array)
+
+    @pytest.mark.parametrize("kind", ["array", "tensor"])
+    @pytest.mark.parametrize("order", ["HWC", "CHW"])
+    @pytest.mark.parametrize(
+        "convert",
+        [
+            lambda values: values,
+            lambda values: values.astype(np.float32),
+            lambda values: values.astype(np.int64),
+            lambda values: values / 255,
+            lambda values: (values / 255).astype(np.float16),
+            lambda values: values / 255 + 0.001 * (values == 255),  # an interpolation that exceeds 1
+            lambda values: values.astype(np.uint16) * 257,
+        ],
+    )
+    def test_values_of_every_type_in_every_order(self, kind, order, convert):
+        rgb = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
+        values = convert(rgb) if order == "HWC" else convert(rgb).transpose(2, 0, 1)
+        given = values if kind == "array" else torch.from_numpy(np.ascontiguousarray(values))
+        assert (read_image(given) == rgb).all()
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda rgb: rgb[..., ::-1],
+            np.fliplr,
+            np.flipud,
+            np.asfortranarray,
+            np.rot90,
+            lambda rgb: rgb[::2, ::-3],
+            lambda rgb: rgb[..., 0][::-1],
+            lambda rgb: np.dstack([rgb, np.full_like(rgb[..., :1], 255)])[:, ::-1],
+            lambda rgb: (rgb.astype(np.uint16) * 257).astype(">u2"),
+            lambda rgb: (rgb / 255).astype(">f4")[::-1],
+        ],
+    )
+    def test_every_view_and_byte_order_of_an_array(self, view):
+        given = view(np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8))
+        read = read_image(given)
+        assert read.flags.c_contiguous
+        scale = {"u2": 1 / 257, "f4": 255}.get(given.dtype.str[1:], 1)
+        expected = np.rint(given * scale)
+        assert (read == (expected[..., None] if expected.ndim == 2 else expected[..., :3])).all()
+
+    def test_masks_and_other_kinds_of_tensors(self):
+        mask = np.eye(4, 5, dtype=bool)
+        for given in (mask, torch.from_numpy(mask), torch.from_numpy(mask)[None], mask[..., None]):
+            assert (read_image(given) == 255 * mask[..., None]).all()
+        fractions = torch.tensor([0.0, 0.25, 1.0]).expand(3, 2, 3).bfloat16().requires_grad_()
+        assert read_image(fractions)[0, :, 0].tolist() == [0, 64, 255]
+        transparent = torch.zeros(4, 5, 6)
+        assert (read_image(transparent) == 255).all()
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            (np.array([-1.0, 1.0]), "float64 .* from -1 to 1: undo a normalisation"),
+            (np.array([0.0, np.nan]), "from nan to nan"),
+            (np.array([0.0, np.inf]), "from 0 to inf"),
+            (np.array([0.0, 1.2]), "from 0 to 1.2"),
+            (np.array([0, 300]), "int64 .* from 0 to 300"),
+            (np.array([-1, 3], np.int8), "int8 .* from -1 to 3"),
+            (torch.tensor([-2.1, 2.6]), "float32 .* from -2.1 to 2.6"),
+        ],
+    )
+    def test_values_that_are_no_colours_get_one_line(self, values, said):
+        with pytest.raises(UserError, match=said) as error:
+            read_image(values.reshape(1, 2))
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.slow
+    def test_what_is_no_image_at_all_gets_one_line(self):
+        """In a process of its own, where no test checks types first."""
+        program = """
+from pem_lightning.inference.sources import read_image
+for source in (None, 5, b"x", {}):
+    try:
+        read_image(source)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        lines = run.stdout.splitlines()
+        expected = "UserError an image must be a file's path, a Pillow image, an array or a tensor, not "
+        assert [line.startswith(expected) for line in lines] == [True] * 4
+        assert "cv2.imread" in lines[0]
 
     def test_files_that_are_no_complete_image_are_named(self, tmp_path):
         broken = {"text.png": b"no image", "empty.jpg": b"", "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n"}
