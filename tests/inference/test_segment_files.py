@@ -195,7 +195,7 @@ class TestStream:
                 yield from super().frames(every)
 
         monkeypatch.setattr(module, "VideoReader", Impatient)
-        monkeypatch.setattr(module, "prefetch", lambda items: nullcontext(iter(items)))
+        monkeypatch.setattr(module, "prefetch", lambda items, depth: nullcontext(iter(items)))
         segment_files(cars(), write_video(tmp_path / "clip.mp4"), tmp_path / "out")
         assert "clip stopped by Ctrl-C after 0 frames" in capsys.readouterr().out
         assert not (tmp_path / "out").exists()
