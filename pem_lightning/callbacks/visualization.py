@@ -298,18 +298,15 @@ def draw_confusion(confusion: Int64[np.ndarray, "K columns"], info: DatasetInfo)
     axes = figure.subplots()
     # Not linear, because small shares matter.
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(info.num_classes), names[: info.num_classes], fontsize=size)
-    axes.set_xticks(range(len(names)), names, fontsize=size, rotation=90)
-    for label, (text, font) in zip(
-        (*axes.get_yticklabels(), *axes.get_xticklabels()),
-        (*written[: info.num_classes], *written),
-        strict=True,
-    ):
-        label.set_text(text)
-        label.set_parse_math(False)
-        if font is not None:
-            label.set_fontproperties(FontProperties(fname=font, size=size))
+    texts = [text for text, _ in written]
+    axes.set_yticks(range(info.num_classes), texts[: info.num_classes], fontsize=size)
+    axes.set_xticks(range(len(texts)), texts, fontsize=size, rotation=90)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    for labels in (axes.get_yticklabels(), axes.get_xticklabels()):
+        for label, (_, font) in zip(labels, written, strict=False):  # rows have no "none"
+            label.set_parse_math(False)  # a name may have a $
+            if font is not None:
+                label.set_fontproperties(FontProperties(fname=font, size=size))
     axes.set_ylabel("true class", fontsize=size + 2)
     axes.set_xlabel("predicted class", fontsize=size + 2)
     axes.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)

@@ -92,7 +92,7 @@ def _installed_fonts() -> tuple[str, ...]:
     return tuple(sorted((p for p in paths if not any(word in p.lower() for word in ONLY_BOXES)), key=rank))
 
 
-def load_font(size: float, path: str | None = None) -> ImageFont.FreeTypeFont:
+def load_font(size: int | float, path: str | None = None) -> ImageFont.FreeTypeFont:
     """A font by its path; by default Pillow's own."""
     font = ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
     assert isinstance(font, ImageFont.FreeTypeFont)  # what Pillow returns when a size is given

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -250,16 +250,8 @@ class VideoReader:
             raise failures[0]
 
 
-class _Encoder(Protocol):
-    """What OpenCV's writer does with frames in BGR."""
-
-    def write(self, image: Frame, /) -> None: ...
-
-    def release(self) -> None: ...
-
-
 class _H264Encoder:
-    """H.264 by PyAV, an optional package: smaller files than OpenCV's VP9, in a fraction of the time."""
+    """H.264 by PyAV, an optional package; used as OpenCV's writer."""
 
     def __init__(self, path: Path, fps: int | float, size: tuple[int, int]) -> None:
         import av
@@ -271,7 +263,7 @@ class _H264Encoder:
         self._stream.options = {"preset": "veryfast", "crf": "20"}
         self._to_frame = av.VideoFrame.from_ndarray
 
-    def write(self, image: Frame, /) -> None:
+    def write(self, image: Frame) -> None:
         self._file.mux(self._stream.encode(self._to_frame(image, "bgr24")))
 
     def release(self) -> None:
@@ -289,7 +281,7 @@ class VideoWriter:
         self.path = path
         self.fps = fps
         self._temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        self._writer: _Encoder | None = None
+        self._writer: cv2.VideoWriter | _H264Encoder | None = None
         self._size = (0, 0)
 
     def write(self, frame: Frame) -> None:
@@ -309,7 +301,7 @@ class VideoWriter:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: make room or choose another output folder") from error
 
-    def _open(self, width: int, height: int) -> _Encoder:
+    def _open(self, width: int, height: int) -> cv2.VideoWriter | _H264Encoder:
         if max(width, height) > LARGEST_SIDE:
             raise UserError(
                 f"cannot write {self.path}: a video of {width} x {height} is larger than {LARGEST_SIDE} pixels at a "

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pem_lightning.inference import sources
 from pem_lightning.inference.sources import VideoReader, VideoWriter, find_images, is_stream, prefetch, read_image
 from pem_lightning.types import UserError
 
@@ -316,6 +317,88 @@ def read(path):
     return list(VideoReader(path).frames())
 
 
+def codec_of(path):
+    return int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little")
+
+
+class Camera:
+    """Stands in for OpenCV's capture: frames that tell their number, at a speed of its own."""
+
+    def __init__(self, fps, count=10**6, fails_at=None):
+        self.start, self.fps, self.count, self.fails_at = time.monotonic(), fps, count, fails_at
+        self.number = -1
+
+    def isOpened(self):  # noqa: N802
+        return True
+
+    def get(self, prop):
+        return {cv2.CAP_PROP_FPS: self.fps}.get(prop, -1.0)
+
+    @property
+    def now(self):
+        """The number of the newest frame that a camera without a memory would give."""
+        return int((time.monotonic() - self.start) * self.fps)
+
+    def grab(self):
+        self.number += 1
+        if self.number == self.fails_at:
+            raise OSError("unplugged")
+        time.sleep(max(0.0, self.start + self.number / self.fps - time.monotonic()))
+        return self.number < self.count
+
+    def retrieve(self):
+        return True, np.full((4, 4, 3), self.number % 256, np.uint8)
+
+
+class TestLiveSource:
+    def reader(self, monkeypatch, camera):
+        monkeypatch.setattr(cv2, "VideoCapture", lambda *args: camera)
+        return VideoReader("0")
+
+    def test_gives_the_newest_frame_and_counts_the_others(self, monkeypatch):
+        camera = Camera(fps=50.0, count=200)
+        reader = self.reader(monkeypatch, camera)
+        assert reader.is_live
+        taken = []
+        for picture in reader.frames():
+            taken.append(int(picture[0, 0, 0]))
+            if len(taken) == 6:
+                break
+            time.sleep(0.2)  # ten frames
+        assert taken == sorted(set(taken))
+        assert taken[-1] >= 30  # of about 50 by then; one after the other it would be 5
+        assert reader.dropped >= taken[-1] - 5
+        assert reader.dropped + len(taken) - 1 <= camera.number + 1
+
+    def test_all_of_them_where_there_is_time(self, monkeypatch):
+        reader = self.reader(monkeypatch, Camera(fps=20.0, count=8))
+        assert [int(p[0, 0, 0]) for p in reader.frames()] == list(range(8))
+        assert reader.dropped == 0
+
+    def test_only_every_third(self, monkeypatch):
+        reader = self.reader(monkeypatch, Camera(fps=20.0, count=8))
+        assert [int(p[0, 0, 0]) for p in reader.frames(3)] == [0, 3, 6]
+
+    def test_errors_appear_where_frames_are_used_and_the_thread_ends(self, monkeypatch):
+        alive = threading.active_count()
+        frames = self.reader(monkeypatch, Camera(fps=20.0, fails_at=2)).frames()
+        with pytest.raises(OSError, match="unplugged"):
+            list(frames)
+        unfinished = self.reader(monkeypatch, Camera(fps=100.0)).frames()
+        next(unfinished)
+        unfinished.close()
+        assert threading.active_count() == alive
+
+    def test_files_are_not_live_and_give_every_frame(self, tmp_path):
+        reader = VideoReader(write(tmp_path / "x.mp4"))
+        assert not reader.is_live
+        taken = []
+        for picture in reader.frames():
+            taken.append(picture)
+            time.sleep(0.02)
+        assert numbers(taken) == list(range(12))
+
+
 class TestVideoWriter:
     @pytest.mark.parametrize("fps", [10, 29.97, 0.5])
     def test_what_is_written_is_read_again(self, tmp_path, fps):
@@ -366,6 +449,51 @@ class TestVideoWriter:
         with pytest.raises(UserError, match=r"8192 x 16 .* larger"), VideoWriter(tmp_path / "x.mp4", 1) as writer:
             writer.write(np.zeros((16, 8192, 3), np.uint8))
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+    def test_browsers_play_it(self, tmp_path):
+        with VideoWriter(tmp_path / "x.mp4", 10) as writer:
+            writer.write(frame(1))
+        assert codec_of(tmp_path / "x.mp4") in (b"VP90", b"h264", b"avc1")
+
+    @pytest.mark.parametrize(
+        ("missing", "codec", "warnings"),
+        [((), b"VP90", 0), (("vp09",), b"FMP4", 1), (("avc1", "mp4v"), b"VP90", 0)],
+    )
+    def test_other_encoders_stand_in(self, tmp_path, monkeypatch, caplog, missing, codec, warnings):
+        """Also for one that opens and then writes nothing, as hardware encoders do without their hardware."""
+        real = VideoWriter._opencv
+
+        def without(self, name, size):
+            assert "av" not in sys.modules or sys.modules["av"] is None
+            return real(self, "none" if name in missing else name, size)
+
+        monkeypatch.setitem(sys.modules, "av", None)
+        monkeypatch.setattr(VideoWriter, "_opencv", without)
+        monkeypatch.setattr(sources, "CODECS", ("none", *sources.CODECS[1:]))
+        with VideoWriter(tmp_path / "x.mp4", 10) as writer:
+            writer.write(frame(1))
+        assert codec_of(tmp_path / "x.mp4") == codec
+        assert numbers(read(tmp_path / "x.mp4")) == [1]
+        assert caplog.text.count("browsers will not play") == warnings
+
+    def test_without_any_encoder_one_line(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "av", None)
+        monkeypatch.setattr(VideoWriter, "_works", lambda self, codec, size: False)
+        with (
+            pytest.raises(UserError, match=r"no encoder for it; .* save=masks"),
+            VideoWriter(tmp_path / "x.mp4", 1) as w,
+        ):
+            w.write(frame(0))
+        assert not list(tmp_path.iterdir())
+
+    def test_h264_by_pyav(self, tmp_path):
+        pytest.importorskip("av")
+        with VideoWriter(tmp_path / "x.mp4", 29.97) as writer:
+            for i in range(6):
+                writer.write(frame(i, 47, 63))
+        assert codec_of(tmp_path / "x.mp4") == b"h264"
+        assert numbers(read(tmp_path / "x.mp4")) == list(range(6))
+        assert VideoReader(tmp_path / "x.mp4").fps == pytest.approx(29.97, abs=0.01)
 
     def test_a_lost_file_is_noticed(self, tmp_path):
         writer = VideoWriter(tmp_path / "x.mp4", 10)
