@@ -495,7 +495,8 @@ class TestVideoWriter:
         assert numbers(read(tmp_path / "x.mp4")) == list(range(6))
         assert VideoReader(tmp_path / "x.mp4").fps == pytest.approx(29.97, abs=0.01)
 
-    def test_a_lost_file_is_noticed(self, tmp_path):
+    def test_a_lost_file_is_noticed(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "av", None)  # which would write it anew
         writer = VideoWriter(tmp_path / "x.mp4", 10)
         writer.write(frame(0))
         next(tmp_path.iterdir()).unlink()
