@@ -18,11 +18,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from PIL import Image
 from torch import Tensor
 
 from pem_lightning.callbacks.loggers import log_picture
 from pem_lightning.files import write_or_warn
+from pem_lightning.inference.fonts import write_names
 from pem_lightning.inference.postprocess import Result
 from pem_lightning.inference.results import encode_png, stack_instances
 from pem_lightning.inference.visualize import class_segments, index_map, overlay_panoptic, side_by_side
@@ -284,6 +286,7 @@ def draw_confusion(confusion: Int64[np.ndarray, "K columns"], info: DatasetInfo)
     names = [n if len(n) <= MAX_NAME else n[: MAX_NAME - 3].rstrip(" ,") + "..." for n in info.class_names]
     if confusion[:, info.num_classes :].any():
         names.append("none")
+    written = write_names(tuple(names))
     counts = confusion[:, : len(names)].astype(np.float64)
     totals = counts.sum(1, keepdims=True)
     percent = np.divide(100 * counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
@@ -295,9 +298,15 @@ def draw_confusion(confusion: Int64[np.ndarray, "K columns"], info: DatasetInfo)
     axes = figure.subplots()
     # Not linear, because small shares matter.
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(info.num_classes), names[: info.num_classes], fontsize=size)
-    axes.set_xticks(range(len(names)), names, fontsize=size, rotation=90)
+    texts = [text for text, _ in written]
+    axes.set_yticks(range(info.num_classes), texts[: info.num_classes], fontsize=size)
+    axes.set_xticks(range(len(texts)), texts, fontsize=size, rotation=90)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    for labels in (axes.get_yticklabels(), axes.get_xticklabels()):
+        for label, (_, font) in zip(labels, written, strict=False):  # rows have no "none"
+            label.set_parse_math(False)  # a name may have a $
+            if font is not None:
+                label.set_fontproperties(FontProperties(fname=font, size=size))
     axes.set_ylabel("true class", fontsize=size + 2)
     axes.set_xlabel("predicted class", fontsize=size + 2)
     axes.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)

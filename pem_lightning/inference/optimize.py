@@ -58,8 +58,16 @@ class OptimizedNetwork(nn.Module):
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = next(network.parameters()).dtype if precision == "float32" else getattr(torch, precision)
         self.network.to(self.dtype)
-        if compile is not None:
-            self.network.compile(mode=compile, dynamic=False)
+        self._compile()
+
+    def _compile(self) -> None:
+        if self.compile_mode is not None:
+            self.network.compile(mode=self.compile_mode, dynamic=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Compile a copy, also one in another process, as its original: compiled code is not copied."""
+        super().__setstate__(state)
+        self._compile()
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:

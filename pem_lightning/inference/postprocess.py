@@ -171,7 +171,7 @@ def instances(
     As in Mask2Former, one query may appear with several classes, and things compete with stuff for the places.
 
     Returns:
-        Instances by falling class probability. Masks may overlap and may be empty.
+        Instances by falling score. Masks may overlap and may be empty.
     """
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     scores, pairs = probabilities.flatten().topk(min(top_k, probabilities.numel()))
@@ -188,7 +188,7 @@ def instances(
             masks[query] = mask, ((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)).item()
         mask, mask_score = masks[query]
         found.append(Instance(mask, class_id, score * mask_score))
-    return found
+    return sorted(found, key=lambda instance: -instance.score)
 
 
 @dataclass

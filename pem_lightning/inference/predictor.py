@@ -181,7 +181,7 @@ class Predictor:
 
     def prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:
         """The network's input: resized exactly as in evaluation, then normalised."""
-        image = torch.tensor(photo).permute(2, 0, 1)
+        image = torch.tensor(np.ascontiguousarray(photo)).permute(2, 0, 1)  # PyTorch takes no negative strides
         if self.resize is not None:
             unlabelled = torch.full(photo.shape[:2], VOID_ID, dtype=torch.int32)
             image = self.resize(Sample(image, unlabelled, (), "")).image

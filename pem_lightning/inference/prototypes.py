@@ -17,12 +17,13 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from pem_lightning.inference.fonts import load_font
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.postprocess import Size, size_of
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.inference.results import SegmentedImage
 from pem_lightning.inference.sources import ImageLike, read_image
-from pem_lightning.inference.visualize import RGB, load_font, side_by_side
+from pem_lightning.inference.visualize import RGB, side_by_side
 from pem_lightning.models.pem import padded_size
 from pem_lightning.models.prototype_attention import PrototypeSelection
 from pem_lightning.models.transformer_decoder import TransformerDecoder

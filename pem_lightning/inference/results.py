@@ -90,7 +90,7 @@ class SegmentedImage:
 
     @cached_property
     def instances(self) -> tuple[InstanceInfo, ...] | None:
-        """Objects by falling class probability, without empty ones; None for the other tasks."""
+        """Objects by falling score, without empty ones; None for the other tasks."""
         if self._instances is None:
             return None
         return tuple(

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -173,11 +173,14 @@ def _segment_video(
                 if save != "masks":
                     picture = result.overlay(shade_things=False)
                     if show_fps:
-                        draw_caption(picture, f"{(len(times) - 1) / max(times[-1] - times[0], 1e-9):.1f} fps")
+                        speed = f"{(len(times) - 1) / max(times[-1] - times[0], 1e-9):.1f} fps"
+                        draw_caption(picture, f"{speed}, {reader.dropped} dropped" if reader.is_live else speed)
                     writer.write(picture)
                 yield result
 
-        with prefetch(photos()) as ahead, prefetch(predictor.stream(ahead)) as results:
+        # What waits gets old. A live source reads ahead by itself, and of its results only the next one is made.
+        frames, depth = (nullcontext(photos()), 1) if reader.is_live else (prefetch(photos(), 3), 3)
+        with frames as ahead, prefetch(predictor.stream(ahead), depth) as results:
             _write(drawn(results), predictor, masks, masks=save != "overlays", overlays=False)
     if count == 0 and not stopped.is_set():
         raise UserError(f"{video} has no frame that can be read: check that it is a complete video")
@@ -186,11 +189,12 @@ def _segment_video(
         print(f"{name} {ended} 0 frames")
         return
     seconds = times[-1] - start
-    frames = f"{count} of {expected}" if expected and count < expected and not stopped.is_set() else str(count)
+    shown = f"{count} of {expected}" if expected and count < expected and not stopped.is_set() else str(count)
     where = {"masks": str(masks), "overlays": str(target), "all": f"{target} and {masks}"}[save]
+    dropped = f"{reader.dropped} dropped to stay with the source, " if reader.dropped else ""
     print(
-        f"{name} {ended} {frames} frames in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} frames per second, "
-        f"results in {where}"
+        f"{name} {ended} {shown} frames in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} frames per second, "
+        f"{dropped}results in {where}"
     )
 
 

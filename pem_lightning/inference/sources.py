@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
+import threading
 import warnings
 from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import cv2
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
@@ -28,8 +30,11 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".p
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 FORMATS = (*reading.FORMATS, "GIF", "JPEG2000")  # files are recognised by content
 DEFAULT_FPS = 25.0  # of sources that do not say how fast they are
-CODEC = "mp4v"
+CODECS = ("avc1", "vp09", "mp4v")
+"""H.264 and VP9, which browsers play, and MPEG-4 part 2, which they do not. OpenCV's wheels have no H.264 for Linux."""
 LARGEST_SIDE = 8190  # MPEG-4 part 2 has 13 bits for each side
+
+log = logging.getLogger(__name__)
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Frame = UInt8[np.ndarray, "height width 3"]
@@ -62,21 +67,22 @@ def read_image(source: ImageLike) -> Frame:
     16-bit values are scaled to 8 bits; transparent parts become white; of an animation the first frame is taken.
 
     Args:
-        source: a file; a Pillow image; an array uint8 [H, W, 3] (RGB, returned as it is), [H, W, 4] (RGBA) or [H, W]
-            (grey); or a tensor uint8 [3, H, W].
+        source: a file; a Pillow image; or an array [H, W, C], a tensor [C, H, W] or either in the other's order, where
+            C is 3 (RGB), 4 (RGBA) or 1 (grey), or [H, W]. Values: 8 bits (an RGB array is returned as it is), 16 bits,
+            other integers from 0 to 255, floating-point numbers from 0 to 1 or from 0 to 255, or bool.
 
     Raises:
-        UserError: the file is missing or is not a complete image, or the array or tensor has another shape or type.
+        UserError: the file is missing or is not a complete image, or the array or tensor has another shape or values.
     """
     if isinstance(source, Tensor):
-        if source.dtype != torch.uint8 or source.ndim != 3 or len(source) != 3 or source.numel() == 0:
-            raise UserError(
-                "an image must be a uint8 tensor [3, H, W] (several images: a list of tensors), "
-                f"not {str(source.dtype).removeprefix('torch.')} {list(source.shape)}"
-            )
-        return np.ascontiguousarray(source.permute(1, 2, 0).cpu().numpy())
+        return _from_tensor(source)
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    if not isinstance(source, str | Path | Image.Image):
+        hint = " (which cv2.imread returns for a file that it cannot read)" if source is None else ""
+        raise UserError(
+            f"an image must be a file's path, a Pillow image, an array or a tensor, not {type(source).__name__}{hint}"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images half as large as those refused
         try:
@@ -92,18 +98,56 @@ def read_image(source: ImageLike) -> Frame:
             raise UserError(f"cannot read the image ({error}): check that it is a complete image") from error
 
 
-def _from_array(array: np.ndarray) -> Frame:
+def _from_tensor(tensor: Tensor) -> Frame:
+    values = tensor.detach().cpu()
+    values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
+    array = np.asarray(values.numpy())
+    first, last = (array.shape[0], array.shape[-1]) if array.ndim == 3 else (0, 0)
+    if first == 3 or (last != 3 and first in (1, 4)):  # else it may be [H, W, C]
+        array = array.transpose(1, 2, 0)
+    return _from_array(array, tensor)
+
+
+def _from_array(array: np.ndarray, given: np.ndarray | Tensor | None = None) -> Frame:
+    """`given` is what the message names, if it is not the array."""
+    given = array if given is None else given
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
     channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
-        raise UserError(
-            "an image must be a uint8 array [H, W, 3], [H, W, 4] or [H, W] (several images: a list of arrays), "
-            f"not {array.dtype} {list(array.shape)}"
+    if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
+        kind, order = (
+            ("tensor", "[3, H, W], [4, H, W]") if isinstance(given, Tensor) else ("array", "[H, W, 3], [H, W, 4]")
         )
+        raise UserError(
+            f"an image must be a uint8 {kind} {order} or [H, W] (several images: a list of {kind}s), "
+            f"not {str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
+        )
+    array = np.ascontiguousarray(_to_bytes(array))  # OpenCV and PyTorch take no negative strides
     if channels == 3:
         return array
     if channels == 1:
         return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
     return reading.to_rgb(Image.fromarray(array))
+
+
+def _to_bytes(array: np.ndarray) -> UInt8[np.ndarray, "*shape"]:
+    """Values of any type and byte order in 8 bits."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # all 16 bits are used, as in files
+        return (array.astype(np.float32) / 257).round().astype(np.uint8)
+    low, high = float(array.min()), float(array.max())
+    scale = 255 if array.dtype.kind == "f" and high <= 1.001 else 1  # interpolation may exceed 1 a little
+    # Below 2, floating-point numbers would be a black image of 0 to 255, or one of 0 to 1 that exceeds it.
+    unclear = array.dtype.kind == "f" and 1.001 < high < 2
+    if unclear or not (low * scale > -0.5 and high * scale < 255.5):  # NaN fails, too
+        raise UserError(
+            f"an image of {array.dtype.name} must have values from 0 to 255, or fractions from 0 to 1, not from "
+            f"{low:g} to {high:g}: undo a normalisation, or convert it to uint8"
+        )
+    return (array.astype(np.float32) * scale).round().clip(0, 255).astype(np.uint8)
 
 
 def is_stream(source: str | Path | int) -> bool:
@@ -113,6 +157,8 @@ def is_stream(source: str | Path | int) -> bool:
 
 class VideoReader:
     """Reads a video file, a camera (by number; 0 is the first) or a stream (by address: rtsp://... or http://...).
+
+    `dropped` counts the frames of a live source that came and went before one was asked for.
 
     Raises:
         UserError: it cannot be opened.
@@ -140,27 +186,102 @@ class VideoReader:
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         # By the file's own account; None for cameras and streams without end.
         self.num_frames = round(count) if not camera and 0 < count < 1e9 else None
+        self.dropped = 0
+        self._is_stream = is_stream(source)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether frames come by themselves, as from a camera, and would pile up if each of them waited."""
+        return self._is_stream and self.num_frames is None
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
-        """The frames from here to the first that cannot be read, or only every n-th of them."""
+        """The frames from here to the first that cannot be read, or only every n-th of them.
+
+        Of a live source only the newest is kept, so that whoever is slow gets old ones never; see `dropped`.
+        """
+        for frame in self._newest(every) if self.is_live else self._every(every):
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    def _every(self, every: int) -> Iterator[Frame]:
         index = 0
         while self._capture.grab():
             if index % every == 0:
                 found, frame = self._capture.retrieve()
                 if not found:
                     return
-                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                yield frame
             index += 1
+
+    def _newest(self, every: int) -> Iterator[Frame]:
+        """A thread reads all frames as they come; each takes the place of the last one."""
+        newest: deque[Frame] = deque(maxlen=1)
+        changed = threading.Condition()
+        ended, failures = threading.Event(), list[Exception]()
+
+        def read() -> None:
+            try:
+                for frame in self._every(every):
+                    with changed:
+                        if ended.is_set():
+                            return
+                        self.dropped += len(newest)
+                        newest.append(frame)
+                        changed.notify()
+            except Exception as error:  # is raised where the frames are used
+                failures.append(error)
+            with changed:
+                ended.set()
+                changed.notify()
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        try:
+            while True:
+                with changed:
+                    changed.wait_for(lambda: newest or ended.is_set())
+                    if not newest:
+                        break
+                    frame = newest.popleft()
+                yield frame
+        finally:
+            ended.set()
+            thread.join(timeout=1)  # a camera that sends nothing may keep it longer
+        if failures:
+            raise failures[0]
+
+
+class _H264Encoder:
+    """H.264 by PyAV, an optional package; used as OpenCV's writer."""
+
+    def __init__(self, path: Path, fps: int | float, size: tuple[int, int]) -> None:
+        import av
+
+        self._file: Any = av.open(str(path), "w", options={"movflags": "+faststart"})
+        self._stream: Any = self._file.add_stream("libx264", Fraction(fps).limit_denominator(1001))
+        self._stream.width, self._stream.height = size
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.options = {"preset": "veryfast", "crf": "20"}
+        self._to_frame = av.VideoFrame.from_ndarray
+
+    def write(self, image: Frame) -> None:
+        self._file.mux(self._stream.encode(self._to_frame(image, "bgr24")))
+
+    def release(self) -> None:
+        self._file.mux(self._stream.encode())
+        self._file.close()
 
 
 class VideoWriter:
-    """Writes an .mp4 file. Under its name there is only ever a whole one; without a frame nothing is written."""
+    """Writes an .mp4 file that browsers play, if any of the encoders here can: H.264 or VP9 (see `CODECS`).
+
+    Under its name there is only ever a whole one; without a frame nothing is written.
+    """
 
     def __init__(self, path: Path, fps: int | float) -> None:
         self.path = path
         self.fps = fps
         self._temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        self._writer: cv2.VideoWriter | None = None
+        self._writer: cv2.VideoWriter | _H264Encoder | None = None
         self._size = (0, 0)
 
     def write(self, frame: Frame) -> None:
@@ -175,9 +296,12 @@ class VideoWriter:
         bgr = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
         if width % 2 or height % 2:
             bgr = cv2.copyMakeBorder(bgr, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-        self._writer.write(bgr)
+        try:
+            self._writer.write(bgr)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: make room or choose another output folder") from error
 
-    def _open(self, width: int, height: int) -> cv2.VideoWriter:
+    def _open(self, width: int, height: int) -> cv2.VideoWriter | _H264Encoder:
         if max(width, height) > LARGEST_SIDE:
             raise UserError(
                 f"cannot write {self.path}: a video of {width} x {height} is larger than {LARGEST_SIDE} pixels at a "
@@ -188,13 +312,37 @@ class VideoWriter:
             self._temporary.touch()
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}): choose another output folder") from error
-        codec = cv2.VideoWriter.fourcc(*CODEC)
+        size = width, height
+        with suppress(ImportError, ValueError):  # no PyAV, or one without H.264
+            return _H264Encoder(self._temporary, self.fps, size)
+        for codec in CODECS:
+            if self._works(codec, size):
+                if codec == CODECS[-1]:
+                    log.warning(
+                        "this OpenCV writes neither H.264 nor VP9, so browsers will not play %s: pip install av, or "
+                        "convert it",
+                        self.path,
+                    )
+                return self._opencv(codec, size)
+        self._temporary.unlink()
+        raise UserError(
+            f"cannot write {self.path}: this OpenCV has no encoder for it; pip install av or choose save=masks"
+        )
+
+    def _opencv(self, codec: str, size: tuple[int, int]) -> cv2.VideoWriter:
+        fourcc = cv2.VideoWriter.fourcc(*codec)
         with _silent_opencv():
-            writer = cv2.VideoWriter(str(self._temporary), cv2.CAP_FFMPEG, codec, self.fps, (width, height))
+            return cv2.VideoWriter(str(self._temporary), cv2.CAP_FFMPEG, fourcc, self.fps, size)
+
+    def _works(self, codec: str, size: tuple[int, int]) -> bool:
+        """Whether a frame can be read again: an encoder may open and then fail, for its size or its hardware."""
+        writer = self._opencv(codec, size)
         if not writer.isOpened():
-            self._temporary.unlink()
-            raise UserError(f"cannot write {self.path}: this OpenCV has no {CODEC} encoder; choose save=masks")
-        return writer
+            return False
+        writer.write(np.zeros((size[1], size[0], 3), np.uint8))
+        writer.release()
+        with _silent_opencv():
+            return cv2.VideoCapture(str(self._temporary), cv2.CAP_FFMPEG).read()[0]
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -205,7 +353,8 @@ class VideoWriter:
         """Finish the file, also after an error, and give it its name."""
         if self._writer is None:
             return
-        self._writer.release()
+        with suppress(OSError):  # what is missing is noticed below
+            self._writer.release()
         with _silent_opencv():  # OpenCV does not say when the disk is full
             whole = cv2.VideoCapture(str(self._temporary), cv2.CAP_FFMPEG).isOpened()
         if whole:

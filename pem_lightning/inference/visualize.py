@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int32, Integer, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from torch import Tensor
 
+from pem_lightning.inference.fonts import Written, load_font, write_names
 from pem_lightning.types import VOID_ID, DatasetInfo, Segment
 
 RGB = tuple[int, int, int]
@@ -27,6 +30,7 @@ CONTOUR: RGB = (255, 255, 255)
 CONTOUR_OPACITY = 0.75
 MIN_NAMED_AREA = 0.002  # segments that cover a smaller fraction of the picture get no name
 GOLDEN = 0.618034
+ALIKE = 8  # grey levels: colours that differ by less in every channel cannot be told apart
 ROWS_AT_ONCE = 32  # are blended together: few enough to stay in a core's cache
 
 
@@ -90,13 +94,35 @@ def overlay_panoptic(
     ids = panoptic.cpu().numpy()
     index = index_map(ids, [s.id for s in segments])
     regions = find_regions(index, len(segments))
-    colors = [info.classes[s.class_id].color for s in segments]
+    by_class = overlay_colors(info)
+    colors = [by_class[s.class_id] for s in segments]
     if shade_things:
         colors = _shaded(colors, segments, regions)
     drawn = _blend(photo, index, colors, np.float32(alpha))
     if draw_names:
-        drawn = _draw_names(drawn, index, regions, [info.classes[s.class_id].name for s in segments], colors)
+        names = write_names(info.class_names)
+        drawn = _draw_names(drawn, index, regions, [names[s.class_id] for s in segments], colors)
     return drawn
+
+
+@lru_cache(maxsize=64)
+def overlay_colors(info: DatasetInfo) -> tuple[RGB, ...]:
+    """Every class's own colour, but distinct: of classes that look alike, all but the first get one far from the rest.
+
+    ADE20K, for one, gives "road" and "skyscraper" the same. Files of class maps keep the data set's colours.
+    """
+    candidates = np.array(list(product(range(32, 256, 32), repeat=3)))
+    taken = np.array([c.color for c in info.classes]).reshape(-1, 3)
+    colors: list[RGB] = []
+    for c in info.classes:
+        if any(max(abs(a - b) for a, b in zip(c.color, other, strict=True)) < ALIKE for other in colors):
+            distances = ((candidates[:, None] - taken) ** 2).sum(-1).min(1)
+            red, green, blue = candidates[distances.argmax()].tolist()
+            colors.append((red, green, blue))
+            taken = np.vstack([taken, colors[-1]])
+        else:
+            colors.append(c.color)
+    return tuple(colors)
 
 
 def class_segments(
@@ -132,13 +158,6 @@ def draw_caption(picture: Picture, text: str) -> None:
     draw.rectangle((0, 0, *patch.size), fill=(20, 20, 20, 190))
     draw.text((0.8 * font.size, 0.95 * font.size), text, fill=(255, 255, 255), font=font, anchor="lm")
     corner[:] = np.asarray(patch)
-
-
-def load_font(size: float) -> ImageFont.FreeTypeFont:
-    """Pillow's own font."""
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # what Pillow returns when a size is given
-    return font
 
 
 def _text_size(size: tuple[int, ...]) -> float:
@@ -203,18 +222,20 @@ def _contours(index: IndexMap) -> Float32[np.ndarray, "height width"]:
 
 
 def _draw_names(
-    image: Picture, index: IndexMap, regions: Sequence[Region | None], names: Sequence[str], colors: Sequence[RGB]
+    image: Picture, index: IndexMap, regions: Sequence[Region | None], names: Sequence[Written], colors: Sequence[RGB]
 ) -> Picture:
     """A plate at the innermost point of every large segment, larger segments first, where it covers no other plate."""
     picture = Image.fromarray(image)
-    draw, font = ImageDraw.Draw(picture, "RGBA"), load_font(_text_size(index.shape))
+    draw, size = ImageDraw.Draw(picture, "RGBA"), _text_size(index.shape)
+    fonts = {path: load_font(size, path) for path in {name.font for name in names}}
     areas = np.array([0 if region is None else region.area for region in regions])
     plates: list[tuple[float, float, float, float]] = []
     for i in np.argsort(-areas, kind="stable"):
         region = regions[i]
         if region is None or region.area < MIN_NAMED_AREA * index.size:
             continue
-        half_width, half_height = font.getlength(names[i]) / 2 + 0.35 * font.size, 0.72 * font.size
+        text, font = names[i].text, fonts[names[i].font]
+        half_width, half_height = font.getlength(text) / 2 + 0.35 * font.size, 0.72 * font.size
         if 4 * half_width * half_height > 0.4 * region.area:  # a plate may reach beyond its segment, but not hide it
             continue
         (x, y), radius = _innermost(index[region.window] == i + 1)
@@ -229,7 +250,7 @@ def _draw_names(
         red, green, blue = colors[i]
         text_color = (255, 255, 255) if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else (20, 20, 20)
         draw.rounded_rectangle(plate, radius=0.35 * font.size, fill=(red, green, blue, 225))
-        draw.text((x, y), names[i], fill=text_color, font=font, anchor="mm")
+        draw.text((x, y), text, fill=text_color, font=font, anchor="mm")
     return np.array(picture)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +28,30 @@ PIXELS_AT_ONCE = 4096
 """Output pixels sampled at once without gradients (18 MiB at 128 channels)."""
 
 
-class DeformableConv(nn.Module):
+class KernelByName(nn.Module):
+    """Has a `kernel`, which a copy or another process looks up again by name: a library's cannot be pickled."""
+
+    def __init__(self, find: Callable[[str], Kernel], name: str) -> None:
+        super().__init__()
+        self._find, self._name = find, name
+        self.kernel = find(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "kernel"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.kernel = self._find(self._name)
+
+
+class DeformableConv(KernelByName):
     """Predicts its own offsets and modulation; starts as an ordinary convolution with its taps halved."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: str = "auto") -> None:
-        super().__init__()
+        super().__init__(get_kernel, kernel)
         self.offset = nn.Conv2d(in_channels, 27, 3, padding=1)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
         self.bias: nn.Parameter | None = None  # set when a batch normalisation is fused into it
-        self.kernel = get_kernel(kernel)
         for parameter in self.offset.parameters():
             nn.init.zeros_(parameter)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")

@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pem_lightning.models.deformable_conv import Kernel, at_least_float32, choose_kernel, require_cuda_build
+from pem_lightning.models.deformable_conv import (
+    Kernel,
+    KernelByName,
+    at_least_float32,
+    choose_kernel,
+    require_cuda_build,
+)
 from pem_lightning.models.layers import projection, sine_position_encoding
 from pem_lightning.types import UserError
 
@@ -120,20 +126,19 @@ class MSDeformEncoderLayer(nn.Module):
         return self.feed_forward_norm(x + self.linear2(hidden))
 
 
-class MultiScaleDeformableAttention(nn.Module):
+class MultiScaleDeformableAttention(KernelByName):
     """Attention to a few points of every level around each query's reference point.
 
     Starts with uniform attention to points at 1, 2, ... pixels from it, each head in its own direction.
     """
 
     def __init__(self, channels: int, num_heads: int, num_levels: int, num_points: int, kernel: str = "auto") -> None:
-        super().__init__()
+        super().__init__(get_kernel, kernel)
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.offsets = nn.Linear(channels, num_heads * num_levels * num_points * 2)
         self.weights = nn.Linear(channels, num_heads * num_levels * num_points)
         self.values = nn.Linear(channels, channels)
         self.output = nn.Linear(channels, channels)
-        self.kernel = get_kernel(kernel)
         for layer in (self.values, self.output):
             nn.init.xavier_uniform_(layer.weight)
         for zero in (self.values.bias, self.output.bias, self.offsets.weight, self.weights.weight, self.weights.bias):

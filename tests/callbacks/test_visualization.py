@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -131,6 +132,26 @@ def test_a_class_that_does_not_occur_and_the_column_of_none(info):
     grey = sum(count for count, color in without.getcolors(10**6) if color == (228, 228, 228))
     assert grey > 1000  # the row of the train
     assert draw(np.pad(counts, ((0, 0), (0, 1)), constant_values=1), info).width > without.width
+
+
+def test_class_names_of_a_confusion_matrix_are_readable_in_any_script(info, recwarn):
+    """Matplotlib warns of characters that it draws as empty boxes, and reads $ as the beginning of a formula."""
+    names = ("дорога", "背景", "5 $ and $\\oops$")
+    renamed = DatasetInfo("x", tuple(replace(c, name=name) for c, name in zip(info.classes, names, strict=True)))
+    picture = draw(random_matrix(3), renamed)
+    assert picture.size[0] > 100
+    assert not [w for w in recwarn.list if "missing from" in str(w.message)]
+    plain = DatasetInfo("x", tuple(replace(c, name=name) for c, name in zip(info.classes, "abc", strict=True)))
+    assert draw(random_matrix(3), plain).tobytes() != picture.tobytes()
+
+
+def test_panels_name_classes_in_any_script(sample, result, info):
+    """Cyrillic is never the same picture twice, as boxes are."""
+    pictures = []
+    for name in ("дорога", "машина"):
+        classes = (replace(info.classes[0], name=name), *info.classes[1:])
+        pictures.append(draw_panel(make_panel(sample, result, info), DatasetInfo("x", classes)))
+    assert (pictures[0] != pictures[1]).any()
 
 
 def test_a_confusion_matrix_is_written_where_there_is_one(tmp_path, module, trainer):

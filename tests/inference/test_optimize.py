@@ -1,6 +1,8 @@
 """The optimised network: the same function with fused normalisations, precision in, float32 out."""
 
+import copy
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -138,3 +140,16 @@ def test_impossible_options_are_refused(network, options, message, monkeypatch):
     monkeypatch.setenv("PATH", "")  # without a compiler
     with pytest.raises(UserError, match=message):
         OptimizedNetwork(network, **options)
+
+
+def test_copies_are_compiled_as_their_original(network, monkeypatch):
+    """PyTorch leaves compiled code out of a copy, which would be slower without a word."""
+    compiled = []
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(options))
+    optimized = OptimizedNetwork(network, compile="default")
+    for copied in (copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
+        assert copied.compile_mode == "default"
+    assert compiled == [{"mode": "default", "dynamic": False}] * 3
+    copy.deepcopy(OptimizedNetwork(network))
+    assert len(compiled) == 3

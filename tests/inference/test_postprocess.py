@@ -194,6 +194,13 @@ class TestInstances:
         found = self.run(logits_for([0]), masks_for([1, 1, -1, -1]), top_k=100)
         assert sorted(i.class_id for i in found) == [0, 1]
 
+    def test_they_come_by_falling_score_not_by_class_probability(self):
+        """The surest class has the vaguest mask."""
+        masks = torch.stack([torch.full((4, 4), logit) for logit in (0.1, 5.0, 1.0)])
+        class_logits = torch.stack([logits_for([0], margin=margin)[0] for margin in (9.0, 3.0, 6.0)])
+        found = self.run(class_logits, masks, top_k=3)
+        assert [round(i.score, 2) for i in found] == [0.83, 0.72, 0.52]
+
     def test_an_empty_mask_has_no_score(self):
         assert self.run(logits_for([0]), masks_for([-1, -1, -1, -1]), top_k=1)[0].score == 0
 

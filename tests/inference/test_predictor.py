@@ -1,3 +1,5 @@
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,14 @@ class TestInputs:
         for result in results:
             assert (result.image == photo).all()
             assert result.panoptic.equal(results[0].panoptic)
+
+    def test_views_that_run_backwards(self, photo):
+        segment = predictor("panoptic")
+        for view in (photo[..., ::-1], np.fliplr(photo), np.flipud(photo), np.asfortranarray(photo)):
+            result = segment(view)
+            assert (result.image == view).all()
+            assert result.overlay().shape == photo.shape
+            assert next(segment.stream([Photo("x", view)])).panoptic.equal(result.panoptic)
 
     def test_a_list_comes_back_in_order_and_runs_in_batches_of_one_size(self, photo):
         model = Stripes()
@@ -180,11 +190,55 @@ class TestCheckpoint:
         for image, result in zip(images, segment(images), strict=True):
             assert (segment(image).semantic == result.semantic).float().mean() > 0.99
 
+    @pytest.mark.parametrize(
+        "options", [{}, {"task": "semantic", "flip": True}, {"task": "instance", "precision": "bfloat16"}]
+    )
+    @pytest.mark.parametrize("copies", ["pickle", "cloudpickle", "deepcopy"])
+    def test_copies_and_pickles_give_the_same(self, path, photo, options, copies):
+        """As joblib, Ray and processes that are spawned need it; also of one that was used, and of results."""
+        segment = Predictor(path, device="cpu", classes=["car"], **options)
+        check_copies(segment, photo, copies)
+
+    @pytest.mark.slow
+    def test_a_pickle_is_read_by_another_process(self, path, photo, tmp_path):
+        segment = Predictor(path, device="cpu")
+        (tmp_path / "predictor").write_bytes(pickle.dumps((segment, photo)))
+        program = (
+            "import pickle, sys; segment, photo = pickle.load(open(sys.argv[1], 'rb')); "
+            "pickle.dump(segment(photo), open(sys.argv[2], 'wb'))"
+        )
+        files = [str(tmp_path / "predictor"), str(tmp_path / "result")]
+        subprocess.run([sys.executable, "-c", program, *files], check=True, cwd=Path(__file__).parents[2])
+        result = pickle.loads((tmp_path / "result").read_bytes())
+        assert result.panoptic.equal(segment(photo).panoptic)
+
     def test_mistakes(self, path, tmp_path):
         with pytest.raises(UserError, match="does not exist"):
             Predictor(tmp_path / "gone.ckpt")
         with pytest.raises(UserError, match="unknown task 'panotic'"):
             Predictor(path, task="panotic")
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
+@pytest.mark.parametrize("copies", ["pickle", "cloudpickle", "deepcopy"])
+def test_copies_and_pickles_of_parts(task, copies, photo):
+    check_copies(predictor(task, resize=EvalTransform(32, 90), batch_size=2), photo, copies)
+
+
+def check_copies(segment, photo, copies):
+    before = segment(photo)
+    if copies == "deepcopy":
+        copied, after = copy.deepcopy((segment, before))
+    else:
+        copied, after = pickle.loads(pytest.importorskip(copies).dumps((segment, before)))
+    for result in (copied(photo), after):
+        assert result.segments == before.segments
+        for kind in ("panoptic", "semantic"):
+            ours, theirs = getattr(before, kind), getattr(result, kind)
+            assert (ours is None and theirs is None) or ours.equal(theirs)
+        for ours, theirs in zip(before.instances or (), result.instances or (), strict=True):
+            assert ours.mask.equal(theirs.mask)
+            assert ours[1:] == theirs[1:]
 
 
 @pytest.mark.slow

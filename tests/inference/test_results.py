@@ -10,7 +10,7 @@ from pem_lightning.files import rgb_to_id
 from pem_lightning.inference.postprocess import Instance
 from pem_lightning.inference.results import coco_instance, write_coco_panoptic
 from pem_lightning.types import ClassInfo, DatasetInfo, UserError
-from tests.inference.toy import INFO, predictor
+from tests.inference.toy import INFO, Stripes, predictor
 
 
 @pytest.fixture
@@ -37,6 +37,26 @@ def test_instances_are_described_and_drawn(photo):
     best = result.instances[0]
     assert (best.name, best.area, best.box[:2]) == ("car", int(best.mask.sum()), (0, 0))
     assert (result.overlay() != result.image).any(-1)[:, :60].mean() > 0.9
+
+
+class Vague(Stripes):
+    """Is surest of the class of its vaguest mask."""
+
+    def forward(self, images):
+        out = super().forward(images)
+        masks = out.mask_logits.clamp(min=-9.0)
+        masks[:, :3] = masks[:, :3].sign() * torch.tensor([0.1, 5.0, 1.0])[None, :, None, None]
+        margins = torch.tensor([9.0, 3.0, 6.0, 9.0])[:, None]
+        return out._replace(class_logits=out.class_logits / 9 * margins, mask_logits=masks)
+
+
+def test_instances_come_by_falling_score_in_python_and_in_files(tmp_path, photo):
+    result = predictor("instance", Vague((0, 0, 0)))(photo, "x")
+    scores = [i.score for i in result.instances]
+    assert len(scores) >= 3
+    assert scores == sorted(scores, reverse=True)
+    saved = json.loads(result.save(tmp_path, overlay=False)[0].read_text())
+    assert [entry["score"] for entry in saved] == scores
 
 
 class TestSave:

@@ -1,6 +1,8 @@
 """Images of every kind, videos in and out, and reading ahead."""
 
 import io
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pem_lightning.inference import sources
 from pem_lightning.inference.sources import VideoReader, VideoWriter, find_images, is_stream, prefetch, read_image
 from pem_lightning.types import UserError
 
@@ -120,7 +123,7 @@ class TestReadImage:
     def test_pillow_images_arrays_and_tensors(self):
         assert read_image(Image.new("L", (3, 2), 7)).tolist() == np.full((2, 3, 3), 7).tolist()
         array = np.random.default_rng(0).integers(0, 256, (2, 3, 4), np.uint8)
-        rgb = array[..., :3]
+        rgb = array[..., :3].copy()
         assert read_image(rgb) is rgb
         grey = read_image(array[..., 0])
         assert all((grey[..., channel] == array[..., 0]).all() for channel in range(3))
@@ -133,18 +136,105 @@ class TestReadImage:
     @pytest.mark.parametrize(
         "array",
         [
-            np.zeros((4, 4, 3), np.float32),
-            np.zeros((3, 4, 9), np.uint8),
+            np.zeros((4, 4, 3), np.complex64),
+            np.zeros((4, 4, 3), object),
+            np.zeros((5, 4, 2), np.uint8),
+            np.zeros((2, 4, 9), np.uint8),
             np.zeros((2, 4, 4, 3), np.uint8),
             np.zeros((0, 4, 3), np.uint8),
-            torch.zeros(3, 4, 4),
-            torch.zeros(4, 4, 3, dtype=torch.uint8),
+            torch.zeros(0, 4, 3),
             torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
         ],
     )
     def test_other_arrays_and_tensors_are_refused(self, array):
-        with pytest.raises(UserError, match=r"uint8 (array|tensor) .* not (float32|uint8) \["):
+        with pytest.raises(UserError, match=r"uint8 (array|tensor) .* not (complex64|object|float32|uint8) \["):
             read_image(array)
+
+    @pytest.mark.parametrize("kind", ["array", "tensor"])
+    @pytest.mark.parametrize("order", ["HWC", "CHW"])
+    @pytest.mark.parametrize(
+        "convert",
+        [
+            lambda values: values,
+            lambda values: values.astype(np.float32),
+            lambda values: values.astype(np.int64),
+            lambda values: values / 255,
+            lambda values: (values / 255).astype(np.float16),
+            lambda values: values / 255 + 0.001 * (values == 255),  # an interpolation that exceeds 1
+            lambda values: values.astype(np.uint16) * 257,
+        ],
+    )
+    def test_values_of_every_type_in_every_order(self, kind, order, convert):
+        rgb = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
+        values = convert(rgb) if order == "HWC" else convert(rgb).transpose(2, 0, 1)
+        given = values if kind == "array" else torch.from_numpy(np.ascontiguousarray(values))
+        assert (read_image(given) == rgb).all()
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda rgb: rgb[..., ::-1],
+            np.fliplr,
+            np.flipud,
+            np.asfortranarray,
+            np.rot90,
+            lambda rgb: rgb[::2, ::-3],
+            lambda rgb: rgb[..., 0][::-1],
+            lambda rgb: np.dstack([rgb, np.full_like(rgb[..., :1], 255)])[:, ::-1],
+            lambda rgb: (rgb.astype(np.uint16) * 257).astype(">u2"),
+            lambda rgb: (rgb / 255).astype(">f4")[::-1],
+        ],
+    )
+    def test_every_view_and_byte_order_of_an_array(self, view):
+        given = view(np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8))
+        read = read_image(given)
+        assert read.flags.c_contiguous
+        scale = {"u2": 1 / 257, "f4": 255}.get(given.dtype.str[1:], 1)
+        expected = np.rint(given * scale)
+        assert (read == (expected[..., None] if expected.ndim == 2 else expected[..., :3])).all()
+
+    def test_masks_and_other_kinds_of_tensors(self):
+        mask = np.eye(4, 5, dtype=bool)
+        for given in (mask, torch.from_numpy(mask), torch.from_numpy(mask)[None], mask[..., None]):
+            assert (read_image(given) == 255 * mask[..., None]).all()
+        fractions = torch.tensor([0.0, 0.25, 1.0]).expand(3, 2, 3).bfloat16().requires_grad_()
+        assert read_image(fractions)[0, :, 0].tolist() == [0, 64, 255]
+        transparent = torch.zeros(4, 5, 6)
+        assert (read_image(transparent) == 255).all()
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            (np.array([-1.0, 1.0]), "float64 .* from -1 to 1: undo a normalisation"),
+            (np.array([0.0, np.nan]), "from nan to nan"),
+            (np.array([0.0, np.inf]), "from 0 to inf"),
+            (np.array([0.0, 1.2]), "from 0 to 1.2"),
+            (np.array([0, 300]), "int64 .* from 0 to 300"),
+            (np.array([-1, 3], np.int8), "int8 .* from -1 to 3"),
+            (torch.tensor([-2.1, 2.6]), "float32 .* from -2.1 to 2.6"),
+        ],
+    )
+    def test_values_that_are_no_colours_get_one_line(self, values, said):
+        with pytest.raises(UserError, match=said) as error:
+            read_image(values.reshape(1, 2))
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.slow
+    def test_what_is_no_image_at_all_gets_one_line(self):
+        """In a process of its own, where no test checks types first."""
+        program = """
+from pem_lightning.inference.sources import read_image
+for source in (None, 5, b"x", {}):
+    try:
+        read_image(source)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        lines = run.stdout.splitlines()
+        expected = "UserError an image must be a file's path, a Pillow image, an array or a tensor, not "
+        assert [line.startswith(expected) for line in lines] == [True] * 4
+        assert "cv2.imread" in lines[0]
 
     def test_files_that_are_no_complete_image_are_named(self, tmp_path):
         broken = {"text.png": b"no image", "empty.jpg": b"", "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n"}
@@ -227,6 +317,88 @@ def read(path):
     return list(VideoReader(path).frames())
 
 
+def codec_of(path):
+    return int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little")
+
+
+class Camera:
+    """Stands in for OpenCV's capture: frames that tell their number, at a speed of its own."""
+
+    def __init__(self, fps, count=10**6, fails_at=None):
+        self.start, self.fps, self.count, self.fails_at = time.monotonic(), fps, count, fails_at
+        self.number = -1
+
+    def isOpened(self):  # noqa: N802
+        return True
+
+    def get(self, prop):
+        return {cv2.CAP_PROP_FPS: self.fps}.get(prop, -1.0)
+
+    @property
+    def now(self):
+        """The number of the newest frame that a camera without a memory would give."""
+        return int((time.monotonic() - self.start) * self.fps)
+
+    def grab(self):
+        self.number += 1
+        if self.number == self.fails_at:
+            raise OSError("unplugged")
+        time.sleep(max(0.0, self.start + self.number / self.fps - time.monotonic()))
+        return self.number < self.count
+
+    def retrieve(self):
+        return True, np.full((4, 4, 3), self.number % 256, np.uint8)
+
+
+class TestLiveSource:
+    def reader(self, monkeypatch, camera):
+        monkeypatch.setattr(cv2, "VideoCapture", lambda *args: camera)
+        return VideoReader("0")
+
+    def test_gives_the_newest_frame_and_counts_the_others(self, monkeypatch):
+        camera = Camera(fps=50.0, count=200)
+        reader = self.reader(monkeypatch, camera)
+        assert reader.is_live
+        taken = []
+        for picture in reader.frames():
+            taken.append(int(picture[0, 0, 0]))
+            if len(taken) == 6:
+                break
+            time.sleep(0.2)  # ten frames
+        assert taken == sorted(set(taken))
+        assert taken[-1] >= 30  # of about 50 by then; one after the other it would be 5
+        assert reader.dropped >= taken[-1] - 5
+        assert reader.dropped + len(taken) - 1 <= camera.number + 1
+
+    def test_all_of_them_where_there_is_time(self, monkeypatch):
+        reader = self.reader(monkeypatch, Camera(fps=20.0, count=8))
+        assert [int(p[0, 0, 0]) for p in reader.frames()] == list(range(8))
+        assert reader.dropped == 0
+
+    def test_only_every_third(self, monkeypatch):
+        reader = self.reader(monkeypatch, Camera(fps=20.0, count=8))
+        assert [int(p[0, 0, 0]) for p in reader.frames(3)] == [0, 3, 6]
+
+    def test_errors_appear_where_frames_are_used_and_the_thread_ends(self, monkeypatch):
+        alive = threading.active_count()
+        frames = self.reader(monkeypatch, Camera(fps=20.0, fails_at=2)).frames()
+        with pytest.raises(OSError, match="unplugged"):
+            list(frames)
+        unfinished = self.reader(monkeypatch, Camera(fps=100.0)).frames()
+        next(unfinished)
+        unfinished.close()
+        assert threading.active_count() == alive
+
+    def test_files_are_not_live_and_give_every_frame(self, tmp_path):
+        reader = VideoReader(write(tmp_path / "x.mp4"))
+        assert not reader.is_live
+        taken = []
+        for picture in reader.frames():
+            taken.append(picture)
+            time.sleep(0.02)
+        assert numbers(taken) == list(range(12))
+
+
 class TestVideoWriter:
     @pytest.mark.parametrize("fps", [10, 29.97, 0.5])
     def test_what_is_written_is_read_again(self, tmp_path, fps):
@@ -278,7 +450,53 @@ class TestVideoWriter:
             writer.write(np.zeros((16, 8192, 3), np.uint8))
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
-    def test_a_lost_file_is_noticed(self, tmp_path):
+    def test_browsers_play_it(self, tmp_path):
+        with VideoWriter(tmp_path / "x.mp4", 10) as writer:
+            writer.write(frame(1))
+        assert codec_of(tmp_path / "x.mp4") in (b"VP90", b"h264", b"avc1")
+
+    @pytest.mark.parametrize(
+        ("missing", "codec", "warnings"),
+        [((), b"VP90", 0), (("vp09",), b"FMP4", 1), (("avc1", "mp4v"), b"VP90", 0)],
+    )
+    def test_other_encoders_stand_in(self, tmp_path, monkeypatch, caplog, missing, codec, warnings):
+        """Also for one that opens and then writes nothing, as hardware encoders do without their hardware."""
+        real = VideoWriter._opencv
+
+        def without(self, name, size):
+            assert "av" not in sys.modules or sys.modules["av"] is None
+            return real(self, "none" if name in missing else name, size)
+
+        monkeypatch.setitem(sys.modules, "av", None)
+        monkeypatch.setattr(VideoWriter, "_opencv", without)
+        monkeypatch.setattr(sources, "CODECS", ("none", *sources.CODECS[1:]))
+        with VideoWriter(tmp_path / "x.mp4", 10) as writer:
+            writer.write(frame(1))
+        assert codec_of(tmp_path / "x.mp4") == codec
+        assert numbers(read(tmp_path / "x.mp4")) == [1]
+        assert caplog.text.count("browsers will not play") == warnings
+
+    def test_without_any_encoder_one_line(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "av", None)
+        monkeypatch.setattr(VideoWriter, "_works", lambda self, codec, size: False)
+        with (
+            pytest.raises(UserError, match=r"no encoder for it; .* save=masks"),
+            VideoWriter(tmp_path / "x.mp4", 1) as w,
+        ):
+            w.write(frame(0))
+        assert not list(tmp_path.iterdir())
+
+    def test_h264_by_pyav(self, tmp_path):
+        pytest.importorskip("av")
+        with VideoWriter(tmp_path / "x.mp4", 29.97) as writer:
+            for i in range(6):
+                writer.write(frame(i, 47, 63))
+        assert codec_of(tmp_path / "x.mp4") == b"h264"
+        assert numbers(read(tmp_path / "x.mp4")) == list(range(6))
+        assert VideoReader(tmp_path / "x.mp4").fps == pytest.approx(29.97, abs=0.01)
+
+    def test_a_lost_file_is_noticed(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "av", None)  # which would write it anew
         writer = VideoWriter(tmp_path / "x.mp4", 10)
         writer.write(frame(0))
         next(tmp_path.iterdir()).unlink()

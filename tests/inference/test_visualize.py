@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import cv2
 import numpy as np
 import pytest
@@ -5,12 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC
+from pem_lightning.data.cityscapes import CITYSCAPES
 from pem_lightning.inference.visualize import (
     Region,
     class_segments,
     draw_caption,
     find_regions,
     index_map,
+    overlay_colors,
     overlay_panoptic,
     region_of,
     side_by_side,
@@ -76,6 +81,44 @@ def test_every_pixel_is_what_the_formula_says(alpha, count):
     tensor = torch.from_numpy(photo).permute(2, 0, 1)
     assert (overlay_panoptic(tensor, torch.from_numpy(ids), segments, INFO, alpha, draw_names=False) == drawn).all()
     assert (photo == before).all()
+
+
+class TestColours:
+    def info(self, *colors):
+        return DatasetInfo("x", tuple(ClassInfo(str(i), color, False, i) for i, color in enumerate(colors)))
+
+    def nearest(self, colors):
+        return min(max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in combinations(colors, 2))
+
+    @pytest.mark.parametrize("info", [ADE20K, ADE20K_PANOPTIC])
+    def test_roads_and_skyscrapers_differ(self, info):
+        shared = [info.class_names.index(name) for name in ("road, route", "skyscraper")]
+        ids, segments = class_segments(stripes(*shared), info)
+        drawn = overlay_panoptic(grey(64, 64), ids, segments, info, 1.0, draw_names=False)
+        assert drawn[32, 10].tolist() == [140, 140, 140]
+        assert np.abs(drawn[32, 50].astype(int) - drawn[32, 10]).max() > 60
+        assert info.colors[shared].tolist() == [[140] * 3] * 2  # in files as ever
+        colors = overlay_colors(info)
+        assert self.nearest(colors) >= 8
+        assert sum(a != c.color for a, c in zip(colors, info.classes, strict=True)) == 2
+
+    def test_colours_that_differ_stay(self):
+        assert overlay_colors(CITYSCAPES) == tuple(c.color for c in CITYSCAPES.classes)
+
+    @pytest.mark.parametrize("color", [(0, 0, 0), (128, 128, 128), (255, 255, 255), (160, 32, 160)])
+    def test_a_set_of_one_colour_becomes_colourful_in_the_same_way_every_time(self, color):
+        colors = overlay_colors(self.info(*[color] * 40))
+        assert colors[0] == color
+        assert self.nearest(colors) >= 30
+        overlay_colors.cache_clear()
+        assert overlay_colors(self.info(*[color] * 40)) == colors
+
+    def test_class_indices_as_colours_are_told_apart(self):
+        assert self.nearest(overlay_colors(self.info(*((i, i, i) for i in range(20))))) >= 8
+
+    def test_no_class_takes_the_colour_of_a_later_one(self):
+        later = overlay_colors(self.info((9, 9, 9), (9, 9, 9)))[1]
+        assert overlay_colors(self.info((9, 9, 9), (9, 9, 9), later))[2] == later
 
 
 def test_names_are_drawn_on_large_segments_only():

@@ -117,6 +117,14 @@ def test_equal_scores_are_ranked_the_same_in_any_order_of_images():
     assert evaluated(images[::-1]).all == evaluated(images).all
 
 
+@pytest.mark.parametrize("levels", [0, 3])
+def test_the_order_of_an_images_instances_is_by_score_anyway(levels):
+    images = [draw(i, levels) for i in range(8)]
+    by_score = [(sorted(found, key=lambda d: -d[2]), *more) for found, *more in images]
+    assert any(scores != sorted(scores, reverse=True) for scores in ([d[2] for d in image[0]] for image in images))
+    assert evaluated(by_score).all == evaluated(images).all
+
+
 SEGMENTS = (Segment(1, 0, True), Segment(2, STUFF, False))
 
 

@@ -1,5 +1,8 @@
 """Every kernel of the deformable convolution against its definition, in float64 with all gradients."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 from pem_lightning.models import deformable_conv
 from pem_lightning.models.deformable_conv import DeformableConv, choose_kernel, deform_conv_torch, get_kernel
 from pem_lightning.models.flops import count_gmacs
+from pem_lightning.models.mask2former_pixel_decoder import MultiScaleDeformableAttention as Attention
+from pem_lightning.models.mask2former_pixel_decoder import get_kernel as attention_kernel
 from pem_lightning.types import UserError
 from scripts.benchmark.reference.network import deform_conv as by_grid_sample
 from tests.models.randomize import assert_same, scattered
@@ -122,6 +127,20 @@ def test_auto_takes_the_first_library_that_works_on_a_gpu_only(monkeypatch):
     assert asked == ["cuda", "cpu", "cuda"]
     assert choose_kernel("op", "auto", constant(0.0), {"mmcv": missing})(X)[0] == 0
     assert asked == ["cuda", "cpu", "cuda"]
+
+
+@pytest.mark.parametrize(
+    ("module", "find"), [(lambda: DeformableConv(3, 4), get_kernel), (lambda: Attention(8, 2, 1, 1), attention_kernel)]
+)
+def test_a_network_with_a_librarys_kernel_is_copied_and_pickled(monkeypatch, module, find):
+    """Where there is a GPU, the kernel chooses a library's by the device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    find.cache_clear()
+    network = module()
+    for copied in (pickle.loads(pickle.dumps(network)), copy.deepcopy(network)):
+        assert copied.kernel is network.kernel
+        assert copied.state_dict().keys() == network.state_dict().keys()
+    find.cache_clear()
 
 
 def test_a_missing_library_and_an_unknown_name_are_said_in_one_line():
