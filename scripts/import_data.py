@@ -147,7 +147,8 @@ def divided(items: Sequence[Item], val_share: float, left_out: Counter[str]) -> 
 
 def write_coco(root: Path, split: str, items: Sequence[Item], classes: Sequence[str]) -> None:
     """With COCO's own names, which are the defaults of dataset=coco_instances."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, item in enumerate(items, start=1):
         height, width = item.size
         copy_image(item, root / f"{split}2017")
@@ -255,7 +256,8 @@ def read_yolo(source: Path) -> Imported:
             folder, images = yolo_images(source, str(config.get("path") or ""), str(value))
             for image in images:
                 size = size_of(image)
-                name = PurePosixPath(image.relative_to(folder) if image.is_relative_to(folder) else image.name)
+                inside = image.is_relative_to(folder) and ".." not in image.relative_to(folder).parts
+                name = PurePosixPath(image.relative_to(folder) if inside else image.name)
                 shapes = list(yolo_shapes(label_file(image), config["names"], size, left_out))
                 items.append(Item(image, name, split, size, shapes))
     if not items:
