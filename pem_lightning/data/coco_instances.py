@@ -53,6 +53,7 @@ _FARTHEST = 100_000
 OVERLAP = "overlapping objects: the smaller is on top, crowds are below"
 NO_PIXELS = "objects without a pixel (polygons of fewer than 3 points, of no area, or outside): left out"
 COVERED = "objects that smaller ones cover completely: left out"
+CROWDS = "crowds (iscrowd 1), which are neither learnt nor counted; some tools write painted masks so"
 BEYOND = "polygons or boxes beyond the image's border: cut off there"
 
 
@@ -164,6 +165,8 @@ class CocoInstancesDataset(SegmentationDataset):
         masks = [_mask(o, height, width) for o in objects]
         areas = [int(coco_mask.area(m)) for m in masks]
         found = {BEYOND} if any(o.is_beyond for o in objects) else set()
+        if any(o.is_crowd for o in objects):
+            found.add(CROWDS)
         above = None
         for i in reversed(_order(objects, areas)):
             if not areas[i]:
@@ -173,7 +176,7 @@ class CocoInstancesDataset(SegmentationDataset):
             if shared:
                 found |= {OVERLAP, COVERED} if shared == areas[i] else {OVERLAP}
             above = coco_mask.merge([above, masks[i]]) if above else masks[i]
-        return [remark for remark in (OVERLAP, COVERED, NO_PIXELS, BEYOND) if remark in found]
+        return [remark for remark in (OVERLAP, COVERED, NO_PIXELS, BEYOND, CROWDS) if remark in found]
 
     def _objects(self, index: int) -> list[_Object]:
         return [_Object(*o) for o in json.loads(self._text[self._starts[index] : self._starts[index + 1]].tobytes())]
@@ -320,7 +323,7 @@ def _object(annotation: Content, size: tuple[int, int], class_of: Mapping[int | 
         raise ValueError(f"{place} iscrowd {is_crowd!r}, which is neither 0 nor 1")
     segmentation = annotation.get("segmentation")
     if not segmentation:
-        raise ValueError(f"{place} no segmentation (a box alone is no mask): draw its outline, or remove it")
+        raise ValueError(f"{place} no segmentation (a box alone is no mask: draw its outline or remove it)")
     polygons: list[list[int | float]] = []
     run_lengths = None
     if isinstance(segmentation, list):

@@ -20,6 +20,7 @@ from pem_lightning.data.check import check_split
 from pem_lightning.data.coco_instances import (
     BEYOND,
     COVERED,
+    CROWDS,
     NO_PIXELS,
     OVERLAP,
     CocoInstancesDataModule,
@@ -176,7 +177,7 @@ def test_the_smaller_is_on_top(tmp_path, caplog):
     sample = dataset[0]
     assert [s.class_id for s in sample.segments] == [1, 2, 1, 1]
     assert [int(mask.sum()) for mask in masks_of(sample).values()] == [16, 84, 20, 20]
-    assert dataset.remarks(0) == [OVERLAP, COVERED]
+    assert dataset.remarks(0) == [OVERLAP, COVERED, CROWDS]
     assert f"{path}: 1 of 2 images have {OVERLAP}" in caplog.messages
     result = check_split(opened(path, on_error="collect"), "val")
     assert [
@@ -231,7 +232,7 @@ def first(**more):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (first(segmentation=[]), r"annotation 1 with no segmentation \(a box alone is no mask\): draw its outline"),
+        (first(segmentation=[]), r"annotation 1 with no segmentation \(a box alone is no mask: draw its outline"),
         (first(segmentation=None), r"annotation 1 with no segmentation"),
         (lambda c: c["annotations"][0].pop("segmentation"), r"annotation 1 with no segmentation"),
         (first(segmentation=rectangle(1, 1, 5, 5)), r"no list of polygons \[\["),
