@@ -4,6 +4,7 @@ from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, ADE20KDataModule,
 from pem_lightning.data.cache import CachedDataset
 from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataModule, CityscapesDataset
 from pem_lightning.data.coco import CocoPanopticDataModule, CocoPanopticDataset
+from pem_lightning.data.coco_instances import CocoInstancesDataModule, CocoInstancesDataset
 from pem_lightning.data.datamodule import SegmentationDataModule
 from pem_lightning.data.semantic_folder import SemanticFolderDataModule, SemanticFolderDataset
 from pem_lightning.data.synthetic import SyntheticDataModule, generate_synthetic
@@ -21,6 +22,8 @@ __all__ = [
     "CachedDataset",
     "CityscapesDataModule",
     "CityscapesDataset",
+    "CocoInstancesDataModule",
+    "CocoInstancesDataset",
     "CocoPanopticDataModule",
     "CocoPanopticDataset",
     "EvalTransform",

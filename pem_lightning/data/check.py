@@ -79,6 +79,8 @@ def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, gall
     place = f"{split} ({folder})"
     result.problems += [f"{place}: {suspicion}" for suspicion in suspicions(dataset, values)]
     result.problems += dataset.problems + [problem for item in items for problem in item.problems]
+    remarks = Counter(remark for item in items for remark in item.notes)
+    result.notes += [f"{place}: {times} image(s) have {remark}" for remark, times in remarks.items()]
     absent = [name for k, name in enumerate(dataset.info.class_names) if not result.images_with[k]]
     if result.total_pixels and absent:
         message = f"{place}: {len(absent)} of {dataset.info.num_classes} classes never occur: {enumerated(absent, 20)}"
@@ -101,6 +103,7 @@ def _check_item(dataset: SegmentationDataset, index: int) -> tuple[SplitCheck, C
     except UserError as error:
         result.problems.append(str(error))
         return result, values
+    result.notes += dataset.remarks(index)
     areas = _counts(sample.panoptic.numpy())
     hidden = [
         f"number {number} ({dataset.info.classes[segment.class_id].name})"

@@ -34,24 +34,25 @@ Content = Mapping[str, Any]
 ImageId = int | float | str
 
 _JSON_HINT = "give a COCO panoptic JSON, see cocodataset.org/#format-data"
-_FILES_HINT = "check dataset.root, and the keys dataset.train_* and dataset.val_*"
+FILES_HINT = "check dataset.root, and the keys dataset.train_* and dataset.val_*"
 
 
-def read_panoptic_json(
-    path: Path, hint: str, lists: Sequence[str] = ("images", "annotations", "categories")
+def read_coco_json(
+    path: Path, hint: str, lists: Sequence[str] = ("images", "annotations", "categories"), kind: str = "panoptic"
 ) -> Content:
     """Raises `UserError` if the file is missing (then `hint` ends the message) or no JSON with these lists."""
+    format_hint = f"give a COCO {kind} JSON, see cocodataset.org/#format-data"
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: {hint}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): {_JSON_HINT}") from error
+        raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): {format_hint}") from error
     for key in lists:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{path} has no list {key!r}: {_JSON_HINT}")
+            raise UserError(f"{path} has no list {key!r}: {format_hint}")
         if not all(isinstance(entry, dict) for entry in content[key]):
-            raise UserError(f"{path} has entries in {key!r} that are no objects: {_JSON_HINT}")
+            raise UserError(f"{path} has entries in {key!r} that are no objects: {format_hint}")
     return content
 
 
@@ -87,20 +88,20 @@ class CocoPanopticDataset(SegmentationDataset):
         maps: str | Path | None = None,
         *,
         info: DatasetInfo | None = None,
-        hint: str = _FILES_HINT,
+        hint: str = FILES_HINT,
         transform: SampleTransform | None = None,
         on_error: OnError = "stop",
     ) -> None:
         path = Path(annotation)
         image_folder, map_folder = Path(images), Path(maps) if maps else path.with_suffix("")
-        content = read_panoptic_json(path, hint)
+        content = read_coco_json(path, hint)
         found = classes_of(content, path, path.stem)
         if info is not None:
-            _check_same_classes(found, info, path)
+            check_same_classes(found, info, path)
         for folder in (image_folder, map_folder):
             if not folder.is_dir():
                 raise UserError(f"{folder} does not exist: {hint}")
-        class_of = _class_of(found)
+        class_of = class_indices(found)
         files: dict[str, tuple[Path, ...]] = {}
         problems: list[str] = []
         image_ids, counts = {}, [0]
@@ -108,7 +109,7 @@ class CocoPanopticDataset(SegmentationDataset):
         for image, entry in _matched(content, path, problems):
             map_name = entry.get("file_name") or str(PurePosixPath(image["file_name"]).with_suffix(".png"))
             try:
-                if not _is_file_name(map_name):
+                if not is_file_name(map_name):
                     raise ValueError(f"has the file_name {map_name!r}")
                 listed = [_described(number, s, class_of) for number, s in _listed(entry, VOID_ID + 1).items()]
             except ValueError as error:
@@ -173,7 +174,7 @@ class CocoPanopticDataModule(SegmentationDataModule):
         super().__init__(*arguments, **loading)
         self.places = {"train": (train_json, train_images, train_maps), "val": (val_json, val_images, val_maps)}
         path = self.root / val_json
-        self.info = classes_of(read_panoptic_json(path, _FILES_HINT), path, "coco_panoptic")
+        self.info = classes_of(read_coco_json(path, FILES_HINT), path, "coco_panoptic")
 
     def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
         """The paper's for ADE20K."""
@@ -201,12 +202,13 @@ def classes_of(content: Content, path: Path, name: str) -> DatasetInfo:
     return describe_classes(name, entries, path)
 
 
-def _class_of(info: DatasetInfo) -> dict[int | None, int]:
+def class_indices(info: DatasetInfo) -> dict[int | None, int]:
     """Class indices by category id."""
     return {category_id: index for index, category_id in enumerate(info.category_ids)}
 
 
-def _check_same_classes(found: DatasetInfo, expected: DatasetInfo, path: Path) -> None:
+def check_same_classes(found: DatasetInfo, expected: DatasetInfo, path: Path) -> None:
+    """Raises `UserError` if a file has other categories than the rest of its data set."""
     theirs, ours = ([(c.category_id, c.name, c.is_thing) for c in info.classes] for info in (found, expected))
     if ours != theirs:
         same = [a == b for a, b in zip(ours, theirs, strict=False)]
@@ -222,7 +224,7 @@ def _matched(content: Content, path: Path, problems: list[str]) -> Iterator[tupl
     if len(annotations) < len(content["annotations"]):
         raise UserError(f"{path} annotates an image twice: remove one of the annotations")
     for image in content["images"]:
-        if not _is_file_name(image.get("file_name")):
+        if not is_file_name(image.get("file_name")):
             raise UserError(f"{path} has an image without file_name, or with one that no file can have: {_JSON_HINT}")
         annotation = annotations.pop(str(image.get("id")), None)
         if annotation is None:
@@ -240,7 +242,7 @@ def _listed(entry: Content, lowest: int) -> dict[int, Content]:
         raise ValueError("has no list segments_info")
     segments: dict[int, Content] = {}
     for segment in listed:
-        number = _whole(segment.get("id"))
+        number = whole_number(segment.get("id"))
         if number is None or not lowest <= number <= MAX_ID:
             raise ValueError(f"has the segment id {segment.get('id')!r}, which is not from {lowest} to {MAX_ID}")
         if number in segments:
@@ -251,7 +253,7 @@ def _listed(entry: Content, lowest: int) -> dict[int, Content]:
 
 def _described(number: int, segment: Content, class_of: Mapping[int | None, int]) -> tuple[int, int, bool]:
     """Id, class index and crowd flag of a listed segment."""
-    class_id = class_of.get(_whole(segment.get("category_id")))
+    class_id = class_of.get(whole_number(segment.get("category_id")))
     if class_id is None:
         raise ValueError(f"has the category_id {segment.get('category_id')!r}, which no category has")
     if segment.get("iscrowd", 0) not in (0, 1):
@@ -259,7 +261,7 @@ def _described(number: int, segment: Content, class_of: Mapping[int | None, int]
     return number, class_id, bool(segment.get("iscrowd"))
 
 
-def _is_file_name(value: Any) -> bool:
+def is_file_name(value: Any) -> bool:
     """Whether a file can have this name: an empty or endless one would be an error of the operating system."""
     if not isinstance(value, str) or "\0" in value or len(value) > 1024:
         return False
@@ -267,7 +269,7 @@ def _is_file_name(value: Any) -> bool:
     return path.name != "" and all(len(part.encode("utf-8", "surrogatepass")) < 256 for part in path.parts)
 
 
-def _whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
     """A whole number, which JSON may also write as 7.0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
         return None
@@ -330,11 +332,11 @@ class PanopticPairs:
     def __init__(
         self, gt_json: Path, pred_json: Path, gt_folder: Path | None = None, pred_folder: Path | None = None
     ) -> None:
-        truth = read_panoptic_json(gt_json, "give the ground truth's JSON first", ("annotations", "categories"))
-        prediction = read_panoptic_json(pred_json, "give the prediction's JSON second", ("annotations",))
+        truth = read_coco_json(gt_json, "give the ground truth's JSON first", ("annotations", "categories"))
+        prediction = read_coco_json(pred_json, "give the prediction's JSON second", ("annotations",))
         self.gt_json, self.pred_json = gt_json, pred_json
         self.info = _any_categories(truth, gt_json)
-        self._class_of = _class_of(self.info)
+        self._class_of = class_indices(self.info)
         gt_folder = _folder(gt_json, gt_folder, "--gt-folder")
         pred_folder = _folder(pred_json, pred_folder, "--pred-folder")
         true, predicted = _by_image(truth, gt_json), _by_image(prediction, pred_json)
@@ -396,7 +398,7 @@ class PanopticPairs:
             raise UserError(f"{place} {error}: correct the JSON") from error
         segments, areas = [], {}
         for number, segment in listed.items():
-            class_id = self._class_of.get(_whole(segment.get("category_id")))
+            class_id = self._class_of.get(whole_number(segment.get("category_id")))
             if class_id is not None:
                 is_thing = self.info.classes[class_id].is_thing
                 segments.append(Segment(number, class_id, is_thing, segment.get("iscrowd") == 1))
@@ -411,7 +413,7 @@ class PanopticPairs:
                     raise UserError(f"{place} has a segment with the area {area!r}: give its number of pixels")
                 areas[number] = float(area)
         name = entry.get("file_name")
-        if not _is_file_name(name) or str(name).splitlines() != [name]:
+        if not is_file_name(name) or str(name).splitlines() != [name]:
             raise UserError(f"{place} has the file_name {name!r}: name its PNG")
         if not (png := folder / str(name)).is_file():
             option = "--gt-folder" if is_truth else "--pred-folder"
@@ -423,7 +425,7 @@ def _any_categories(content: Content, path: Path) -> DatasetInfo:
     """The classes as panopticapi takes them: names and colours do not matter, and there may be any number."""
     classes = []
     for index, category in enumerate(content["categories"]):
-        number = _whole(category.get("id"))
+        number = whole_number(category.get("id"))
         if number is None or "isthing" not in category:
             raise UserError(f"{path}: category number {index} needs a whole number 'id' and 'isthing' 0 or 1: add them")
         name = str(category.get("name", number))

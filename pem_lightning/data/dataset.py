@@ -80,6 +80,10 @@ class SegmentationDataset(Dataset[Sample], ABC):
     def read(self, index: int) -> Sample:
         """Decode one item; raises `UserError` that names a file which cannot be read or does not fit the others."""
 
+    def remarks(self, index: int) -> list[str]:
+        """What is unusual about an item, but may be meant; `check_data` counts the images that have each."""
+        return []
+
     def files(self, index: int) -> tuple[Path, ...]:
         """The files of one item: its image, then its annotation if there is one."""
         return self._files[index]

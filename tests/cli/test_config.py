@@ -42,6 +42,8 @@ def root_of(folder):
     (folder / "annotations").mkdir()
     content = {"images": [], "annotations": [], "categories": categories}
     (folder / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
+    content["annotations"] = [{"id": 1, "image_id": 5, "category_id": 9, "segmentation": [[0, 0, 9, 0, 9, 9]]}]
+    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     return f"dataset.root={folder}"
 
 
@@ -64,7 +66,8 @@ def test_every_experiment_instantiates(dataset, task, tmp_path):
         module = build_module(cfg, datamodule.info)
     assert trainer.max_steps == cfg.recipe.max_steps
     assert datamodule.task == task == module.inference.task
-    classes = {"ade20k": 150, "coco_panoptic": 2, "semantic_folder": 2, "cityscapes": 19}
+    things = 2 if task == "instance" else 3  # and the background
+    classes = {"ade20k": 150, "coco_panoptic": 2, "coco_instances": things, "semantic_folder": 2, "cityscapes": 19}
     assert datamodule.info.num_classes == module.criterion.num_classes
     assert datamodule.info.num_classes == classes.get(dataset, datamodule.info.num_classes)
     optimizer = module.optimizer(module.parameter_groups(module.network))
@@ -126,6 +129,7 @@ def test_choices_that_other_choices_make():
     assert compose("train", "dataset=cityscapes", "backbone=stdc2").network.backbone == "stdc2"
     custom = compose("train", "dataset=coco_panoptic").recipe
     assert (custom.max_steps, custom.global_batch_size, custom.optimizer.lr) == (20000, 16, 2e-4)
+    assert compose("train", "dataset=coco_instances").recipe == custom
     assert compose("train", "dataset=coco_panoptic", "recipe=ade20k_panoptic").recipe.max_steps == 160000
     # What a checkpoint overrides for one task must exist when it is evaluated as another.
     settings = [set(compose("train", f"task={task}").task.inference) for task in TASKS]

@@ -96,6 +96,29 @@ def test_coco_panoptic_semantic(trained):
     assert [row["class"] for row in metrics["per_class"]] == ["sky", "kite"]
 
 
+@pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])
+def test_coco_instances(trained, task):
+    """In Roboflow's layout, with an image without objects; then all jobs and the cache."""
+    polygon = [5, 5, 35, 5, 35, 30, 5, 30]
+    content = {
+        "images": [{"id": i, "file_name": f"{n}.jpg", "height": 41, "width": 57} for i, n in enumerate("ab")],
+        "annotations": [{"id": 1, "image_id": 0, "category_id": 3, "segmentation": [polygon], "iscrowd": 0}],
+        "categories": [{"id": 3, "name": "kite", "supercategory": "kites"}],
+    }
+    for split in ("train", "valid"):
+        for name in "ab":
+            save(f"{split}/{name}.jpg", PHOTOGRAPH)
+        Path(split, "_annotations.coco.json").write_text(json.dumps(content))
+    places = {"train": "train", "val": "valid"}
+    keys = [f"dataset.{split}_json={folder}/_annotations.coco.json" for split, folder in places.items()]
+    keys += [f"dataset.{split}_images={folder}" for split, folder in places.items()]
+    metrics = trained("dataset=coco_instances", f"task={task}", "dataset.cache=cache", *keys)
+    expected = ["kite"] if task == "instance" else ["kite", "background"]
+    assert [row["class"] for row in metrics["per_class"]] == expected
+    assert call("evaluate", "checkpoint=run/checkpoints/best.ckpt", "hydra.run.dir=again", "dataset.cache=null") == 0
+    assert json.loads(Path("again/metrics.json").read_text())["per_class"] == metrics["per_class"]
+
+
 def test_semantic_folder(trained, capsys):
     for name in ("train/a", "train/b", "val/a"):
         save(f"images/{name}.jpg", PHOTOGRAPH)
