@@ -1,8 +1,7 @@
 """Images of any size in bounded memory: overlapping tiles run through the network one by one, and are joined.
 
-Semantic: class scores are blended; towards its border a tile counts less (a sin^2 window over the overlap, as
-the Hann window). A pixel's class is decided as soon as no later tile can change it, so that no more scores than those of
-an overlap are held.
+Semantic: class scores are blended; towards its border a tile counts less (a sin^2 window over the overlap). A pixel's
+class is decided as soon as no later tile can change it, so that no more scores than those of an overlap are held.
 
 Panoptic and instances: every pixel is taken from the tile whose middle is nearer. Two things of neighbouring tiles are
 the same object if they have the same class and an IoU above `SAME_OBJECT` among the pixels that both tiles show. Things
