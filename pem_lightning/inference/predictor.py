@@ -174,7 +174,7 @@ class Predictor:
                 what = "an image" if len(photos) == 1 else f"a batch of {len(photos)} images"
                 raise UserError(
                     f"{what} of {width} x {height} pixels needs more memory than {self.device} has: "
-                    "shrink it, cut it into parts or lower batch_size"
+                    "shrink it, cut it into parts by inference.tile=[1024,1024] or lower batch_size"
                 ) from error
             raise
         segmented = []
