@@ -208,9 +208,7 @@ class TestObjects:
     @pytest.mark.parametrize("edge", [65, 160])
     def test_results_of_resized_images_have_the_size_of_the_photo(self, task, edge):
         photo = scene(80, 120, (16, 20, 64, 100))
-        model = Objects()
-model.inputs = deque(maxlen=1)
-tiled = predictor(task, model, tile=[64, 64], overlap=32, resize=EvalTransform(edge), score_threshold=0.5)
+        tiled = predictor(task, Objects(), tile=[64, 64], overlap=32, resize=EvalTransform(edge), score_threshold=0.5)
         result = tiled(photo)
         if task == "semantic":
             cars = result.semantic == 0
