@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from pem_lightning.callbacks import ExactResume
@@ -189,9 +189,12 @@ def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
 
 
 def _views(cfg: DictConfig) -> dict[str, Any]:
-    """The settings of `TestTimeAugmentation`."""
+    """The settings of `TestTimeAugmentation` and `TiledInference`."""
+    tile = cfg.inference.tile
+    tiles = {"tile": list(tile) if isinstance(tile, ListConfig) else tile, "overlap": cfg.inference.overlap}
     try:
-        return {"scales": tuple(float(scale) for scale in cfg.inference.scales), "flip": bool(cfg.inference.flip)}
+        scales = tuple(float(scale) for scale in cfg.inference.scales)
+        return {"scales": scales, "flip": bool(cfg.inference.flip), **tiles}
     except (TypeError, ValueError) as error:
         raise UserError(
             f"inference.scales={cfg.inference.scales}: give a list of numbers, e.g. [0.75,1.0,1.25]"

@@ -208,9 +208,7 @@ class TaskInference:
     ) -> Result:
         """Process one image, a batch of one; `with_semantic` fills `Result.semantic` whatever the task."""
         class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]
-        height, width = size_of(mask_logits)
-        padded_size = STRIDE * height, STRIDE * width
-        at = {"padded_size": padded_size, "image_size": image_size, "output_size": output_size}
+        at = _sizes_of(mask_logits, image_size, output_size)
         class_map, id_map = None, None
         segments: list[Segment] = []
         found: list[Instance] = []
@@ -228,6 +226,19 @@ class TaskInference:
         if self.task == "instance":
             found = instances(class_logits, mask_logits, thing_classes=self.thing_classes, top_k=self.top_k, **at)
         return Result(class_map, id_map, tuple(segments), tuple(found))
+
+    def scores(
+        self, predictions: Predictions, image_size: Size, output_size: Size
+    ) -> Float[Tensor, "classes height width"]:
+        """Class scores of one image, a batch of one; see `semantic`."""
+        class_logits, mask_logits = predictions.class_logits[0], predictions.mask_logits[0]
+        at = _sizes_of(mask_logits, image_size, output_size)
+        return semantic(class_logits, mask_logits, resize_first=self.resize_first, **at)
+
+
+def _sizes_of(mask_logits: Float[Tensor, "Q h w"], image_size: Size, output_size: Size) -> dict[str, Size]:
+    height, width = size_of(mask_logits)
+    return {"padded_size": (STRIDE * height, STRIDE * width), "image_size": image_size, "output_size": output_size}
 
 
 def size_of(x: Tensor) -> Size:

@@ -18,6 +18,7 @@ from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.results import SegmentedImage, find_classes, only_classes
 from pem_lightning.inference.sources import ImageLike, read_image
+from pem_lightning.inference.tiles import TiledInference
 from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import VOID_ID, DatasetInfo, Sample, UserError
@@ -47,6 +48,7 @@ class Predictor:
         object_mask_threshold, overlap_threshold: see `postprocess.panoptic`; by default the checkpoint's.
         score_threshold: instances with a lower score are left out.
         scales, flip: see `TestTimeAugmentation`.
+        tile, overlap: see `TiledInference`; larger images run through the network in parts.
         precision, compile: see `OptimizedNetwork`.
 
     Raises:
@@ -92,7 +94,8 @@ class Predictor:
             info: the classes.
             inference: the task and its thresholds.
             options: `resize`, what evaluation does to an image before the model, such as `EvalTransform(640, 2560)`;
-                and `device`, `classes`, `batch_size`, `score_threshold`, `scales` and `flip` of the class.
+                and `device`, `classes`, `batch_size`, `score_threshold`, `scales`, `flip`, `tile` and `overlap` of the
+                class.
         """
         predictor = cls.__new__(cls)
         predictor._set_up(model, info, inference, **options)
@@ -111,6 +114,8 @@ class Predictor:
         score_threshold: int | float = 0.0,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        tile: Sequence[int] | None = None,
+        overlap: int = 128,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: choose 1 or more")
@@ -118,7 +123,7 @@ class Predictor:
         self.info = info
         self.classes = None if classes is None else find_classes(classes, info)
         self.inference = inference
-        self.augmentation = TestTimeAugmentation(inference, scales, flip)
+        self.tiled = TiledInference(TestTimeAugmentation(inference, scales, flip), tile, overlap)
         self.resize = resize
         self.batch_size = batch_size
         self.score_threshold = score_threshold
@@ -162,14 +167,14 @@ class Predictor:
         """Segment images of one size."""
         height, width = photos[0].image.shape[:2]
         try:
-            inputs = torch.stack([self.prepare(photo.image) for photo in photos])
-            results = [result.cpu() for result in self.augmentation(self.model, inputs, (height, width))]
+            images = [self._resized(photo.image) for photo in photos]
+            results = [r.cpu() for r in self.tiled(self.model, images, (height, width), device=self.device)]
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 what = "an image" if len(photos) == 1 else f"a batch of {len(photos)} images"
                 raise UserError(
                     f"{what} of {width} x {height} pixels needs more memory than {self.device} has: "
-                    "shrink it, cut it into parts or lower batch_size"
+                    "shrink it, cut it into parts by inference.tile=[1024,1024] or lower batch_size"
                 ) from error
             raise
         segmented = []
@@ -181,11 +186,14 @@ class Predictor:
 
     def prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:
         """The network's input: resized exactly as in evaluation, then normalised."""
+        return normalize(self._resized(photo).to(self.device))
+
+    def _resized(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> UInt8[Tensor, "3 height width"]:
         image = torch.tensor(np.ascontiguousarray(photo)).permute(2, 0, 1)  # PyTorch takes no negative strides
         if self.resize is not None:
-            unlabelled = torch.full(photo.shape[:2], VOID_ID, dtype=torch.int32)
+            unlabelled = torch.tensor(VOID_ID, dtype=torch.int32).expand(photo.shape[:2])
             image = self.resize(Sample(image, unlabelled, (), "")).image
-        return normalize(image.to(self.device))
+        return image
 
 
 def read_photo(image: ImageLike, name: str | None = None) -> Photo:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from pem_lightning.inference.fast_argmax import STRIDE
-from pem_lightning.inference.postprocess import Result, Size, TaskInference, semantic, size_of
+from pem_lightning.inference.postprocess import Result, Size, TaskInference, size_of
 from pem_lightning.types import Predictions, UserError
 
 Network = Callable[[Tensor], Predictions]
@@ -59,6 +58,12 @@ class TestTimeAugmentation:
                 self.inference(one, size_of(images), output_size, with_semantic=with_semantic)
                 for one in _one_by_one(network(images))
             ]
+        return [Result(semantic=scores.argmax(0).int()) for scores in self.scores(network, images, output_size)]
+
+    def scores(
+        self, network: Network, images: Float[Tensor, "B 3 H W"], output_size: Size
+    ) -> list[Float[Tensor, "classes height width"]]:
+        """Class scores of each image, summed over the views."""
         height, width = size_of(images)
         totals: dict[int, Float[Tensor, "classes height width"]] = {}  # have the same argmax as means
         for scale in self.scales:
@@ -68,19 +73,11 @@ class TestTimeAugmentation:
                 view = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
             for flipped in (False, True) if self.flip else (False,):
                 predictions = network(view.flip(-1) if flipped else view)
-                height_4, width_4 = size_of(predictions.mask_logits)
                 for i, one in enumerate(_one_by_one(predictions)):
-                    scores = semantic(
-                        one.class_logits[0],
-                        one.mask_logits[0],
-                        padded_size=(STRIDE * height_4, STRIDE * width_4),
-                        image_size=size,
-                        output_size=output_size,
-                        resize_first=self.inference.resize_first,
-                    )
+                    scores = self.inference.scores(one, size, output_size)
                     scores = scores.flip(-1) if flipped else scores
                     totals[i] = totals[i].add_(scores) if i in totals else scores
-        return [Result(semantic=total.argmax(0).int()) for total in totals.values()]
+        return list(totals.values())
 
 
 def _one_by_one(predictions: Predictions) -> list[Predictions]:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from pem_lightning.checkpoints import CHECKPOINT_KEY
 from pem_lightning.inference.postprocess import Result, TaskInference, size_of
+from pem_lightning.inference.tiles import TiledInference
 from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.losses import SetCriterion
 from pem_lightning.metrics.evaluator import Evaluation, Evaluator
-from pem_lightning.preprocess import common_size, normalize, pad_batch
+from pem_lightning.preprocess import common_size, pad_batch
 from pem_lightning.training.distributed import mean_over_processes, micro_batches_of, more_micro_batches
 from pem_lightning.training.optim import clip_gradients
 from pem_lightning.types import Batch, DatasetInfo, Predictions, UserError
@@ -52,6 +53,7 @@ class PEMModule(LightningModule):
         compile: a mode of `torch.compile` for training, or None. Validation, whose images have any size, is eager.
         scales: of the views in validation, see `TestTimeAugmentation`.
         flip: whether they are mirrored as well.
+        tile, overlap: of large images in validation, see `TiledInference`.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class PEMModule(LightningModule):
         compile: str | None = None,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        tile: Sequence[int] | None = None,
+        overlap: int = 128,
     ) -> None:
         super().__init__()
         # Lightning's own loop divides every part's loss by the number of parts and knows no totals of a step.
@@ -81,6 +85,7 @@ class PEMModule(LightningModule):
         self.criterion = criterion
         self.inference = inference
         self.augmentation = TestTimeAugmentation(inference, scales, flip)
+        self.tiled = TiledInference(self.augmentation, tile, overlap)
         self.info = info
         self.evaluator = Evaluator(info, inference.task)
         self.evaluation: Evaluation | None = None  # of the last validation
@@ -165,10 +170,8 @@ class PEMModule(LightningModule):
         """Predict one image after the other, each at its own size, and compare."""
         output = ValidationOutput(results=[], scores=[])
         for image, sample in zip(batch.images, batch.samples, strict=True):
-            inputs, output_size = normalize(image)[None], size_of(sample.panoptic)
-            (result,) = self.augmentation(
-                self.network, inputs, output_size, with_semantic=self.evaluator.needs_semantic
-            )
+            size, with_semantic = size_of(sample.panoptic), self.evaluator.needs_semantic
+            (result,) = self.tiled(self.network, [image], size, with_semantic=with_semantic)
             output["scores"].append(self.evaluator.update(result, sample))
             output["results"].append(result)
         return output

@@ -194,6 +194,19 @@ def test_test_time_augmentation_is_set_on_the_command_line(job):
                 build_module(compose(job, "decoder_layers=1", f"inference.scales={scales}"), CITYSCAPES)
 
 
+@pytest.mark.parametrize("job", ["train", "evaluate"])
+def test_tiles_are_set_on_the_command_line(job):
+    with torch.device("meta"):
+        assert build_module(compose(job, "decoder_layers=1"), CITYSCAPES).tiled.tile is None
+        tiles = compose(job, "decoder_layers=1", "inference.tile=[512,1024]", "inference.overlap=64")
+        tiled = build_module(tiles, CITYSCAPES).tiled
+        assert (tiled.tile, tiled.overlap) == ((512, 1024), 64)
+        for setting in ("tile=[32,1024]", "overlap=512"):
+            impossible = compose(job, "decoder_layers=1", "inference.tile=[512,1024]", f"inference.{setting}")
+            with pytest.raises(UserError, match=rf"inference\.{setting.split('=')[0]}="):
+                build_module(impossible, CITYSCAPES)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

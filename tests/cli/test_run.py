@@ -103,6 +103,27 @@ def test_a_panoptic_checkpoint_is_evaluated_as_other_tasks(last):
     assert {r["category_id"] for r in results} <= {24, 25, 26, 27, 28, 31, 32, 33}
 
 
+@pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
+def test_tiles(last, tmp_path, capsys, task):
+    """One tile that covers the image changes no digit; smaller ones work, impossible ones are refused."""
+    arguments = ("trainer=cpu", f"task={task}")
+    assert call("evaluate", last, *arguments, f"hydra.run.dir=whole_{task}") == 0
+    one = ("inference.tile=[1024,2048]", f"hydra.run.dir=one_tile_{task}")
+    assert call("evaluate", last, *arguments, *one) == 0
+    whole, covered = metrics_of(f"whole_{task}"), metrics_of(f"one_tile_{task}")
+    for name in (name for name in whole if name.startswith("val/")):
+        assert covered[name] == pytest.approx(whole[name], abs=0, nan_ok=True), name
+    tiles = ("inference.tile=[64,64]", "inference.overlap=16")
+    assert call("evaluate", last, *arguments, *tiles, f"hydra.run.dir=tiles_{task}") == 0
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)).save(photo)
+    assert call("predict", last, f"input={photo}", f"output={tmp_path}/out", f"task={task}", *tiles) == 0
+    assert Image.open(next(Path(tmp_path, "out").glob("*_overlay.png"))).size == (150, 90)
+    capsys.readouterr()
+    assert call("predict", last, f"input={photo}", f"output={tmp_path}/out", *tiles, "inference.overlap=64") == 2
+    assert "inference.overlap=64: give a number of pixels from 0 to 63" in capsys.readouterr().err
+
+
 def test_prediction_of_any_image(last, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -1,8 +1,10 @@
 """Two classes, and a network that sees them in stripes whatever the image shows."""
 
+import itertools
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pem_lightning.inference.postprocess import TaskInference
@@ -36,3 +38,25 @@ class Stripes(nn.Module):
 def predictor(task="panoptic", model=None, info=INFO, device="cpu", **options):
     inference = TaskInference(task, info.thing_classes, resize_first=task != "semantic")
     return Predictor.from_parts(model or Stripes(), info, inference, device=device, **options)
+
+
+class Objects(nn.Module):
+    """Sees a car wherever red has a value of its own, and sky where it is 0; as sure as `certainties` say in turn."""
+
+    def __init__(self, certainties=(1.0,)):
+        super().__init__()
+        self.certainties = itertools.cycle(certainties)
+        self.inputs = []
+
+    def forward(self, images):
+        self.inputs.append(images)
+        height, width = (-(-side // 32) * 32 for side in images.shape[-2:])
+        red = (images[:, :1] * 58.395 + 123.675).round()
+        padding = 0, width - images.shape[-1], 0, height - images.shape[-2]
+        red = F.pad(red, padding, mode="replicate")[0, 0, 1::4, 1::4]
+        values = sorted(set(red.unique().tolist()) | {0.0})
+        masks = torch.stack([torch.where(red == value, 9.0, -9.0) for value in values])
+        sure = next(self.certainties)
+        none = torch.tensor([0.0, 0.0, 1 - sure])
+        classes = torch.stack([torch.tensor([value > 0, value == 0, False]) * sure + none for value in values])
+        return Predictions(classes.clamp(1e-6).log()[None], masks[None])
