@@ -31,6 +31,7 @@ from pem_lightning.cli.build import (
     command_line,
 )
 from pem_lightning.cli.errors import key_of
+from pem_lightning.data.check import check_before_training
 from pem_lightning.files import remove_leftovers, write_file
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.segment_files import segment_files
@@ -77,6 +78,8 @@ def train(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
             "frozen batch normalisation expects pretrained weights, this run starts from random ones: "
             "say weights=..., or backbone.norm=batch, which learns better"
         )
+    if checkpoint is None:
+        check_before_training(datamodule, cfg.dataset.check, cfg.network.get("num_queries"))
     # Lightning's own records of a checkpoint are plain data, too, so that nothing needs to be trusted.
     trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
     if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
