@@ -189,8 +189,8 @@ def _spread(count: int, most: int) -> list[int]:
     """Up to `most` of `count` positions, in an order of which every beginning is spread over all."""
     chosen = min(count, most)
     # Multiples of an irrational number modulo 1 fill the interval evenly, however many they are.
-    order = sorted(range(chosen), key=lambda i: i * 0.618033988749895 % 1)
-    return [i * count // chosen for i in order]
+    ranks = np.argsort(np.argsort(np.arange(chosen) * 0.618033988749895 % 1))
+    return (ranks * count // max(chosen, 1)).tolist()
 
 
 def _judge(
@@ -277,8 +277,8 @@ def _void_255(dataset: SegmentationDataset, values: Counter[int], absent: Sequen
     """A hint at masks of 0 and 255, where 255 is void but may be meant to be a class that never occurs."""
     if not (isinstance(dataset, SemanticFolderDataset) and IGNORE_INDEX in dataset.void and values[IGNORE_INDEX]):
         return ""
-    name = absent[0] if absent else "another class"
-    return f"; {_shares(values, [IGNORE_INDEX])}and 255 is void: if it means {name}, write {{name: {name}, id: 255}}"
+    meant = f"{absent[0]}, write {{name: {absent[0]}, id: 255}}" if absent else "a class, give that one id: 255"
+    return f"; {_shares(values, [IGNORE_INDEX])}and is void: if it means {meant} in classes.yaml"
 
 
 def _check_item(dataset: SegmentationDataset, index: int, task: Task) -> _Item:
