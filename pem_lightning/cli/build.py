@@ -85,7 +85,7 @@ def build_module(
         freeze(network, cfg.recipe.get("freeze"))
     return PEMModule(
         network=network,
-        criterion=instantiate(cfg.criterion, num_classes=info.num_classes, **weights),
+        criterion=instantiate(cfg.criterion, num_classes=info.num_classes, _convert_="all", **weights),
         inference=TaskInference(cfg.task.name, info.thing_classes, **cfg.task.inference),
         info=info,
         parameter_groups=instantiate(cfg.recipe.parameter_groups),

@@ -126,7 +126,7 @@ def test_ways_to_write_classes(tmp_path, text):
         ("[1, 2]", "class 0 has no name: .* in quotes"),
         (
             "[no, crack]",
-            "class 0 has no name: YAML reads no, off, yes and on as false or true, so put the name in quot",
+            "class 0 has no name: YAML reads no, off, yes and on as false or true, so put",
         ),
         ("[crack, {name: on}]", "class 1 has no name: YAML reads"),
         ("[road, road]", "class name road twice"),

@@ -1,14 +1,19 @@
 """The keys for small data sets, through train.py: frozen backbone, early stopping, class weights, warm-up."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from pem_lightning.callbacks.visualization import read_metrics
 from pem_lightning.checkpoints import read_checkpoint
-from tests.jobs import TINIEST, call
+from pem_lightning.cli.build import build_module, weights_by_class
+from pem_lightning.data import CITYSCAPES
+from pem_lightning.types import UserError
+from tests.jobs import TINIEST, call, compose
 
 pytestmark = pytest.mark.slow
 
@@ -55,11 +60,10 @@ def test_a_training_stops_when_it_gets_no_better(capsys):
     """With a learning rate of nearly 0 no validation is better than the first; a resumed run goes on counting."""
     stop = ("callbacks.early_stopping.patience=2", "recipe.optimizer.lr=1e-30", "backbone.norm=frozen")
     many = ("recipe.max_steps=40", "recipe.val_interval=1")
-    assert train("early", *stop, *many).step == 3
-    assert json.loads(Path("early/metrics.json").read_text())["step"] == 3
     assert train("early_cut", *stop, *many, "trainer.max_steps=2").step == 2
     assert call("train", f"resume=early_cut/{LAST}", "trainer.max_steps=40") == 0
     assert read_checkpoint(f"early_cut/{LAST}").step == 3
+    assert json.loads(Path("early_cut/metrics.json").read_text())["step"] == 3
     assert call("train", f"resume=early_cut/{LAST}", "trainer.max_steps=40") == 0  # nothing to do
     assert read_checkpoint(f"early_cut/{LAST}").step == 3
     patient = "callbacks.early_stopping.patience=3"
@@ -70,24 +74,37 @@ def test_a_training_stops_when_it_gets_no_better(capsys):
     assert "callbacks.early_stopping.patience=0: choose a number of validations" in capsys.readouterr().err
 
 
-def losses(folder):
-    return [value for _, value in read_metrics([Path(folder, "csv/metrics.csv")])["train/loss_ce"]]
-
-
-def test_class_weights_and_warmup(capsys):
-    train("plain")
-    train("same", "recipe.class_weights={car:1,road:1.0}", "dataset.check=false")
-    assert losses("same") == losses("plain")
-    train("weighted", 'recipe.class_weights={road:5,"traffic light":0.5}')
-    assert losses("weighted")[0] != losses("plain")[0]
+def test_class_weights(capsys):
+    arguments = ("recipe.max_steps=1", "recipe.val_interval=1", 'recipe.class_weights={road:5,"traffic light":0.5}')
+    checkpoint = train("weighted", *arguments)
+    criterion = build_module(OmegaConf.create(checkpoint.config), CITYSCAPES).criterion
+    expected = [1.0] * 20
+    expected[0], expected[6], expected[19] = 5.0, 0.5, 0.1
+    assert criterion.no_object_weighting.tolist() == pytest.approx(expected)
     capsys.readouterr()
     assert call("train", *TINIEST, "recipe.class_weights={rod:5}") == 2
     assert "recipe.class_weights: dataset=Cityscapes has no class rod (did you mean road?)" in capsys.readouterr().err
-    assert call("train", *TINIEST, "recipe.class_weights={road:-5}") == 2
-    assert "recipe.class_weights: road has the weight -5: give a number above 0" in capsys.readouterr().err
-    assert call("train", *TINIEST, "recipe.class_weights=auto") == 2
-    assert "recipe.class_weights=auto: give weights by class name" in capsys.readouterr().err
-    train("warm", "recipe.warmup_steps=2", "recipe.optimizer.lr=0.1")
-    rates = [value for _, value in read_metrics([Path("warm/csv/metrics.csv")])["lr/decoders"]]
-    assert rates[0] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"road": -5}, "recipe.class_weights: road has the weight -5: give a number above 0"),
+        ({"road": "much"}, "recipe.class_weights: road has the weight much: give a number above 0"),
+        ({"road": True}, "recipe.class_weights: road has the weight True"),
+        ("auto", "recipe.class_weights=auto: give weights by class name, e.g. {road: 2}"),
+    ],
+)
+def test_wrong_class_weights(given, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        weights_by_class(given, CITYSCAPES)
+
+
+def test_warmup_is_one_key():
+    cfg = compose("train", "recipe.warmup_steps=2", "trainer=cpu")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = instantiate(cfg.recipe.schedule)(optimizer)
+    rates = [schedule.lr_lambdas[0](step) for step in range(4)]
+    assert rates[0] == pytest.approx(1e-3)
     assert rates[0] < rates[1] < rates[2] > rates[3]
+    assert compose("train").recipe.schedule.warmup_iterations == 0
