@@ -353,7 +353,7 @@ def test_more_segments_than_queries(tmp_path):
 @pytest.fixture
 def datamodule(tmp_path, monkeypatch):
     """Of 200 pictures, of which every second one has both classes; read without hurry."""
-    monkeypatch.setattr(check, "SAMPLE", {"train": (64, 1000), "val": (16, 1000)})
+    monkeypatch.setattr(check, "SAMPLE", {"train": (64, 1000.0), "val": (16, 1000.0)})
     for split in ("train", "val"):
         for index in range(200):
             save(tmp_path / "images" / split / f"{index:03d}.png", photo(4, 6))

@@ -152,7 +152,7 @@ def test_a_training_checks_its_data_first(tmp_path, monkeypatch, capsys):
     exif[0x0112] = 3
     Image.fromarray(PHOTOGRAPH).save("images/train/a.jpg", exif=exif)
     Path("classes.yaml").write_text("[background, {name: crack, id: 255}]")
-    monkeypatch.setattr(check, "SAMPLE", {"train": (64, 1000), "val": (16, 1000)})
+    monkeypatch.setattr(check, "SAMPLE", {"train": (64, 1000.0), "val": (16, 1000.0)})
     assert call("train", *arguments, "network.num_queries=1") == 0
     log = Path("run/run.log").read_text()
     for finding in ("1 image(s) are turned upright by their EXIF", "more segments than num_queries=1, up to 2"):

@@ -75,7 +75,7 @@ def test_a_training_stops_when_it_gets_no_better(capsys):
 
 
 def test_class_weights(capsys):
-    arguments = ("recipe.max_steps=1", "recipe.val_interval=1", 'recipe.class_weights={road:5,"traffic light":0.5}')
+    arguments = ("recipe.max_steps=1", "recipe.val_interval=1", "recipe.class_weights={road: 5, traffic light: 0.5}")
     checkpoint = train("weighted", *arguments)
     criterion = build_module(OmegaConf.create(checkpoint.config), CITYSCAPES).criterion
     expected = [1.0] * 20
