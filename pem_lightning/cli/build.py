@@ -100,7 +100,7 @@ def build_module(
     )
 
 
-def weights_by_class(given: Mapping[str, float], info: DatasetInfo) -> list[float]:
+def weights_by_class(given: Any, info: DatasetInfo) -> list[float]:
     """By class index, from `recipe.class_weights`; 1 for classes that it does not name.
 
     Raises:
