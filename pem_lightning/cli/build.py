@@ -111,7 +111,7 @@ def weights_by_class(given: Any, info: DatasetInfo) -> list[float]:
     for name, weight in given.items():
         if name not in info.class_names:
             hint = did_you_mean(str(name), info.class_names)
-            raise UserError(f"recipe.class_weights: dataset={info.name} has no class {name}{hint}")
+            raise UserError(f"recipe.class_weights: there is no class {name}{hint}")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise UserError(f"recipe.class_weights: {name} has the weight {weight}: give a number above 0")
     return [float(given.get(name, 1)) for name in info.class_names]

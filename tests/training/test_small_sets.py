@@ -83,7 +83,7 @@ def test_class_weights(capsys):
     assert criterion.no_object_weighting.tolist() == pytest.approx(expected)
     capsys.readouterr()
     assert call("train", *TINIEST, "recipe.class_weights={rod:5}") == 2
-    assert "recipe.class_weights: dataset=Cityscapes has no class rod (did you mean road?)" in capsys.readouterr().err
+    assert "recipe.class_weights: there is no class rod (did you mean road?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
