@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(overrides: list[str], workers: int, output: Path) -> int:
-    datamodule = build_datamodule(overrides)
+    datamodule, num_queries = build_datamodule(overrides)
     console = Console()
     results: list[SplitCheck] = []
     for split in ("train", "val"):
@@ -67,7 +67,7 @@ def check(overrides: list[str], workers: int, output: Path) -> int:
         except UserError as error:
             results.append(SplitCheck(split, datamodule.info, problems=[str(error)]))
             continue
-        results.append(check_split(dataset, split, workers))
+        results.append(check_split(dataset, split, workers, task=datamodule.task, num_queries=num_queries))
         if results[-1].gallery:
             gallery(dataset, results[-1].gallery).save(picture := io.BytesIO(), "PNG")
             write_file(output / f"gallery_{split}.png", picture.getvalue())
@@ -81,14 +81,15 @@ def check(overrides: list[str], workers: int, output: Path) -> int:
     return 1 if problems else 0
 
 
-def build_datamodule(overrides: list[str]) -> SegmentationDataModule:
+def build_datamodule(overrides: list[str]) -> tuple[SegmentationDataModule, int | None]:
+    """The data of a training, and its number of queries."""
     overrides = literal_paths(overrides)
     compose("train", overrides)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("train", ["output_dir=.", *overrides])
     datamodule = instantiate(cfg.dataset.datamodule, on_error="collect")
     datamodule.prepare_data()
-    return datamodule
+    return datamodule, cfg.network.get("num_queries")
 
 
 def class_table(result: SplitCheck) -> Table:

@@ -1,6 +1,6 @@
 """Callbacks for what Lightning lacks: pictures, results, guards and progress."""
 
-from pem_lightning.callbacks.guards import NonFiniteLoss
+from pem_lightning.callbacks.guards import NonFiniteLoss, early_stopping
 from pem_lightning.callbacks.progress import Throughput, progress_bar
 from pem_lightning.callbacks.results import Results, SavePredictions
 from pem_lightning.callbacks.visualization import ConfusionMatrix, Curves, PredictionPanels, WorstImages
@@ -17,5 +17,6 @@ __all__ = [
     "SavePredictions",
     "Throughput",
     "WorstImages",
+    "early_stopping",
     "progress_bar",
 ]

@@ -1,4 +1,4 @@
-"""A loss that is not finite: it changes nothing, and what led to it is saved."""
+"""What ends a training before its last step: losses that are not finite, a metric that does not get better any more."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
@@ -111,6 +112,38 @@ class NonFiniteLoss(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the count."""
         self.bad_steps = state_dict["bad_steps"]
+
+
+def early_stopping(monitor: str, patience: int | None) -> Callback:
+    """The callback for `callbacks.early_stopping`; None never stops.
+
+    Args:
+        monitor: name of a metric of which more is better.
+        patience: so many validations without a better one end the training.
+
+    Raises:
+        UserError: the patience is not at least 1.
+    """
+    if patience is None:
+        return Callback()
+    if not isinstance(patience, int) or patience < 1:
+        raise UserError(f"callbacks.early_stopping.patience={patience}: choose a number of validations, or null")
+    # A metric that is not a number yet is no better one, but no reason to stop either.
+    return ResumableEarlyStopping(monitor, patience=patience, mode="max", verbose=True, check_finite=False)
+
+
+class ResumableEarlyStopping(EarlyStopping):
+    """Lightning's, for trainings that are resumed: after it has stopped one, and with another patience."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing more if the training had been stopped."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+            log.info("no better %s in %d validations: nothing to do", self.monitor, self.wait_count)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the count, with this run's patience."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 def _files(trainer: Trainer, batch: Batch) -> list[str]:

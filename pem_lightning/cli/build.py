@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -24,8 +26,9 @@ from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.training.distributed import PlainSyncBatchNorm
 from pem_lightning.training.module import PEMModule
+from pem_lightning.training.optim import freeze
 from pem_lightning.training.resume import AtomicCheckpointIO
-from pem_lightning.types import DatasetInfo, UserError
+from pem_lightning.types import DatasetInfo, UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +123,13 @@ def build_module(
     """
     check_compile("recipe.compile", cfg.recipe.compile)
     network = instantiate(cfg.network, num_classes=info.num_classes)
+    given = cfg.recipe.get("class_weights")
+    weights = {"weight_by_class": weights_by_class(given, info)} if given else {}
+    if cfg.job == "train":
+        freeze(network, cfg.recipe.get("freeze"))
     return PEMModule(
         network=network,
-        criterion=instantiate(cfg.criterion, num_classes=info.num_classes),
+        criterion=instantiate(cfg.criterion, num_classes=info.num_classes, _convert_="all", **weights),
         inference=TaskInference(cfg.task.name, info.thing_classes, **cfg.task.inference),
         info=info,
         parameter_groups=instantiate(cfg.recipe.parameter_groups),
@@ -136,6 +143,23 @@ def build_module(
         gradient_clip=float(cfg.recipe.gradient_clip or 0),
         **_views(cfg),
     )
+
+
+def weights_by_class(given: Any, info: DatasetInfo) -> list[float]:
+    """By class index, from `recipe.class_weights`; 1 for classes that it does not name.
+
+    Raises:
+        UserError: it names a class that there is not, or a weight is no positive number.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"recipe.class_weights={given}: give weights by class name, e.g. {{{info.class_names[0]}: 2}}")
+    for name, weight in given.items():
+        if name not in info.class_names:
+            hint = did_you_mean(str(name), info.class_names)
+            raise UserError(f"recipe.class_weights: there is no class {name}{hint}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise UserError(f"recipe.class_weights: {name} has the weight {weight}: give a number above 0")
+    return [float(given.get(name, 1)) for name in info.class_names]
 
 
 def wants_channels_last(cfg: DictConfig, trainer: Trainer, network: nn.Module) -> bool:

@@ -34,6 +34,7 @@ from pem_lightning.cli.build import (
     command_line,
 )
 from pem_lightning.cli.errors import key_of
+from pem_lightning.data.check import check_before_training
 from pem_lightning.files import remove_leftovers, write_file
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.segment_files import segment_files
@@ -82,6 +83,10 @@ def train(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
             "frozen batch normalisation expects pretrained weights, this run starts from random ones: "
             "say weights=..., or backbone.norm=batch, which learns better"
         )
+    if cfg.recipe.get("freeze") is not None and not (checkpoint or cfg.weights or cfg.backbone.get("pretrained")):
+        log.warning("recipe.freeze=%s keeps random weights: say weights=...", cfg.recipe.freeze)
+    if checkpoint is None:
+        check_before_training(datamodule, cfg.dataset.check, cfg.network.get("num_queries"))
     # Lightning's own records of a checkpoint are plain data, too, so that nothing needs to be trusted.
     try:
         with _in_all_processes(trainer):
@@ -183,6 +188,12 @@ def _check_classes(checkpoint: Checkpoint, info: DatasetInfo) -> None:
 def _check_resumable(cfg: DictConfig, checkpoint: Checkpoint) -> None:
     if not checkpoint.resumable:
         raise UserError(f"{checkpoint.path} has nothing but weights: start a new training from them by weights=")
+    frozen = checkpoint.config["recipe"].get("freeze")
+    if frozen != cfg.recipe.get("freeze"):  # the optimiser has no state for what was frozen
+        raise UserError(
+            f"{checkpoint.path} was trained with recipe.freeze={frozen or 'null'}: go on with that, or start a new "
+            "training by weights="
+        )
     trained = checkpoint.config["recipe"].get("global_batch_size")
     if trained != cfg.recipe.global_batch_size:
         log.warning("global_batch_size was %s: the data do not go on where they were", trained)

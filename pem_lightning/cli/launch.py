@@ -154,6 +154,7 @@ def _run(cfg: DictConfig, job: str, checkpoint: Checkpoint | None) -> float:
         "Using ModelCheckpoint with manual optimization",  # ours has the weights after its step, as it should
         "Experiment logs directory",  # of a resumed run is not empty; `tidy_up` has renamed the earlier log
         "Checkpoint directory",
+        "Found .* in eval mode at the start of training",  # those that `recipe.freeze` stops
     ):
         warnings.filterwarnings("ignore", message=expected, module="lightning.*")
     return getattr(importlib.import_module("pem_lightning.cli.jobs"), job)(cfg, checkpoint)

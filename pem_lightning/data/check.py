@@ -1,21 +1,36 @@
-"""What is wrong with a data set, found before training: every file is read once, every finding names its cure."""
+"""What is wrong with a data set, found before training; every finding names its cure.
+
+`scripts/check_data.py` reads every file once, a training by itself a sample of them.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from pem_lightning.data.ade20k import ADE20K, DOWNLOAD, ADE20KDataset
 from pem_lightning.data.cityscapes import CityscapesDataset
-from pem_lightning.data.dataset import SegmentationDataset, map_parallel, read_map
+from pem_lightning.data.datamodule import SegmentationDataModule
+from pem_lightning.data.dataset import SegmentationDataset, exif_orientation, first_problem, map_parallel, read_map
 from pem_lightning.data.semantic_folder import SemanticFolderDataset
-from pem_lightning.types import VOID_ID, DatasetInfo, UserError
+from pem_lightning.data.targets import Task
+from pem_lightning.types import IGNORE_INDEX, VOID_ID, DatasetInfo, Sample, UserError
+
+log = logging.getLogger(__name__)
+
+SAMPLE = {"train": (64, 1.2), "val": (16, 0.4)}
+"""By split: how many images the quick check reads at most, and after how many seconds it begins no other one."""
+_SHOWN = 5
+"""So many findings of one split are logged at the start of a training."""
 
 
 @dataclass
@@ -23,8 +38,11 @@ class SplitCheck:
     """What a split holds; counters are by class index, and segments without pixels do not count.
 
     Attributes:
+        images: in the split; `read` of them were looked at.
         problems: one message with file and cure each.
         notes: what is unusual, but may be meant.
+        unreadable: those of `problems` that name a file which cannot be read.
+        pointless: that of `problems` which says why there is nothing to learn, or empty.
         total_pixels: void included.
         segments: crowds included.
         images_with: images that hold the class.
@@ -34,14 +52,22 @@ class SplitCheck:
     split: str
     info: DatasetInfo
     images: int = 0
+    read: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    pointless: str = ""
     total_pixels: int = 0
     pixels: Counter[int] = field(default_factory=Counter)
     segments: Counter[int] = field(default_factory=Counter)
     crowds: Counter[int] = field(default_factory=Counter)
     images_with: Counter[int] = field(default_factory=Counter)
     gallery: list[int] = field(default_factory=list)
+
+    @property
+    def absent(self) -> list[str]:
+        """Names of the classes that no image has."""
+        return [name for k, name in enumerate(self.info.class_names) if not self.images_with[k]]
 
     def to_dict(self) -> dict[str, Any]:
         """As the report is written."""
@@ -61,48 +87,209 @@ class SplitCheck:
         return {**facts, "void_share": void_share, "classes": classes}
 
 
-def check_split(dataset: SegmentationDataset, split: str, workers: int = 0, gallery: int = 12) -> SplitCheck:
-    """Read every item of a data set that was made with `on_error="collect"`, and judge the whole."""
-    result = SplitCheck(split, dataset.info, len(dataset))
+class _Item(NamedTuple):
+    """What one item holds: `values` are `_annotation_values`, `targets` the segments that a task trains on."""
+
+    counts: SplitCheck
+    values: Counter[int]
+    targets: int = 0
+    maybe_turned: bool = False  # upright or not? its EXIF orientation leaves the annotation's size as it is
+
+
+def check_split(
+    dataset: SegmentationDataset,
+    split: str,
+    workers: int = 0,
+    gallery: int = 12,
+    *,
+    task: Task = "panoptic",
+    num_queries: int | None = None,
+) -> SplitCheck:
+    """Read every item of a data set, which should be made with `on_error="collect"`, and judge the whole.
+
+    Args:
+        workers: reading processes; 0 reads in this one.
+        gallery: number of items to choose for pictures.
+        task: that is to be trained.
+        num_queries: of the network; None if it is not known.
+    """
     indices = range(len(dataset))
-    checked = list(map_parallel(partial(_check_item, dataset), indices, workers, f"Checking {split}"))
-    items: list[SplitCheck] = [item for item, _ in checked]
-    values: Counter[int] = sum((found for _, found in checked), Counter())
-    for item in items:
-        result.total_pixels += item.total_pixels
-        result.pixels += item.pixels
-        result.segments += item.segments
-        result.crowds += item.crowds
-        result.images_with.update(item.pixels.keys())
-    # What concerns all files first: it may explain the rest.
-    folder = os.path.commonpath([dataset.files(i)[-1].parent for i in (0, len(dataset) - 1)]) if dataset else ""
-    place = f"{split} ({folder})"
-    result.problems += [f"{place}: {suspicion}" for suspicion in suspicions(dataset, values)]
-    result.problems += dataset.problems + [problem for item in items for problem in item.problems]
-    remarks = Counter(remark for item in items for remark in item.notes)
-    result.notes += [f"{place}: {times} image(s) have {remark}" for remark, times in remarks.items()]
-    absent = [name for k, name in enumerate(dataset.info.class_names) if not result.images_with[k]]
-    if result.total_pixels and absent:
-        message = f"{place}: {len(absent)} of {dataset.info.num_classes} classes never occur: {enumerated(absent, 20)}"
-        if split == "train":
-            hint = "check that the labels use the ids of the class list, or shorten it"
-            result.problems.append(f"{message}; no model can learn them: {hint}")
-        else:
-            result.notes.append(f"{message}; they do not count in its metrics")
-    if empty := [dataset.names[i] for i, item in enumerate(items) if item.total_pixels and not item.pixels]:
-        result.notes.append(f"{place}: {len(empty)} image(s) have no annotated pixel: {enumerated(empty)}")
-    result.gallery = _covering([item.pixels.keys() for item in items], gallery)
+    check = partial(_check_item, dataset, task=task)
+    items: list[_Item] = list(map_parallel(check, indices, workers, f"Checking {split}"))
+    result = _judge(dataset, split, indices, items, task, num_queries)
+    result.gallery = _covering([item.counts.pixels.keys() for item in items], gallery)
     return result
 
 
-def _check_item(dataset: SegmentationDataset, index: int) -> tuple[SplitCheck, Counter[int]]:
-    """What one item holds, and `_annotation_values`."""
+@rank_zero_only
+def check_before_training(datamodule: SegmentationDataModule, check: bool | str, num_queries: int | None) -> None:
+    """Look for what would make a training fail or learn nothing, and log what may be wrong. Draws no random numbers.
+
+    Args:
+        datamodule: its files are written if they have to be.
+        check: `dataset.check`. True reads a sample that is spread over the data set, "full" everything.
+        num_queries: of the network; None if it is not known.
+
+    Raises:
+        UserError: an item cannot be read, and `dataset.on_error` is not "skip"; or there is nothing to learn.
+    """
+    if check not in (True, False, "full"):
+        raise UserError(f"dataset.check={check}: choose true, false or full")
+    if check is False:
+        return
+    datamodule.prepare_data()
+    results = []
+    for split, limits in SAMPLE.items():
+        if datamodule.cache is None:
+            dataset = datamodule.train_dataset if split == "train" else datamodule.val_dataset
+        else:  # the copies are made later, by all processes together
+            dataset = datamodule.make_dataset(split, None)
+        if check == "full":
+            result = check_split(
+                dataset, split, datamodule.num_workers, 0, task=datamodule.task, num_queries=num_queries
+            )
+        else:
+            result = _check_sample(dataset, split, *limits, datamodule.task, num_queries)
+        if result.unreadable and datamodule.on_error != "skip":
+            raise UserError(first_problem(result.problems))
+        if result.pointless:
+            raise UserError(f"{result.pointless} (dataset.check=false trains all the same)")
+        results.append(result)
+    for result in results:
+        _log(result)
+
+
+def _log(result: SplitCheck) -> None:
+    if result.split == "train" and result.read < result.images and result.absent:
+        few = f"in {result.read} of {result.images} training images that were looked at"
+        log.info("%d of %d classes do not occur %s", len(result.absent), result.info.num_classes, few)
+    findings = result.problems + result.notes
+    for finding in findings[:_SHOWN]:
+        log.warning("%s", finding)
+    if len(findings) > _SHOWN:
+        log.warning("%s: %d more such findings, scripts/check_data.py lists all", result.split, len(findings) - _SHOWN)
+
+
+def _check_sample(
+    dataset: SegmentationDataset, split: str, most: int, seconds: float, task: Task, num_queries: int | None
+) -> SplitCheck:
+    """The same as `check_split` for some items, within some seconds."""
+    deadline = time.monotonic() + seconds
+    indices: list[int] = []
+    items: list[_Item] = []
+    for index in _spread(len(dataset), most):
+        indices.append(index)
+        items.append(_check_item(dataset, index, task))
+        if time.monotonic() > deadline:
+            break
+    return _judge(dataset, split, indices, items, task, num_queries)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Up to `most` of `count` positions, in an order of which every beginning is spread over all."""
+    chosen = min(count, most)
+    # Multiples of an irrational number modulo 1 fill the interval evenly, however many they are.
+    ranks = np.argsort(np.argsort(np.arange(chosen) * 0.618033988749895 % 1))
+    return (ranks * count // max(chosen, 1)).tolist()
+
+
+def _judge(
+    dataset: SegmentationDataset,
+    split: str,
+    indices: Sequence[int],
+    items: Sequence[_Item],
+    task: Task,
+    num_queries: int | None,
+) -> SplitCheck:
+    """What the items at some places of a data set say together."""
+    result = SplitCheck(split, dataset.info, len(dataset), len(items))
+    values: Counter[int] = sum((item.values for item in items), Counter())
+    for item in items:
+        counts = item.counts
+        result.total_pixels += counts.total_pixels
+        result.pixels += counts.pixels
+        result.segments += counts.segments
+        result.crowds += counts.crowds
+        result.images_with.update(counts.pixels.keys())
+        result.unreadable += counts.unreadable
+    # What concerns all files first: it may explain the rest.
+    folder = os.path.commonpath([dataset.files(i)[-1].parent for i in (0, len(dataset) - 1)]) if dataset else ""
+    part = f", {len(items)} of {len(dataset)} images read" if len(items) < len(dataset) else ""
+    place = f"{split} ({folder}{part})"
+    result.problems += [f"{place}: {suspicion}" for suspicion in suspicions(dataset, values)]
+    if dataset.on_error == "collect":  # otherwise they were raised or logged
+        result.problems += dataset.problems
+    result.problems += result.unreadable + [problem for item in items for problem in item.counts.problems]
+    remarks = Counter(remark for item in items for remark in item.counts.notes)
+    result.notes += [f"{place}: {times} image(s) have {remark}" for remark, times in remarks.items()]
+    if result.total_pixels:
+        _judge_classes(result, place, task, _void_255(dataset, values, result.absent))
+    named = [(dataset.names[index], item) for index, item in zip(indices, items, strict=True)]
+    if empty := [name for name, item in named if item.counts.total_pixels and not item.counts.pixels]:
+        result.notes.append(f"{place}: {len(empty)} image(s) have no annotated pixel: {enumerated(empty)}")
+    if turned := [name for name, item in named if item.maybe_turned]:
+        result.notes.append(
+            f"{place}: {len(turned)} image(s) are turned upright by their EXIF orientation, and sizes do not tell "
+            "whether their annotation is upright, too: look at their overlays; if it is not, turn it in the same way, "
+            f"or remove that tag from the images (exiftool -Orientation=): {enumerated(turned)}"
+        )
+    if crowded := {name: item.targets for name, item in named if num_queries and item.targets > num_queries}:
+        largest = max(crowded, key=crowded.__getitem__)
+        result.notes.append(
+            f"{place}: {len(crowded)} image(s) have more segments than num_queries={num_queries}, up to "
+            f"{crowded[largest]} ({largest}), and a query finds one segment: raise num_queries"
+        )
+    return result
+
+
+def _judge_classes(result: SplitCheck, place: str, task: Task, void: str) -> None:
+    """Which classes never occur, and whether the others leave anything to learn."""
+    complete, absent = result.read == result.images, result.absent
+    missing = f"{len(absent)} of {result.info.num_classes} classes never occur: {enumerated(absent, 20)}; "
+    if result.split != "train":
+        if absent and complete:
+            result.notes.append(f"{place}: {missing}they do not count in its metrics")
+        return
+    nothing = _nothing_to_learn(result, task)
+    if nothing and (complete or void):
+        result.pointless = f"{place}: {missing if absent else ''}{nothing}{void}"
+        result.problems.append(result.pointless)
+    elif absent and (complete or nothing):
+        hint = "no model can learn them: check that the labels use the ids of the class list, or shorten it"
+        result.problems.append(f"{place}: {missing}{nothing or hint}{void}")
+
+
+def _nothing_to_learn(result: SplitCheck, task: Task) -> str:
+    """Why a training would be pointless, and what to do; empty if it would not be."""
+    present = [entry for k, entry in enumerate(result.info.classes) if result.images_with[k]]
+    if not present:
+        return "nothing is annotated: check that the labels use the ids of the class list"
+    if task == "instance" and not any(entry.is_thing for entry in present):
+        return "no class that occurs is countable, and task=instance learns no other: choose another task"
+    if len(present) > 1 or (present[0].is_thing and task != "semantic"):
+        return ""
+    if result.info.num_classes == 1:
+        return (
+            f"{present[0].name} is the only class, and with one class every pixel is that class: add a background class"
+        )
+    return f"every annotated pixel is {present[0].name}: check that the labels use the ids of the class list"
+
+
+def _void_255(dataset: SegmentationDataset, values: Counter[int], absent: Sequence[str]) -> str:
+    """A hint at masks of 0 and 255, where 255 is void but may be meant to be a class that never occurs."""
+    if not (isinstance(dataset, SemanticFolderDataset) and IGNORE_INDEX in dataset.void and values[IGNORE_INDEX]):
+        return ""
+    meant = f"{absent[0]}, write {{name: {absent[0]}, id: 255}}" if absent else "a class, give that one id: 255"
+    return f"; {_shares(values, [IGNORE_INDEX])}and is void: if it means {meant} in classes.yaml"
+
+
+def _check_item(dataset: SegmentationDataset, index: int, task: Task) -> _Item:
     result, values = SplitCheck("", dataset.info), _annotation_values(dataset, index)
     try:
         sample = dataset.read(index)
     except UserError as error:
-        result.problems.append(str(error))
-        return result, values
+        result.unreadable.append(str(error))
+        return _Item(result, values)
     result.notes += dataset.remarks(index)
     areas = _counts(sample.panoptic.numpy())
     hidden = [
@@ -121,7 +308,16 @@ def _check_item(dataset: SegmentationDataset, index: int) -> tuple[SplitCheck, C
             result.pixels[segment.class_id] += areas[segment.id]
             result.segments[segment.class_id] += 1
             result.crowds[segment.class_id] += segment.is_crowd
-    return result, values
+    turn, (height, width) = exif_orientation(dataset.files(index)[0]), sample.image.shape[1:]
+    maybe_turned = turn in (2, 3, 4) or (turn > 4 and height == width)  # otherwise the sizes would not fit
+    return _Item(result, values, _num_targets(sample, areas, task), maybe_turned)
+
+
+def _num_targets(sample: Sample, areas: Counter[int], task: Task) -> int:
+    """How many segments `build_target` makes of a sample."""
+    if task == "semantic":
+        return len({segment.class_id for segment in sample.segments if areas[segment.id]})
+    return sum(not s.is_crowd and (s.is_thing or task == "panoptic") for s in sample.segments)
 
 
 def _counts(values: np.ndarray) -> Counter[int]:

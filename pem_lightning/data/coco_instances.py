@@ -11,7 +11,6 @@ overlaps, polygons beyond the border, and objects that have no pixel or none lef
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -42,11 +41,7 @@ from pem_lightning.data.dataset import (
 from pem_lightning.data.transforms import square_transforms
 from pem_lightning.types import VOID_ID, DatasetInfo, Sample, Segment, UserError
 
-log = logging.getLogger(__name__)
-
 BACKGROUND = "background"
-_REMARKED_IMAGES = 500
-"""So many images are looked at when a data set is opened; `scripts/check_data.py` looks at all."""
 _FARTHEST = 100_000
 """Coordinates beyond are a mistake, and pycocotools would need much memory for them."""
 
@@ -134,8 +129,6 @@ class CocoInstancesDataset(SegmentationDataset):
         # As one text, because every loading process would get its own copy of millions of Python objects.
         self._text = np.frombuffer(b"".join(texts), np.uint8)
         self._starts = np.cumsum([0, *map(len, texts)])
-        if on_error != "collect":
-            self._log_remarks(path)
 
     def read(self, index: int) -> Sample:
         """Decode one item."""
@@ -180,13 +173,6 @@ class CocoInstancesDataset(SegmentationDataset):
 
     def _objects(self, index: int) -> list[_Object]:
         return [_Object(*o) for o in json.loads(self._text[self._starts[index] : self._starts[index + 1]].tobytes())]
-
-    def _log_remarks(self, path: Path) -> None:
-        """Say once how many images have something unusual."""
-        count = min(len(self), _REMARKED_IMAGES)
-        images = f"of the first {count} images" if count < len(self) else f"of {count} images"
-        for remark, times in Counter(r for index in range(count) for r in self.remarks(index)).items():
-            log.warning("%s: %d %s have %s", path, times, images, remark)
 
 
 class CocoInstancesDataModule(SegmentationDataModule):

@@ -143,7 +143,10 @@ def pair_files(
 def map_parallel(function: Callable[[Any], Any], items: Sequence[Any], workers: int, title: str) -> Iterable[Any]:
     """The function's results in order, from several processes (0: from this one), with a progress bar."""
     dataset: Any = items  # a sequence is all that a loader needs
-    loader = WorkerLoader(dataset, batch_size=None, num_workers=min(workers, len(items)), collate_fn=function)
+    generator = torch.Generator()  # of its own: a loader draws from it, and must not from the training's
+    loader = WorkerLoader(
+        dataset, batch_size=None, num_workers=min(workers, len(items)), collate_fn=function, generator=generator
+    )
     return track(loader, title, total=len(items), transient=True)
 
 
@@ -171,6 +174,12 @@ def read_pair(
             f"a {width}x{height} map of {channels[0] if channels else 1} channel(s)"
             for height, width, *channels in (values.shape, expected)
         )
+        turn = exif_orientation(image)
+        if turn != 1 and values.shape == (expected[1], expected[0], *expected[2:]):
+            hint = (
+                f"the image is turned upright by its EXIF orientation ({turn}), the map is not: turn the map in the "
+                f"same way, or remove that tag from the image (exiftool -Orientation= {image.name})"
+            )
         raise UserError(f"{annotation} is {found}, its image {image.name} needs {needed}: {hint}")
     return pixels, values
 
@@ -200,6 +209,18 @@ def read_map(path: Path, hint: str) -> UInt[np.ndarray, "height width *channels"
     if color_type == _PNG_GREY and depth in (2, 4):
         return values // (255 // (2**depth - 1))  # Pillow has spread them over 0..255
     return values
+
+
+def exif_orientation(path: Path) -> int:
+    """How `to_rgb` turns an image file: 1 not at all, 2 to 8 as the tag says (EXIF 2.3, Orientation)."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(_PNG_SIGNATURE) and b"eXIf" not in data:
+            return 1  # Pillow would decode all pixels to look behind them
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as in `_decode`; reading the image says what is wrong with it
+        return 1
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
@@ -306,6 +327,11 @@ def describe_classes(name: str, entries: Sequence[tuple[Any, Any, bool, Any]], s
     """
     classes = []
     for index, (label, color, is_thing, number) in enumerate(entries):
+        if isinstance(label, bool):
+            raise UserError(
+                f"{source}: class {index} has no name: YAML reads no, off, yes and on as {str(label).lower()} or "
+                f"{str(not label).lower()}, so put the name in quotes"
+            )
         if not isinstance(label, str) or not label.strip():
             raise UserError(
                 f"{source}: class {index} has no name: give every class a name, in quotes if it is a number"

@@ -54,6 +54,7 @@ class SetCriterion(nn.Module):
         num_classes: K, without "no object".
         class_weight: of classification, in loss and matching; `mask_weight` and `dice_weight` of their losses.
         no_object_weight: of unmatched queries in the classification loss.
+        weight_by_class: of matched queries in the classification loss, by class index; None for 1 each.
         num_points: P, at which masks are compared; see `choose_uncertain_points` for the two ratios.
         rand: draws all points: the matcher's, then those of `choose_uncertain_points` layer by layer.
 
@@ -71,6 +72,7 @@ class SetCriterion(nn.Module):
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
         no_object_weight: float = 0.1,
+        weight_by_class: Sequence[float] | None = None,
         num_points: int = 12544,
         oversample_ratio: float = 3.0,
         importance_sample_ratio: float = 0.75,
@@ -87,7 +89,10 @@ class SetCriterion(nn.Module):
         self.no_object_weight = no_object_weight
         self.sampling = (num_points, oversample_ratio, importance_sample_ratio, rand)
         self.matcher = HungarianMatcher(class_weight, mask_weight, dice_weight, num_points, rand)
+        self.weight_by_class = None if weight_by_class is None else list(weight_by_class)
         weights = torch.ones(num_classes + 1)
+        if self.weight_by_class is not None:
+            weights[:-1] = torch.tensor(self.weight_by_class)
         weights[-1] = no_object_weight
         self.register_buffer("no_object_weighting", weights, persistent=False)
 
@@ -96,13 +101,22 @@ class SetCriterion(nn.Module):
         counts = [len(target.labels) for target in targets]
         matched = sum(min(count, num_queries) for count in counts)
         unmatched = len(targets) * num_queries - matched
-        own = (float(sum(counts)), matched + self.no_object_weight * unmatched)
+        of_matched = float(matched)
+        if self.weight_by_class is not None:
+            of_matched = sum(self._weight_of_matched(target.labels.tolist(), num_queries) for target in targets)
+        own = (float(sum(counts)), of_matched + self.no_object_weight * unmatched)
         # Numbers become arguments of kernels; a tensor made of them on the host would have to be copied.
         total = torch.stack([torch.full((), n, device=device) for n in own])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             total /= dist.get_world_size()
         return LossTotals(total[0].clamp(min=1), total[1])
+
+    def _weight_of_matched(self, labels: Sequence[int], num_queries: int) -> float:
+        """Of an image's segments; if there are more than queries, of as many average ones."""
+        assert self.weight_by_class is not None
+        total = sum(self.weight_by_class[label] for label in labels)
+        return total * min(1.0, num_queries / max(len(labels), 1))
 
     def forward(
         self, predictions: Predictions, targets: list[Target], totals: LossTotals | None = None

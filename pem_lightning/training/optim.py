@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from pem_lightning.types import UserError
 
 NORMS = (
     nn.BatchNorm1d,
@@ -65,6 +67,25 @@ def parameter_groups(
 def _is_norm_or_embedding(module: nn.Module, name: str) -> bool:
     # Vision transformers keep embeddings and position tables as bare parameters, known by name alone.
     return isinstance(module, (*NORMS, nn.Embedding)) or "embed" in name or name == "relative_position_bias_table"
+
+
+def freeze(network: nn.Module, part: str | None) -> None:
+    """Stop a part of a network from learning: no gradients, and its normalisation keeps its statistics.
+
+    Args:
+        network: PEM, or anything with its interface.
+        part: `recipe.freeze`: "backbone", or None for nothing.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    if part is None:
+        return
+    if part != "backbone":
+        raise UserError(f"recipe.freeze={part}: choose backbone, or null to train everything")
+    backbone = cast(nn.Module, network.backbone)
+    # Lightning leaves the mode of every module as it finds it, also after a validation.
+    backbone.requires_grad_(False).eval()
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float, precision: Precision) -> Tensor:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from PIL import ExifTags, Image
 
+from pem_lightning.data import check
 from pem_lightning.data.ade20k import ADE20KDataset
-from pem_lightning.data.check import check_split, shifted_by_one
+from pem_lightning.data.check import check_before_training, check_split, shifted_by_one
 from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataset
 from pem_lightning.data.coco import CocoPanopticDataset
-from pem_lightning.data.semantic_folder import SemanticFolderDataset
+from pem_lightning.data.semantic_folder import SemanticFolderDataModule, SemanticFolderDataset
 from pem_lightning.files import id_to_rgb
+from pem_lightning.types import UserError
 from tests.data.damage import save
 from tests.panoptic_files import segment
 
@@ -245,3 +250,174 @@ def test_images_without_annotation_are_noted(tmp_path):
     result = tree.check()
     assert result.problems == []
     assert result.notes == [f"train ({tmp_path}/labels/train): 1 image(s) have no annotated pixel: b"]
+
+
+# Trainings that would be wrong without a word.
+
+
+def semantic(tree):
+    return check_split(tree.dataset(), "train", task="semantic")
+
+
+@pytest.mark.parametrize(
+    ("classes", "values", "reason"),
+    [
+        ("[background, crack]", [0, 255], "every annotated pixel is background"),
+        (
+            "[crack]",
+            [0, 255],
+            "crack is the only class, and with one class every pixel is that class",
+        ),
+        ("{classes: [{name: crack, id: 7}], void: [0]}", [0, 7], "add a background class"),
+        ("[background, crack]", [0, 0], "every annotated pixel is background"),
+        ("{classes: [{name: background, id: 1}, {name: crack, id: 2}], void: [0]}", [0, 0], "nothing is annotated"),
+    ],
+)
+def test_data_that_leave_nothing_to_learn(tmp_path, classes, values, reason):
+    tree = Folder(tmp_path, classes)
+    tree.relabel(np.array([values * 2], np.uint8).repeat(3, 0))
+    result = semantic(tree)
+    assert reason in result.pointless
+    assert result.pointless in result.problems
+
+
+def test_masks_of_0_and_255(tmp_path):
+    tree = Folder(tmp_path, "[background, crack]")
+    tree.relabel(np.array([[0, 0, 0, 255]], np.uint8).repeat(3, 0))
+    fix = "255 covers 25.0% of all pixels, and is void: if it means crack, write {name: crack, id: 255} in classes.yaml"
+    assert tree.problem().endswith(fix)
+    (tmp_path / "classes.yaml").write_text("[background, {name: crack, id: 255}]")
+    result = semantic(tree)
+    assert (result.pointless, result.problems, result.notes) == ("", [], [])
+
+
+def test_one_countable_class_can_be_learnt(tmp_path):
+    """Its instances have to be told apart, and stuff is none of them."""
+    tree = Coco(tmp_path)
+    things = check_split(tree.dataset(), "train", task="instance")
+    assert things.pointless == ""
+    tree.listed = {name: [segment(5, 9), segment(70000, 9)] for name in tree.names}
+    assert "task=instance learns no other" in check_split(tree.dataset(), "train", task="instance").pointless
+    tree.listed = {name: [segment(5, 1), segment(70000, 1)] for name in tree.names}
+    assert check_split(tree.dataset(), "train").pointless == ""
+    assert "every annotated pixel is cat" in semantic(tree).pointless
+
+
+def turn(tree, orientation, suffix="jpg", size=None):
+    """Write the images anew with an EXIF orientation, and their maps in the stored pixels' order."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for name in tree.names:
+        values = tree.values if size is None else np.zeros(size, np.uint8)
+        tree.image(name).unlink()
+        Image.fromarray(photo(*values.shape)).save(tree.image(name).with_suffix(f".{suffix}"), exif=exif)
+        values.flat[:3] = 0, 1, 2
+        tree.relabel(values, name)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(("orientation", "size"), [(3, None), (2, (5, 9)), (6, (7, 7))])
+def test_exif_orientation_that_no_size_gives_away(tmp_path, suffix, orientation, size):
+    tree = Folder(tmp_path)
+    turn(tree, orientation, suffix, size)
+    result = tree.check()
+    (note,) = result.notes
+    assert note.startswith(f"train ({tmp_path}/labels/train): 2 image(s) are turned upright by their EXIF orientation")
+    assert note.endswith("remove that tag from the images (exiftool -Orientation=): a, b")
+    assert result.problems == []
+
+
+def test_exif_orientation_that_does_not_fit(tmp_path):
+    tree = Folder(tmp_path)
+    turn(tree, 6)
+    reason = "by its EXIF orientation (6), the map is not: turn the map in the same way, or remove that tag"
+    for name, problem in zip(tree.names, tree.check().problems[:2], strict=True):
+        assert problem.startswith(f"{tree.label(name)} is a 4x3 map of 1 channel(s), its image {name}.jpg needs a 3x4")
+        assert reason in problem
+    for name in tree.names:  # which is right
+        tree.relabel(np.rot90(tree.values, -1).copy(), name)
+    assert tree.check().notes == []
+
+
+def test_more_segments_than_queries(tmp_path):
+    result = check_split(Folder(tmp_path).dataset(), "train", task="semantic", num_queries=2)
+    (note,) = result.notes
+    assert "2 image(s) have more segments than num_queries=2, up to 3 (a), and a query finds one" in note
+    assert check_split(Folder(tmp_path).dataset(), "train", task="semantic", num_queries=3).notes == []
+
+
+# The check that a training makes.
+
+
+@pytest.fixture
+def datamodule(tmp_path, monkeypatch):
+    """Of 200 pictures, of which every second one has both classes; read without hurry."""
+    monkeypatch.setattr(check, "SAMPLE", {"train": (64, 1000.0), "val": (16, 1000.0)})
+    for split in ("train", "val"):
+        for index in range(200):
+            save(tmp_path / "images" / split / f"{index:03d}.png", photo(4, 6))
+            save(tmp_path / "labels" / split / f"{index:03d}.png", np.eye(4, 6, dtype=np.uint8) * (index % 2))
+    (tmp_path / "classes.yaml").write_text("[road, field]")
+    return SemanticFolderDataModule(tmp_path, batch_size=1)
+
+
+def test_a_training_reads_a_sample_of_both_splits(datamodule, monkeypatch):
+    read, item = [], check._check_item
+
+    def watched(dataset, index, task):
+        read.append(index)
+        return item(dataset, index, task)
+
+    monkeypatch.setattr(check, "_check_item", watched)
+    check_before_training(datamodule, True, 10)
+    assert len(read) == 64 + 16
+    assert len(set(read[:64])) == 64
+    for start in (read[:64], read[:16], read[:8], read[64:]):  # wherever the time was up
+        quarters = Counter(index // 50 for index in start)
+        assert len(quarters) == 4
+    again = list(read)
+    read.clear()
+    check_before_training(datamodule, True, 10)
+    assert read == again
+    monkeypatch.setattr(check, "SAMPLE", {"train": (64, 0.0), "val": (16, 0.0)})
+    read.clear()
+    check_before_training(datamodule, True, 10)
+    assert read == [0, 0]
+
+
+@pytest.mark.parametrize("how", [True, "full"])
+def test_a_check_draws_no_random_numbers(datamodule, how):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before, position = torch.get_rng_state(), np.random.get_state()[2]  # Python's moves: beartype draws from it
+    datamodule.num_workers = 0
+    check_before_training(datamodule, how, 10)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.random.get_state()[2] == position
+
+
+def test_what_stops_a_training_and_what_is_said(datamodule, tmp_path, caplog):
+    check_before_training(datamodule, True, 1)
+    (train, val) = caplog.messages
+    assert "64 of 200 images read): 32 image(s) have more segments than num_queries=1, up to 2" in train
+    assert val.startswith("val (")
+    broken = tmp_path / "labels" / "val" / "000.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"cannot read .*val/000.png .it is truncated"):
+        check_before_training(datamodule, True, 10)
+    datamodule.on_error = "skip"
+    caplog.clear()
+    check_before_training(datamodule, True, 10)
+    assert "cannot read" in caplog.text
+    (tmp_path / "classes.yaml").write_text("[road, field, wood]")
+    rare = SemanticFolderDataModule(tmp_path, batch_size=1, on_error="skip")
+    with caplog.at_level(logging.INFO):
+        check_before_training(rare, True, 10)
+    assert "1 of 3 classes do not occur in 64 of 200 training images" in caplog.text
+    caplog.clear()
+    rare.num_workers = 0
+    check_before_training(rare, "full", 10)
+    assert "1 of 3 classes never occur: wood; no model can learn them" in caplog.text
+    with pytest.raises(UserError, match=r"dataset\.check=maybe: choose true, false or full"):
+        check_before_training(rare, "maybe", 10)

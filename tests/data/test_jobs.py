@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pem_lightning.data import check
 from pem_lightning.files import id_to_rgb
 from scripts.prepare_ade20k import prepare_split
 from tests.data.damage import save
@@ -122,7 +123,7 @@ def test_coco_instances(trained, task):
 def test_semantic_folder(trained, capsys):
     for name in ("train/a", "train/b", "val/a"):
         save(f"images/{name}.jpg", PHOTOGRAPH)
-        save(f"labels/{name}.png", halves(1, 255).astype(np.uint8))
+        save(f"labels/{name}.png", halves(1, 2).astype(np.uint8))
     Path("classes.yaml").write_text("[road, car, tree]")
     assert call("train", "dataset=semantic_folder", "dataset.root=.", *TINY) == 2
     assert "dataset=semantic_folder has no task=panoptic: " in capsys.readouterr().err
@@ -156,3 +157,29 @@ def test_cityscapes_test_split_is_predicted(trained, capfd):
     assert str(path) in error
     assert "unzip" in error
     assert "Traceback" not in printed.err + printed.out
+
+
+def test_a_training_checks_its_data_first(tmp_path, monkeypatch, capsys):
+    """Masks of 0 and 255 are refused before the first step; turned images and too few queries are said, once."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train/a", "train/b", "val/a"):
+        save(f"images/{name}.jpg", PHOTOGRAPH)
+        save(f"labels/{name}.png", halves(0, 255).astype(np.uint8))
+    Path("classes.yaml").write_text("[background, crack]")
+    arguments = ("dataset=semantic_folder", "task=semantic", "dataset.root=.", *TINY, "recipe.checkpoint_interval=1")
+    assert call("train", *arguments) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "write {name: crack, id: 255} in classes.yaml" in error
+    assert not Path("run/checkpoints").exists()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(PHOTOGRAPH).save("images/train/a.jpg", exif=exif)
+    Path("classes.yaml").write_text("[background, {name: crack, id: 255}]")
+    monkeypatch.setattr(check, "SAMPLE", {"train": (64, 1000.0), "val": (16, 1000.0)})
+    assert call("train", *arguments, "network.num_queries=1") == 0
+    log = Path("run/run.log").read_text()
+    for finding in ("1 image(s) are turned upright by their EXIF", "more segments than num_queries=1, up to 2"):
+        assert finding in log
+    Path("run/run.log").unlink()
+    assert call("train", "resume=run/checkpoints/last.ckpt", "recipe.max_steps=2") == 0
+    assert "EXIF" not in Path("run/run.log").read_text()

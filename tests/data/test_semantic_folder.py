@@ -124,6 +124,11 @@ def test_ways_to_write_classes(tmp_path, text):
         ("classes: {road: 1}", "no list of classes"),
         ("[]", "0 classes"),
         ("[1, 2]", "class 0 has no name: .* in quotes"),
+        (
+            "[no, crack]",
+            "class 0 has no name: YAML reads no, off, yes and on as false or true, so put",
+        ),
+        ("[crack, {name: on}]", "class 1 has no name: YAML reads"),
         ("[road, road]", "class name road twice"),
         ("[road, {name: car, id: 0}]", "class id 0 twice"),
         ("[{name: road, colour: [1, 2, 3]}]", "has the key 'colour': known are color, id, name"),

@@ -178,6 +178,25 @@ def test_no_object_weight():
     assert losses["loss_ce"].item() == pytest.approx(((matched + 0.3 * unmatched) / 1.3).item())
 
 
+def test_weights_by_class():
+    """The same mean with the class's own weight; weights of 1 are no weights, to the bit."""
+    logits = torch.tensor([[[2.0, 1.0, 0.0], [1.0, 3.0, 0.0]]])
+    masks = torch.stack([torch.full((4, 4), 5.0), torch.full((4, 4), -5.0)])[None]
+    wanted = Target(torch.tensor([0]), torch.ones(1, 16, 16, dtype=torch.bool))
+
+    def loss(weights):
+        torch.manual_seed(0)
+        criterion = SetCriterion(2, num_points=8, no_object_weight=0.3, class_weight=1.0, weight_by_class=weights)
+        return criterion(Predictions(logits, masks), [wanted])["loss_ce"]
+
+    matched, unmatched = -logits.log_softmax(-1)[0, 0, 0], -logits.log_softmax(-1)[0, 1, 2]
+    assert loss([4.0, 7.0]).item() == pytest.approx(((4 * matched + 0.3 * unmatched) / 4.3).item())
+    assert torch.equal(loss([1.0, 1.0]), loss(None))
+    many = Target(torch.tensor([0, 0, 1]), torch.ones(3, 16, 16, dtype=torch.bool))  # of which two can be matched
+    totals = SetCriterion(2, weight_by_class=[4.0, 7.0]).totals([many], 2, torch.device("cpu"))
+    assert totals.class_weight.item() == pytest.approx(15 * 2 / 3)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"num_points": 0}, {"oversample_ratio": 0.5}, {"importance_sample_ratio": 1.5}], ids=str
 )
