@@ -102,7 +102,7 @@ def _start(job: str, options: argparse.Namespace) -> None:
     sweep = options.multirun or any(key_of(o) == "sweep" or o == "hydra.mode=MULTIRUN" for o in overrides)
     if "LOCAL_RANK" in os.environ and _PROCESS in os.environ:
         overrides, sweep = json.loads(os.environ[_PROCESS]), False
-        when_orphaned(lambda: None, grace=5)  # after that time the first process is not ending, it was killed
+        when_orphaned(lambda: None, grace=5.0)  # after that time the first process is not ending, it was killed
     else:
         overrides = literal_paths(overrides, sweep)
     if sweep and not options.cfg:
@@ -227,7 +227,7 @@ def run_in_sweep(cfg: DictConfig, job: str) -> float:
     if multiprocessing.parent_process() is None:
         return _run_in_sweep(cfg, job)
     if _job_signals.listen():
-        when_orphaned(lambda: os.kill(os.getpid(), signal.SIGTERM), grace=60)
+        when_orphaned(lambda: os.kill(os.getpid(), signal.SIGTERM), grace=60.0)
     if _job_signals.received is None:
         try:
             with stop_in_order():

@@ -113,7 +113,7 @@ def test_signals_before_the_first_step_leave_nothing_half_made(work, slurm, capf
         assert slurm.read_text() == "requeue 77\n"
         patch.setattr(CachedDataset, "copy", lambda *a: signal_group("SIGINT") if a[1] == 6 else copy(*a))
         assert in_child(*command) == 130
-    assert len(list(work.glob("cache/*/*.json"))) in (5, 6, 7)  # the two processes are not in step
+    assert len(list(work.glob("cache/*/*.json"))) in range(5, 9)  # the two processes are not in step
     assert in_child(*command) == 0
     assert "Traceback" not in capfd.readouterr().err
 
