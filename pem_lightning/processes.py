@@ -20,8 +20,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What a group is asked to stop with, or warned by; SIGUSR2 is submitit's."""
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+GROUP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""What a group is asked to stop with, or warned by; SIGUSR2 is submitit's. Windows has the first two."""
 REPEAT_SECONDS = 1.0
 """The same signal again within this time is the same wish: `timeout` signals the process, and then its group."""
 _POLL_SECONDS = 0.5
@@ -48,16 +49,23 @@ class WorkerLoader(DataLoader[Any]):
         """Start the workers; they inherit the blocked signals, so that there is no moment in which one kills them."""
         if self.num_workers and (self.multiprocessing_context or multiprocessing).get_start_method() != "fork":
             resource_tracker.ensure_running()  # which would unblock them, if it was started with the first worker
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+        before = _block()
         try:
             return super().__iter__()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if before is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _block() -> set[int] | None:
+    """Block the signals in this thread; returns what was blocked, or None on Windows, which cannot."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS) if hasattr(signal, "pthread_sigmask") else None
 
 
 def start_worker(worker_id: int = 0) -> None:
     """Leave signals to the parent, and end with it; to be called in a process of `multiprocessing`."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    if _block() is None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None and parent.pid is not None:
         _start_thread(_end_with, parent.pid)
