@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 import traceback
 
 import pytest
 
 from pem_lightning.processes import GROUP_SIGNALS, Interrupted, WorkerLoader, start_worker, stop_in_order
+from tests.jobs import ROOT
 from tests.training.killing import signal_group
 
 START_METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
@@ -117,3 +119,14 @@ def test_a_command_is_tidied_up_and_two_signals_at_once_are_one(number, capfd):
     assert stop.value.code == 128 + number
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err == f"\n{number.name}: stopping\n"
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate", "predict"])
+def test_an_interrupt_during_the_imports_leaves_no_traceback(job):
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([sys.executable, "-v", str(ROOT / f"{job}.py")], stderr=pipe, text=True)
+    assert any("torch" in line for line in child.stderr)  # an import of many seconds has begun
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGINT
+    assert "Traceback" not in err
