@@ -84,10 +84,11 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 def safetensors_bytes(path: Path, content: Mapping[str, Any]) -> bytes:
     """Tensors by name as a file of safetensors; of a checkpoint of ours all but the tensors goes into the metadata."""
-    if CHECKPOINT_KEY not in content:
-        return import_safetensors(path).save(dict(content))
+    tensors: Mapping[str, Tensor] = content.get("state_dict", content)
+    packed = {name: tensor.contiguous() for name, tensor in tensors.items()}  # trained ones may be channels-last
     record = {key: value for key, value in content.items() if key != "state_dict"}
-    return import_safetensors(path).save(content["state_dict"], {CHECKPOINT_KEY: json.dumps(record)})
+    metadata = {CHECKPOINT_KEY: json.dumps(record)} if CHECKPOINT_KEY in content else None
+    return import_safetensors(path).save(packed, metadata)
 
 
 def import_safetensors(path: Path) -> Any:

@@ -268,7 +268,7 @@ class TestConversion:
     def test_a_checkpoint_of_ours_stays_one_without_what_resuming_needs(self, tmp_path, name):
         if name.endswith("safetensors"):
             pytest.importorskip("safetensors", reason="safetensors is not installed")
-        own = network_for("resnet18")
+        own = network_for("resnet18").to(memory_format=torch.channels_last)  # as trained on CPUs
         path = write_checkpoint(tmp_path / "a.ckpt", own)
         content = {
             **torch.load(path),
