@@ -23,7 +23,7 @@ dashboard: $(VENV)/.core ## Show all runs, those under way too, on a local page:
 # takes two minutes: one that is cut off starts again, and needs no last.ckpt.
 ABLATIONS := multirun/ablations
 SWEEP := scale=synthetic_small hydra/launcher=joblib seed=0,1 \
-	+callbacks.best.save_weights_only=true callbacks.last=null callbacks.panels=null callbacks.confusion=null $(ARGS)
+	callbacks.best.save_weights_only=true callbacks.last=null callbacks.panels=null callbacks.confusion=null $(ARGS)
 ablations: $(VENV)/.dev ## Train all variants of the network on drawn street scenes and report: an hour on two CPU cores
 	@failed=0; \
 	sweep() { $(BIN)/python train.py "$$@" $(SWEEP) || { test $$? -lt 128 || exit 130; failed=1; }; }; \

@@ -354,3 +354,14 @@ def test_memory_format_on_the_cpu():
         wanted(True, nn.Conv2d(8, 16, 1, 2))
     with pytest.raises(UserError, match="choose auto, true or false"):
         wanted("yes_please", nn.Conv2d(64, 64, 1, 2))
+
+
+@needs_plugins
+@pytest.mark.parametrize("sweep", ["paper_ablations", "paper_depth"])
+def test_the_sweeps_of_make_ablations_compose(sweep):
+    _, _, rest = (CONF.parent / "Makefile").read_text().partition("\nSWEEP := ")
+    overrides = rest.split("$(ARGS)")[0].replace("\\\n", " ").split()
+    assert "scale=synthetic_small" in overrides
+    assert (
+        compose("train", f"sweep={sweep}", *(o for o in overrides if not o.startswith("seed="))).recipe.max_steps == 300
+    )
