@@ -41,7 +41,8 @@ class WorkerLoader(DataLoader[Any]):
 
     def __init__(self, dataset: Any, **options: Any) -> None:
         options.setdefault("worker_init_fn", start_worker)
-        if multiprocessing.get_start_method(allow_none=True) == "loky":  # in a job of joblib, and for joblib only
+        # In a job of joblib, and for joblib only; without workers, a context is refused.
+        if options.get("num_workers") and multiprocessing.get_start_method(allow_none=True) == "loky":
             options.setdefault("multiprocessing_context", "fork" if sys.platform == "linux" else "spawn")
         super().__init__(dataset, **options)
 

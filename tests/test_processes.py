@@ -130,3 +130,9 @@ def test_an_interrupt_during_the_imports_leaves_no_traceback(job):
     _, err = child.communicate(timeout=60)
     assert child.returncode == -signal.SIGINT
     assert "Traceback" not in err
+
+
+def test_in_a_job_of_joblib_a_loader_may_have_workers_or_none(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none=False: "loky")
+    assert list(WorkerLoader([1, 2], batch_size=None, num_workers=0)) == [1, 2]
+    assert WorkerLoader([1, 2], num_workers=1).multiprocessing_context.get_start_method() in ("fork", "spawn")
