@@ -40,7 +40,7 @@ class Usage(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=common.positive, default=5000, help="of training")
-    parser.add_argument("--predictions", type=common.positive, default=2000, help="in turn, and a tenth of it at once")
+    parser.add_argument("--predictions", type=common.positive, default=2000, help="in turn, and again several at once")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks")
 
 
@@ -85,7 +85,7 @@ def commands(folder: Path, options: argparse.Namespace) -> list[tuple[str, list[
     return [
         (f"{options.steps} steps", [sys.executable, "train.py", *overrides]),
         (f"{options.predictions} predictions", [*predict, str(options.predictions), "1"]),
-        (f"{THREADS} at once", [*predict, str(max(options.predictions // 10, THREADS)), str(THREADS)]),
+        (f"{options.predictions} predictions, {THREADS} at once", [*predict, str(options.predictions), str(THREADS)]),
     ]
 
 
