@@ -21,9 +21,8 @@ from PIL import ExifTags, Image, ImageOps
 from rich.progress import track
 from torch.utils.data import Dataset
 
-from pem_lightning.data.targets import IGNORE_INDEX
 from pem_lightning.processes import WorkerLoader
-from pem_lightning.types import ClassInfo, DatasetInfo, Sample, Segment, UserError
+from pem_lightning.types import IGNORE_INDEX, ClassInfo, DatasetInfo, Sample, Segment, UserError
 
 log = logging.getLogger(__name__)
 

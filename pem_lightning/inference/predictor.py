@@ -13,7 +13,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from pem_lightning.checkpoints import Checkpoint, load_network, read_checkpoint
-from pem_lightning.data.targets import check_task
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.results import SegmentedImage, find_classes, only_classes
@@ -21,7 +20,7 @@ from pem_lightning.inference.sources import ImageLike, read_image
 from pem_lightning.inference.tiles import TiledInference
 from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.preprocess import normalize
-from pem_lightning.types import VOID_ID, DatasetInfo, Sample, UserError
+from pem_lightning.types import VOID_ID, DatasetInfo, Sample, UserError, check_task
 
 Images = list[ImageLike] | tuple[ImageLike, ...]
 
