@@ -19,9 +19,8 @@ from pem_lightning.data.dataset import (
     pair_files,
     read_pair,
 )
-from pem_lightning.data.targets import IGNORE_INDEX, Task
 from pem_lightning.data.transforms import square_transforms
-from pem_lightning.types import VOID_ID, DatasetInfo, Sample, Segment, UserError
+from pem_lightning.types import IGNORE_INDEX, VOID_ID, DatasetInfo, Sample, Segment, Task, UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _MAX_VALUE = 2**16 - 1
