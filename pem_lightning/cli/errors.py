@@ -20,11 +20,11 @@ from pem_lightning.types import UserError, did_you_mean
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 _BACKBONES: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), {"norm": "${recipe.resnet_norm}"}),
-    **dict.fromkeys(("stdc1", "stdc2"), {"norm": "batch"}),
-    **{f"efficientnet_lite{i}": {"norm": "batch", "weights": f"efficientnet_lite{i}"} for i in range(3)},
+    **{f"resnet{depth}": {"norm": "${recipe.resnet_norm}"} for depth in (18, 34, 50, 101)},
+    **{f"stdc{number}": {"norm": "batch"} for number in (1, 2)},
+    **{(name := f"efficientnet_lite{number}"): {"norm": "batch", "weights": name} for number in (0, 1, 2)},
 }
-"""Choices of `backbone=` besides conf/backbone -> their normalisation, and the default of `weights=` if they have one."""
+"""Choices of `backbone=` besides conf/backbone -> their normalisation, and their default of `weights=`."""
 
 for _name, _choice in _BACKBONES.items():
     _node = {"name": _name, "module": "${.name}", **_choice}

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite: EfficientNet (Tan and Le, ICML 2019) without squeeze-and-excitation and with ReLU6, for edge devices.
+"""EfficientNet-Lite: EfficientNet (Tan and Le, ICML 2019) with ReLU6 and without squeeze-and-excitation, for the edge.
 
 Parameter names are those of timm's `tf_efficientnet_lite0` to `2`. Google's weights, for which these networks are made,
 want TensorFlow's "SAME" padding and images in -1 to 1.
@@ -67,7 +67,7 @@ class SeparableBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 up to six times the channels, depthwise, 1x1 down; a shortcut where the shape stays. (MobileNetV2, CVPR 2018)"""
+    """1x1 up to six times the channels, depthwise, 1x1 down, and a shortcut where the shape stays, as in MobileNetV2."""
 
     fusable = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
 
@@ -102,8 +102,8 @@ class EfficientNetLite(Backbone):
         norm = partial(norm, eps=_EPSILON)
         widths = WIDTHS[number]
         self.channels = tuple(widths[stage] for stage in _OUTPUTS)
-        # From ImageNet's normalisation to (pixel - 127.5) / 127.5. Folded into the first convolution it would be wrong at
-        # the borders, which that pads with 0.
+        # From ImageNet's normalisation to (pixel - 127.5) / 127.5. Folded into the first convolution, which pads with 0,
+        # it would be wrong at the borders.
         scale, shift = ([v / 127.5 for v in IMAGE_STD], [v / 127.5 - 1 for v in IMAGE_MEAN])
         for name, values in (("input_scale", scale), ("input_shift", shift)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
