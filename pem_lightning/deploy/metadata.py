@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pem_lightning.types import DatasetInfo, UserError
+from pem_lightning.basic_types import DatasetInfo, UserError
 
 KEY = "pem_lightning"
 """Of the JSON text in ONNX's metadata and OpenVINO's rt_info; `ENTRY` where the format is a zip archive."""
