@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pem_lightning.types import UserError
+from pem_lightning.basic_types import UserError
 
 OFFSET_CHANNELS = 27
 """Outputs of the convolution before a deformable one: two offsets and one modulation for each of 9 taps."""
@@ -71,9 +71,8 @@ def _stay_float_openvino(model: Any) -> list[str]:
     for node in model.get_ops():
         kind = node.get_type_name()
         computed = [not _is_constant(node.input_value(i).get_node()) for i in range(node.get_input_size())]
-        if kind == "MatMul" and all(computed):
-            names.append(node.get_friendly_name())
-        elif kind == "Convolution" and node.output(0).get_partial_shape()[1] == OFFSET_CHANNELS:
+        offsets = kind == "Convolution" and node.output(0).get_partial_shape()[1] == OFFSET_CHANNELS
+        if offsets or (kind == "MatMul" and all(computed)):
             names.append(node.get_friendly_name())
     return names
 
@@ -129,12 +128,13 @@ def quantize_onnx(proto: Any, images: Iterable[np.ndarray]) -> Any:
 def _quantised_onnx(proto: Any) -> list[str]:
     """Names of the nodes to quantise; ONNX Runtime would take an empty list for all of them."""
     shapes = {weight.name: tuple(weight.dims) for weight in proto.graph.initializer}
-    names = []
-    for node in proto.graph.node:
-        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm") and node.input[1] in shapes:
-            if node.op_type != "Conv" or shapes[node.input[1]][0] != OFFSET_CHANNELS:
-                names.append(node.name)
-    return names
+    return [
+        node.name
+        for node in proto.graph.node
+        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")
+        and node.input[1] in shapes
+        and not (node.op_type == "Conv" and shapes[node.input[1]][0] == OFFSET_CHANNELS)
+    ]
 
 
 def _not_empty(images: Iterable[np.ndarray]) -> list[np.ndarray]:
