@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPENVINO_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # of what is not quantised
 
 Run = Callable[[Any], Any]
-"""From uint8 images [B, H, W, 3], an array, to what the network returns."""
+"""From a uint8 image [1, H, W, 3], an array, to what the network returns."""
 
 
 def main(path: str, precision: str, size: str, threads: str, runs: str) -> None:
@@ -54,7 +54,7 @@ def open_pytorch(path: Path, precision: str, threads: int) -> Run:
     network = instantiate(checkpoint.config["network"], num_classes=checkpoint.info.num_classes)
     pem_lightning.checkpoints.load_network(network, checkpoint)
     fast = OptimizedNetwork(network, precision)
-    return lambda images: fast(normalize(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    return lambda images: fast(normalize(torch.from_numpy(images[0]).permute(2, 0, 1))[None])
 
 
 def open_onnx(path: Path, precision: str, threads: int) -> Run:

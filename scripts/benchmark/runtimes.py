@@ -35,6 +35,7 @@ from scripts.benchmark.baselines import BASELINES, export_baseline
 from scripts.benchmark.common import TOTAL, Times, quartiles
 
 ROOT = Path(__file__).parents[2]
+RUNNER = Path(__file__).with_name("runner.py")
 PYTORCH, ONNX, OPENVINO = "PyTorch", "ONNX Runtime", "OpenVINO"
 PACKAGES = {ONNX: ["numpy", "pillow", "onnxruntime"], OPENVINO: ["numpy", "pillow", "openvino"]}
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of processors
@@ -158,7 +159,7 @@ def export(network: str, size: tuple[int, int], folder: Path) -> str:
     warnings.simplefilter("ignore")
     try:
         if network in BASELINES:
-            return export_baseline(network, size, folder)
+            return f"logits of {' and '.join(map(str, export_baseline(network, size, folder)))}"
         write_checkpoint(network, folder)
         return ""
     except Exception as error:  # whatever tracing and conversion raise; not all of it can be sent to another process
@@ -202,28 +203,26 @@ def measure(file: Path, precision: str, options: argparse.Namespace) -> Measurem
         UserError: the process fails.
     """
     threads = str(torch.get_num_threads())
-    program = [sys.executable, str(Path(__file__).with_name("runner.py"))]
-    arguments = [str(file), precision, "x".join(map(str, options.size)), threads, str(options.warmup + 1)]
+    size, runs = "x".join(map(str, options.size)), str(options.warmup + 1)
+    command = [sys.executable, str(RUNNER), str(file), precision, size, threads, runs]
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     began = time.perf_counter()
-    with (
-        TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            [*program, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        ) as child,
-    ):
-        assert child.stdout is not None
-        try:
-            child.stdout.readline()
-            start = time.perf_counter() - began
-            answer = child.stdout.readline()
-        finally:
-            child.kill()
+    with TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child:
+            assert child.stdout is not None
+            try:
+                child.stdout.readline()
+                start = time.perf_counter() - began
+                answer = child.stdout.readline()
+            except BaseException:
+                child.kill()
+                raise
         if not answer:
-            child.wait()
             errors.seek(0)
-            last = (errors.read().strip().splitlines() or [str(signal.strsignal(-child.returncode))])[-1]
-            raise UserError(f"its process has failed: {last}")
+            last = (errors.read().strip().splitlines() or ["no message"])[-1]
+            code = child.returncode
+            end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise UserError(f"its process has failed ({end}): {last}")
     seconds, memory = map(float, answer.split())
     return Measurement(seconds, start, memory)
 
