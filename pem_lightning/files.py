@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Int32, UInt8
 
-from pem_lightning.types import UserError
+from pem_lightning.basic_types import UserError
+from pem_lightning.shapes import Int32, UInt8
 
 log = logging.getLogger(__name__)
 

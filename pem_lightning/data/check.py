@@ -22,8 +22,7 @@ from pem_lightning.data.cityscapes import CityscapesDataset
 from pem_lightning.data.datamodule import SegmentationDataModule
 from pem_lightning.data.dataset import SegmentationDataset, exif_orientation, first_problem, map_parallel, read_map
 from pem_lightning.data.semantic_folder import SemanticFolderDataset
-from pem_lightning.data.targets import Task
-from pem_lightning.types import IGNORE_INDEX, VOID_ID, DatasetInfo, Sample, UserError
+from pem_lightning.types import IGNORE_INDEX, VOID_ID, DatasetInfo, Sample, Task, UserError
 
 log = logging.getLogger(__name__)
 

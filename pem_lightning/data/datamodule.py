@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from pem_lightning.data.cache import CachedDataset
 from pem_lightning.data.dataset import OnError, SampleTransform, SegmentationDataset
 from pem_lightning.data.sampler import EndlessSampler, EvalSampler, SeededDataset, TrainSampler
-from pem_lightning.data.targets import Task, build_target, check_task
+from pem_lightning.data.targets import build_target
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
 from pem_lightning.processes import WorkerLoader
-from pem_lightning.types import Batch, DatasetInfo, Sample, UserError
+from pem_lightning.types import Batch, DatasetInfo, Sample, Task, UserError, check_task
 
 
 def collate_train(samples: Sequence[Sample], task: Task, keep_empty: bool = True) -> Batch:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-import io
 import logging
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,14 +13,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Int32, UInt, UInt8
-from PIL import ExifTags, Image, ImageOps
+from jaxtyping import Int32, UInt8
 from rich.progress import track
 from torch.utils.data import Dataset
 
-from pem_lightning.data.targets import IGNORE_INDEX
+from pem_lightning.images import exif_orientation as exif_orientation  # every data set needs these
+from pem_lightning.images import read_map as read_map
+from pem_lightning.images import read_pair as read_pair
+from pem_lightning.images import read_rgb as read_rgb
 from pem_lightning.processes import WorkerLoader
-from pem_lightning.types import ClassInfo, DatasetInfo, Sample, Segment, UserError
+from pem_lightning.types import IGNORE_INDEX, ClassInfo, DatasetInfo, Sample, Segment, UserError
 
 log = logging.getLogger(__name__)
 
@@ -148,162 +147,6 @@ def map_parallel(function: Callable[[Any], Any], items: Sequence[Any], workers: 
         dataset, batch_size=None, num_workers=min(workers, len(items)), collate_fn=function, generator=generator
     )
     return track(loader, title, total=len(items), transient=True)
-
-
-# Image files: the exact content, or an error that names the file. Pillow alone skips the checksums of a PNG's pixels,
-# widens the values of 2- and 4-bit maps, and cuts 16-bit colours to 8 bits, all in silence.
-
-# Not all that Pillow knows: some of its readers start other programs (EPS).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_GREY = 0
-_JPEG_SIGNATURE = b"\xff\xd8\xff"
-_JPEG_START_OF_SCAN = 0xDA
-_JPEG_END = b"\xff\xd9"
-
-
-def read_pair(
-    files: Sequence[Path], hint: str, colored: bool = False
-) -> tuple[UInt8[np.ndarray, "height width 3"], np.ndarray]:
-    """Read an image as RGB, and the values of its annotation map of the same size, of one channel or RGB."""
-    image, annotation = files
-    pixels, values = read_rgb(image, hint), read_map(annotation, hint)
-    expected = pixels.shape if colored else pixels.shape[:2]
-    if values.shape != expected:
-        found, needed = (
-            f"a {width}x{height} map of {channels[0] if channels else 1} channel(s)"
-            for height, width, *channels in (values.shape, expected)
-        )
-        turn = exif_orientation(image)
-        if turn != 1 and values.shape == (expected[1], expected[0], *expected[2:]):
-            hint = (
-                f"the image is turned upright by its EXIF orientation ({turn}), the map is not: turn the map in the "
-                f"same way, or remove that tag from the image (exiftool -Orientation= {image.name})"
-            )
-        raise UserError(f"{annotation} is {found}, its image {image.name} needs {needed}: {hint}")
-    return pixels, values
-
-
-def read_rgb(path: Path, hint: str, formats: tuple[str, ...] = FORMATS) -> UInt8[np.ndarray, "height width 3"]:
-    """Read a photograph as RGB, see `to_rgb`. A JPEG's pixels have no checksums: only a cut file is surely noticed.
-
-    Raises:
-        UserError: the file is missing, damaged, incomplete or none of `formats`; ends in `hint`.
-    """
-    return _decode(path, _read_complete(path, hint), hint, to_rgb, formats)
-
-
-def read_map(path: Path, hint: str) -> UInt[np.ndarray, "height width *channels"]:
-    """Read the stored values of a PNG of any bit depth: grey values, palette indices or colours.
-
-    Raises:
-        UserError: the file is missing, damaged, incomplete, no PNG, or stores 16-bit colours.
-    """
-    data = _read_complete(path, hint)
-    if not data.startswith(_PNG_SIGNATURE):
-        raise UserError(f"{path} is no PNG file, and other formats may change the values of a map: {hint}")
-    depth, color_type = data[24], data[25]
-    if depth == 16 and color_type != _PNG_GREY:
-        raise UserError(f"{path} stores 16-bit colours, which no data set uses for a map: {hint}")
-    values = _decode(path, data, hint, np.array).astype(np.uint16 if depth == 16 else np.uint8)
-    if color_type == _PNG_GREY and depth in (2, 4):
-        return values // (255 // (2**depth - 1))  # Pillow has spread them over 0..255
-    return values
-
-
-def exif_orientation(path: Path) -> int:
-    """How `to_rgb` turns an image file: 1 not at all, 2 to 8 as the tag says (EXIF 2.3, Orientation)."""
-    try:
-        data = path.read_bytes()
-        if data.startswith(_PNG_SIGNATURE) and b"eXIf" not in data:
-            return 1  # Pillow would decode all pixels to look behind them
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as in `_decode`; reading the image says what is wrong with it
-        return 1
-
-
-def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """Decode an opened picture as RGB: upright by its EXIF, 16-bit grey scaled to 8, transparency laid on white."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its values are floating-point numbers of no known range")
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
-        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.array(image.convert("RGB"))
-
-
-def _read_complete(path: Path, hint: str) -> bytes:
-    """A file's bytes, complete as far as its format can tell."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: {hint}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): {hint}") from error
-    fault = None if data else "it is empty"
-    if data.startswith(_PNG_SIGNATURE):
-        fault = _png_fault(data)
-    elif data.startswith(_JPEG_SIGNATURE):
-        fault = _jpeg_fault(data)
-    if fault:
-        raise UserError(f"cannot read {path} ({fault}): {hint}")
-    return data
-
-
-def _decode(
-    path: Path,
-    data: bytes,
-    hint: str,
-    convert: Callable[[Image.Image], np.ndarray],
-    formats: tuple[str, ...] = FORMATS,
-) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            return convert(image)
-    except Exception as error:  # a garbled file makes decoders fail in any way: struct.error, IndexError, MemoryError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"it is none of {', '.join(formats)}"
-        raise UserError(f"cannot read {path} ({reason}): {hint}") from error
-
-
-def _png_fault(data: bytes) -> str | None:
-    """What is wrong with a PNG's chunks; every one has a checksum. (PNG specification, section 5.3)"""
-    place = len(_PNG_SIGNATURE)
-    while place + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        end = place + 12 + length
-        if end > len(data):
-            break
-        (checksum,) = struct.unpack_from(">I", data, end - 4)
-        if zlib.crc32(memoryview(data)[place + 4 : end - 4]) != checksum:
-            return "its content is damaged: a checksum is wrong"
-        if place == len(_PNG_SIGNATURE) and (kind, length) != (b"IHDR", 13):
-            return "it has no header"
-        if kind == b"IEND":
-            return None
-        place = end
-    return "it is truncated"
-
-
-def _jpeg_fault(data: bytes) -> str | None:
-    """Whether a JPEG lacks its end."""
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker, length = struct.unpack_from(">xBH", data, place)
-        if marker == 0xFF:  # a fill byte
-            place += 1
-            continue
-        place += 2 + length
-        if marker == _JPEG_START_OF_SCAN:
-            return None if data.find(_JPEG_END, place) >= 0 else "it is truncated"
-    return "it is truncated or damaged"
 
 
 # Classes as the user's files describe them.

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
-from pem_lightning.types import IGNORE_INDEX, Sample, Target, UserError
-
-Task = Literal["panoptic", "semantic", "instance"]
-
-
-def check_task(task: str) -> None:
-    """Raises `UserError` for an unknown task."""
-    if task not in get_args(Task):
-        raise UserError(f"unknown task {task!r}: choose one of {', '.join(get_args(Task))}")
+from pem_lightning.types import IGNORE_INDEX, Sample, Target, Task
 
 
 def build_target(sample: Sample, task: Task, keep_empty: bool = True) -> Target:

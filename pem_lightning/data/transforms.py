@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Int32, Integer, UInt8
 from PIL import Image
 
+from pem_lightning.images import resize as resize
+from pem_lightning.images import resized_size as resized_size
 from pem_lightning.types import VOID_ID, Sample, UserError
 
 PAPER_SHORTEST_EDGES = tuple(int(0.1 * step * 1024) for step in range(5, 21))
@@ -203,20 +205,6 @@ def square_transforms(edge: int) -> tuple[TrainTransform, EvalTransform]:
 
 def _positive(*lengths: int | None) -> bool:
     return all(length is None or length > 0 for length in lengths)
-
-
-def resized_size(height: int, width: int, shortest_edge: int, max_size: int | None = None) -> tuple[int, int]:
-    """Height and width after bringing the shortest edge to a length, as far as the longest stays within `max_size`."""
-    scale = shortest_edge / min(height, width)
-    if max_size is not None:
-        scale = min(scale, max_size / max(height, width))
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
-
-
-def resize(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """The whole image at another size, by antialiased bilinear interpolation."""
-    height, width = size
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 _NEAR = 16

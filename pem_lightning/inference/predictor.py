@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -13,24 +13,16 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from pem_lightning.checkpoints import Checkpoint, load_network, read_checkpoint
-from pem_lightning.data.targets import check_task
+from pem_lightning.images import ImageLike, Images
+from pem_lightning.images import Photo as Photo
+from pem_lightning.images import read_photo as read_photo
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.results import SegmentedImage, find_classes, only_classes
-from pem_lightning.inference.sources import ImageLike, read_image
 from pem_lightning.inference.tiles import TiledInference
 from pem_lightning.inference.tta import TestTimeAugmentation
 from pem_lightning.preprocess import normalize
-from pem_lightning.types import VOID_ID, DatasetInfo, Sample, UserError
-
-Images = list[ImageLike] | tuple[ImageLike, ...]
-
-
-class Photo(NamedTuple):
-    """An RGB image in memory, and the name of its result."""
-
-    name: str
-    image: UInt8[np.ndarray, "height width 3"]
+from pem_lightning.types import VOID_ID, DatasetInfo, Sample, UserError, check_task
 
 
 class Predictor:
@@ -194,13 +186,6 @@ class Predictor:
             unlabelled = torch.tensor(VOID_ID, dtype=torch.int32).expand(photo.shape[:2])
             image = self.resize(Sample(image, unlabelled, (), "")).image
         return image
-
-
-def read_photo(image: ImageLike, name: str | None = None) -> Photo:
-    """Read an image and name it, by default after its file."""
-    if name is None:
-        name = Path(image).stem if isinstance(image, str | Path) else "image"
-    return Photo(name, read_image(image))
 
 
 def choose_device(name: str | torch.device) -> torch.device:

@@ -15,7 +15,6 @@ from jaxtyping import Bool, Int32, Integer, UInt8, UInt16
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from pem_lightning.data.targets import IGNORE_INDEX
 from pem_lightning.files import id_to_rgb, write_file
 from pem_lightning.inference.postprocess import Instance, Result
 from pem_lightning.inference.visualize import (
@@ -28,7 +27,7 @@ from pem_lightning.inference.visualize import (
     overlay_panoptic,
     region_of,
 )
-from pem_lightning.types import VOID_ID, DatasetInfo, Segment, UserError, did_you_mean
+from pem_lightning.types import IGNORE_INDEX, VOID_ID, DatasetInfo, Segment, UserError, did_you_mean
 
 SHOWN_SCORE = 0.5
 """Instances with a lower score are not drawn."""

@@ -1,15 +1,13 @@
-"""Reading what people hand in: images of any format and mode, videos, cameras and streams; and writing videos."""
+"""Reading what people hand in: videos, cameras and streams (images: `pem_lightning.images`); and writing videos."""
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import re
 import threading
-import warnings
 from collections import deque
-from collections.abc import Collection, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -19,16 +17,15 @@ from typing import Any, TypeVar, cast
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
-from torch import Tensor
 
-from pem_lightning.data import dataset as reading
+from pem_lightning.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from pem_lightning.images import Frame
+from pem_lightning.images import ImageLike as ImageLike
+from pem_lightning.images import find_images as find_images
+from pem_lightning.images import read_image as read_image
 from pem_lightning.types import UserError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
-FORMATS = (*reading.FORMATS, "GIF", "JPEG2000")  # files are recognised by content
 DEFAULT_FPS = 25.0  # of sources that do not say how fast they are
 CODECS = ("avc1", "vp09", "mp4v")
 """H.264 and VP9, which browsers play, and MPEG-4 part 2, which they do not. OpenCV's wheels have no H.264 for Linux."""
@@ -36,118 +33,10 @@ LARGEST_SIDE = 8190  # MPEG-4 part 2 has 13 bits for each side
 
 log = logging.getLogger(__name__)
 
-ImageLike = str | Path | Image.Image | np.ndarray | Tensor
-Frame = UInt8[np.ndarray, "height width 3"]
 T = TypeVar("T")
 
 # FFmpeg would print every fault itself; ours are one line each. Read when the first video is opened.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-
-
-def find_images(source: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """One file of any name, or the sorted images in a folder or of a pattern with `*`, `?`, `[...]` or `**`."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        candidates, where = list(path.iterdir()), f"folder {path}"
-    elif glob.has_magic(str(path)):
-        candidates, where = [Path(match) for match in glob.glob(str(path), recursive=True)], f"pattern {path}"
-    else:
-        raise UserError(f"{path} does not exist: give an image, a folder of images or a pattern such as 'folder/*.png'")
-    found = sorted(p for p in candidates if p.suffix.lower() in suffixes and p.is_file())
-    if not found:
-        raise UserError(f"no images in {where}: expected files that end in {', '.join(sorted(suffixes))}")
-    return found
-
-
-def read_image(source: ImageLike) -> Frame:
-    """An image as RGB, upright as its EXIF orientation says.
-
-    16-bit values are scaled to 8 bits; transparent parts become white; of an animation the first frame is taken.
-
-    Args:
-        source: a file; a Pillow image; or an array [H, W, C], a tensor [C, H, W] or either in the other's order, where
-            C is 3 (RGB), 4 (RGBA) or 1 (grey), or [H, W]. Values: 8 bits (an RGB array is returned as it is), 16 bits,
-            other integers from 0 to 255, floating-point numbers from 0 to 1 or from 0 to 255, or bool.
-
-    Raises:
-        UserError: the file is missing or is not a complete image, or the array or tensor has another shape or values.
-    """
-    if isinstance(source, Tensor):
-        return _from_tensor(source)
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    if not isinstance(source, str | Path | Image.Image):
-        hint = " (which cv2.imread returns for a file that it cannot read)" if source is None else ""
-        raise UserError(
-            f"an image must be a file's path, a Pillow image, an array or a tensor, not {type(source).__name__}{hint}"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images half as large as those refused
-        try:
-            if isinstance(source, Image.Image):
-                return reading.to_rgb(source)
-            return reading.read_rgb(Path(source), "check that it is a complete image file", FORMATS)
-        except UserError as error:
-            if not isinstance(error.__cause__, Image.DecompressionBombError):
-                raise
-            limit = round(2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6)
-            raise UserError(f"{source} has more than {limit} million pixels: shrink it or cut it into parts") from error
-        except (OSError, SyntaxError, ValueError) as error:  # it was opened, but not read yet
-            raise UserError(f"cannot read the image ({error}): check that it is a complete image") from error
-
-
-def _from_tensor(tensor: Tensor) -> Frame:
-    values = tensor.detach().cpu()
-    values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
-    array = np.asarray(values.numpy())
-    first, last = (array.shape[0], array.shape[-1]) if array.ndim == 3 else (0, 0)
-    if first == 3 or (last != 3 and first in (1, 4)):  # else it may be [H, W, C]
-        array = array.transpose(1, 2, 0)
-    return _from_array(array, tensor)
-
-
-def _from_array(array: np.ndarray, given: np.ndarray | Tensor | None = None) -> Frame:
-    """`given` is what the message names, if it is not the array."""
-    given = array if given is None else given
-    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
-        kind, order = (
-            ("tensor", "[3, H, W], [4, H, W]") if isinstance(given, Tensor) else ("array", "[H, W, 3], [H, W, 4]")
-        )
-        raise UserError(
-            f"an image must be a uint8 {kind} {order} or [H, W] (several images: a list of {kind}s), "
-            f"not {str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
-        )
-    array = np.ascontiguousarray(_to_bytes(array))  # OpenCV and PyTorch take no negative strides
-    if channels == 3:
-        return array
-    if channels == 1:
-        return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
-    return reading.to_rgb(Image.fromarray(array))
-
-
-def _to_bytes(array: np.ndarray) -> UInt8[np.ndarray, "*shape"]:
-    """Values of any type and byte order in 8 bits."""
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # all 16 bits are used, as in files
-        return (array.astype(np.float32) / 257).round().astype(np.uint8)
-    low, high = float(array.min()), float(array.max())
-    scale = 255 if array.dtype.kind == "f" and high <= 1.001 else 1  # interpolation may exceed 1 a little
-    # Below 2, floating-point numbers would be a black image of 0 to 255, or one of 0 to 1 that exceeds it.
-    unclear = array.dtype.kind == "f" and 1.001 < high < 2
-    if unclear or not (low * scale > -0.5 and high * scale < 255.5):  # NaN fails, too
-        raise UserError(
-            f"an image of {array.dtype.name} must have values from 0 to 255, or fractions from 0 to 1, not from "
-            f"{low:g} to {high:g}: undo a normalisation, or convert it to uint8"
-        )
-    return (array.astype(np.float32) * scale).round().clip(0, 255).astype(np.uint8)
 
 
 def is_stream(source: str | Path | int) -> bool:

@@ -51,6 +51,7 @@ def root_of(folder):
 def test_every_backbone_is_a_choice(backbone):
     cfg = compose("train", "dataset=ade20k", f"backbone={backbone}")
     assert cfg.backbone.norm in ("frozen", "batch")
+    assert cfg.weights == (backbone if backbone.startswith("efficientnet") else None)
     with torch.device("meta"):
         assert isinstance(instantiate(cfg.network, num_classes=19), PEM)
 
@@ -126,6 +127,7 @@ def test_the_papers_numbers_for_ade20k(task, edge):
 
 def test_choices_that_other_choices_make():
     assert compose().backbone.name == "stdc1"
+    assert compose("train", "backbone=efficientnet_lite0", "weights=null").weights is None
     assert compose("train", "dataset=cityscapes", "backbone=stdc2").network.backbone == "stdc2"
     custom = compose("train", "dataset=coco_panoptic").recipe
     assert (custom.max_steps, custom.global_batch_size, custom.optimizer.lr) == (20000, 16, 2e-4)

@@ -5,12 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pem_lightning.data.targets import (
-    IGNORE_INDEX,
-    build_target,
-    check_task,
-)
-from pem_lightning.types import Sample, Segment, UserError
+from pem_lightning.data.targets import build_target
+from pem_lightning.types import IGNORE_INDEX, Sample, Segment, UserError, check_task
 
 SEGMENTS = (
     Segment(7, 0, False),
