@@ -91,10 +91,16 @@ def encode_rle(mask: Bool[np.ndarray, "height width"]) -> str:
     Columns first, background first. From the fourth on, a length is stored as its difference from the last but one. A
     number is written in groups of five bits, lowest first, each with a sixth bit that says whether more follow.
     """
-    pixels = mask.T.ravel()
-    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    first = [0, 0] if pixels.size and pixels[0] else [0]
-    lengths = np.diff(np.concatenate([first, changes, [pixels.size]]))
+    changes = [0]
+    if region := region_of(mask):
+        left, top, right, bottom = region.box
+        # The box alone, with a row of background below it unless the next column follows at once, and around it.
+        rows = bottom - top + (bottom - top < len(mask))
+        box = np.zeros((right - left, rows), bool)
+        box[:, : bottom - top] = mask[region.window].T
+        column, row = np.divmod(np.flatnonzero(np.diff(box.ravel(), prepend=False, append=False)), rows)
+        changes += ((left + column) * len(mask) + top + row).tolist()
+    lengths = np.diff(changes if changes[-1] == mask.size else [*changes, mask.size])
     numbers = lengths.copy()
     numbers[3:] -= lengths[1:-2]
     groups, kept = [], []

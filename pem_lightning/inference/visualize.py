@@ -90,7 +90,10 @@ def class_segments(
     """A class map as one segment per class; values that are no class become `VOID_ID`."""
     segments = tuple(Segment(k + 1, k, is_thing=False) for k in range(info.num_classes))
     classes = as_array(class_map)
-    return np.where(classes < info.num_classes, classes.astype(np.int32) + 1, np.int32(VOID_ID)), segments
+    id_map = classes.astype(np.int32)
+    id_map += 1
+    id_map[classes >= info.num_classes] = VOID_ID
+    return id_map, segments
 
 
 def side_by_side(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], titles: Sequence[str]) -> Picture:
