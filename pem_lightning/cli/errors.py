@@ -19,14 +19,15 @@ from pem_lightning.types import UserError, did_you_mean
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-_BACKBONE_NORM = {
-    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), "${recipe.resnet_norm}"),
-    **dict.fromkeys(("stdc1", "stdc2"), "batch"),
+_BACKBONES: dict[str, dict[str, str]] = {
+    **{f"resnet{depth}": {"norm": "${recipe.resnet_norm}"} for depth in (18, 34, 50, 101)},
+    **{f"stdc{number}": {"norm": "batch"} for number in (1, 2)},
+    **{(name := f"efficientnet_lite{number}"): {"norm": "batch", "weights": name} for number in (0, 1, 2)},
 }
-"""Choices of `backbone=` besides conf/backbone -> their normalisation."""
+"""Choices of `backbone=` besides conf/backbone -> their normalisation, and their default of `weights=`."""
 
-for _name, _norm in _BACKBONE_NORM.items():
-    _node = {"name": _name, "norm": _norm, "module": "${.name}"}
+for _name, _choice in _BACKBONES.items():
+    _node = {"name": _name, "module": "${.name}", **_choice}
     ConfigStore.instance().store(group="backbone", name=_name, node=_node)
 
 _PLUGINS = ("hydra/launcher/joblib", "hydra/launcher/submitit", "hydra/sweeper/optuna")
@@ -110,8 +111,7 @@ def user_error_behind(error: BaseException | None) -> str | None:
 
     while error is not None:
         if isinstance(error, UserError):
-            # From a loader's worker it comes with the worker's traceback before it.
-            return str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+            return str(error)
         if isinstance(error, MisconfigurationException | OmegaConfBaseException):
             return " ".join(str(error).split())
         error = error.__cause__ or error.__context__

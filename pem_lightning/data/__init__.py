@@ -2,6 +2,7 @@
 
 from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC, ADE20KDataModule, ADE20KDataset
 from pem_lightning.data.cache import CachedDataset
+from pem_lightning.data.camvid import CAMVID, CamVidDataModule, CamVidDataset
 from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataModule, CityscapesDataset
 from pem_lightning.data.coco import CocoPanopticDataModule, CocoPanopticDataset
 from pem_lightning.data.coco_instances import CocoInstancesDataModule, CocoInstancesDataset
@@ -15,11 +16,14 @@ from pem_lightning.types import IGNORE_INDEX
 __all__ = [
     "ADE20K",
     "ADE20K_PANOPTIC",
+    "CAMVID",
     "CITYSCAPES",
     "IGNORE_INDEX",
     "ADE20KDataModule",
     "ADE20KDataset",
     "CachedDataset",
+    "CamVidDataModule",
+    "CamVidDataset",
     "CityscapesDataModule",
     "CityscapesDataset",
     "CocoInstancesDataModule",

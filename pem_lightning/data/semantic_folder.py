@@ -75,18 +75,26 @@ def read_classes(path: Path) -> tuple[DatasetInfo, frozenset[int]]:
 class SemanticFolderDataset(SegmentationDataset):
     """`root` holds `classes.yaml`, images below `images/<split>`, and PNGs of the same names below `labels/<split>`.
 
+    A subclass may know another layout.
+
     Raises:
         UserError: `classes.yaml` is missing or wrong, or files are missing or ambiguous.
     """
 
+    hint = _HINT
+
     def __init__(
         self, root: str | Path, split: str, transform: SampleTransform | None = None, on_error: OnError = "stop"
     ) -> None:
-        self.classes_file = Path(root) / "classes.yaml"
-        info, self.void = read_classes(self.classes_file)
-        image_folder, label_folder = (Path(root) / kind / split for kind in ("images", "labels"))
-        images, same = _find(image_folder, IMAGE_SUFFIXES)
-        labels, _ = _find(label_folder, frozenset({".png"}))
+        self.root = Path(root)
+        info, self.void = self.read_classes()
+        image_folder, label_folder = self.folders(split)
+        images, same = _find(image_folder, IMAGE_SUFFIXES, self.hint)
+        labels, _ = _find(label_folder, frozenset({".png"}), self.hint)
+        if (listed := self.listed(split)) is not None:
+            missing = sorted(listed - images.keys())
+            same += [f"{image_folder} lacks {name}, which the list of {split} has: {self.hint}" for name in missing]
+            images, labels = ({name: files[name] for name in files.keys() & listed} for files in (images, labels))
         hint = f"files below {image_folder} and {label_folder} need the same names but for the suffix"
         pairs, problems = pair_files(images, labels, hint)
         super().__init__(info, pairs, [*same, *problems], transform=transform, on_error=on_error)
@@ -95,9 +103,25 @@ class SemanticFolderDataset(SegmentationDataset):
         self._table[list(self.void)] = VOID_ID
         self._table[list(info.category_ids)] = np.arange(1, info.num_classes + 1)
 
+    def read_classes(self) -> tuple[DatasetInfo, frozenset[int]]:
+        """The classes, and the values of void."""
+        return read_classes(self.root / "classes.yaml")
+
+    def folders(self, split: str) -> tuple[Path, Path]:
+        """Of images and maps."""
+        return self.root / "images" / split, self.root / "labels" / split
+
+    def listed(self, split: str) -> frozenset[str] | None:
+        """Names of the images of a split; None for all in its folder."""
+        return None
+
+    def values_hint(self) -> str:
+        """What to do about an annotation that does not fit."""
+        return f"correct the file or {self.root / 'classes.yaml'}"
+
     def read(self, index: int) -> Sample:
         """Decode one item."""
-        hint = f"correct the file or {self.classes_file}"
+        hint = self.values_hint()
         image, values = read_pair(self.files(index), hint)
         present = np.flatnonzero(np.bincount(values.ravel())).tolist()
         if unknown := [value for value in present if value >= len(self._table) or self._table[value] < 0]:
@@ -107,10 +131,10 @@ class SemanticFolderDataset(SegmentationDataset):
         return make_sample(image, self._table[values], [Segment(i, i - 1, False) for i in ids], self.names[index])
 
 
-def _find(folder: Path, suffixes: frozenset[str]) -> tuple[dict[str, Path], list[str]]:
+def _find(folder: Path, suffixes: frozenset[str], hint: str) -> tuple[dict[str, Path], list[str]]:
     """Files below a folder by name (folders joined by underscores), and a problem for every name that occurs twice."""
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist: {_HINT}")
+        raise UserError(f"{folder} does not exist: {hint}")
     files: dict[str, Path] = {}
     problems = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file()):
@@ -119,22 +143,41 @@ def _find(folder: Path, suffixes: frozenset[str]) -> tuple[dict[str, Path], list
             problems.append(f"{path} has the same name as {files[name]}: rename one of them")
         files.setdefault(name, path)
     if not files:
-        raise UserError(f"{folder} has no files that end in {', '.join(sorted(suffixes))}: {_HINT}")
+        raise UserError(f"{folder} has no files that end in {', '.join(sorted(suffixes))}: {hint}")
     return files, problems
 
 
 class SemanticFolderDataModule(SegmentationDataModule):
     """The user's own semantic data set; the classes are those of its `classes.yaml`. It has no things.
 
+    Args:
+        eval_split: what is evaluated instead of "val", such as "test". Trainings are validated on "val" only.
+
     Raises:
         UserError: the task is not "semantic", or `classes.yaml` is missing or wrong.
     """
 
-    def __init__(self, root: str | Path, task: Task = "semantic", *arguments: Any, **loading: Any) -> None:
+    choice = "semantic_folder"
+    dataset: type[SemanticFolderDataset] = SemanticFolderDataset
+
+    def __init__(
+        self, root: str | Path, task: Task = "semantic", *arguments: Any, eval_split: str = "val", **loading: Any
+    ) -> None:
         if task != "semantic":
-            raise UserError(f"dataset=semantic_folder has no task={task}: choose task=semantic")
+            raise UserError(f"dataset={self.choice} has no task={task}: choose task=semantic")
         super().__init__(root, task, *arguments, **loading)
-        self.info = read_classes(self.root / "classes.yaml")[0]
+        self.eval_split = eval_split
+        self.info = self.read_info()
+
+    def read_info(self) -> DatasetInfo:
+        """The classes."""
+        return read_classes(self.root / "classes.yaml")[0]
+
+    def setup(self, stage: str | None = None) -> None:
+        """As for every data set; raises `UserError` if a training would choose its best weights by another split."""
+        if stage == "fit" and self.eval_split != "val":
+            raise UserError(f"dataset.eval_split={self.eval_split} is for evaluate.py: trainings are validated on val")
+        super().setup(stage)
 
     def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
         """The paper's for ADE20K."""
@@ -142,4 +185,4 @@ class SemanticFolderDataModule(SegmentationDataModule):
 
     def make_dataset(self, split: str, transform: SampleTransform | None) -> SemanticFolderDataset:
         """One split."""
-        return SemanticFolderDataset(self.root, split, transform, self.on_error)
+        return self.dataset(self.root, self.eval_split if split == "val" else split, transform, self.on_error)

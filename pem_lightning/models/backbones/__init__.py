@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 
+from pem_lightning.models.backbones.efficientnet_lite import EfficientNetLite
 from pem_lightning.models.backbones.resnet import ResNet
 from pem_lightning.models.backbones.stdc import STDC
 from pem_lightning.models.layers import Backbone, FrozenBatchNorm2d, NormFactory
@@ -21,6 +22,9 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "resnet101": partial(ResNet, 101),
     "stdc1": partial(STDC, (2, 2, 2)),
     "stdc2": partial(STDC, (4, 5, 3)),
+    "efficientnet_lite0": partial(EfficientNetLite, 0),
+    "efficientnet_lite1": partial(EfficientNetLite, 1),
+    "efficientnet_lite2": partial(EfficientNetLite, 2),
 }
 
 
