@@ -120,7 +120,7 @@ def test_tasks_of_slurm_stop_together_and_ask_once(work, slurm, capfd):
     tasks = []
     for rank in ("0", "1"):
         environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        environment.update(SLURM_NODEID="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         command = (*RUN, *arguments, "hydra.run.dir=tasks", *kill(4, signal="SIGUSR1"))
         tasks.append(in_group(run, "train", command, environment, group=tasks[0] if tasks else 0))
         while os.getpgid(tasks[0]) != tasks[0]:
