@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pem_lightning.deploy.metadata import KEY, Metadata, read_zip_entry
 from pem_lightning.basic_types import UserError
+from pem_lightning.deploy.metadata import KEY, Metadata, read_zip_entry
 
 Logits = tuple[np.ndarray, np.ndarray]
 """Class logits [B, Q, K + 1] and mask logits [B, Q, h, w]."""
