@@ -29,6 +29,7 @@ from packaging.utils import canonicalize_name
 from pem_lightning.checkpoints import CHECKPOINT_KEY, read_checkpoint
 from pem_lightning.data import CITYSCAPES
 from pem_lightning.deploy.export import ExportOptions, export_checkpoint
+from pem_lightning.deploy.quantize import quantize_openvino
 from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.types import UserError
 from scripts.benchmark import common, training
@@ -77,9 +78,13 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     """Export, then time in turns; returns a report and the times. What fails is left out, and the report says why.
 
     Raises:
-        UserError: nothing is left.
+        UserError: a runtime is not installed, or nothing is left.
     """
     options.device = "cpu"
+    try:
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "openvino"))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"runtimes needs {error.name}: pip install -r requirements-export.txt") from error
     runners, notes = list_runners(options, processor_flags())
     failures: dict[Runner, str] = {}
     with TemporaryDirectory() as scratch:
@@ -118,7 +123,6 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
                 f"{install_size(PACKAGES.get(runner.runtime) or requirements()):.0f}",
             )
         )
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "openvino"))
     facts = f"Network, {options.size[0]}x{options.size[1]}, {versions}"
     columns = ("", "ms", f"of {PYTORCH} float32", "peak MiB", "start to first result, s", "file, MB", "installed, MB")
     if options.baselines:
@@ -172,8 +176,6 @@ def export(network: str, size: tuple[int, int], folder: Path) -> str:
 def export_backbone(backbone: str, size: tuple[int, int], folder: Path) -> None:
     """Write model.ckpt as train.py does, and what export.py makes of it for images of a size."""
     import openvino
-
-    from pem_lightning.deploy.quantize import quantize_openvino
 
     checkpoint = folder / "model.ckpt"
     write_checkpoint(backbone, checkpoint)
