@@ -19,11 +19,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from pem_lightning.callbacks import ExactResume
-from pem_lightning.checkpoints import Checkpoint, load_network
+from pem_lightning.checkpoints import Checkpoint
 from pem_lightning.data import SegmentationDataModule
-from pem_lightning.inference.optimize import OptimizedNetwork, check_compile
+from pem_lightning.inference.optimize import check_compile
 from pem_lightning.inference.postprocess import TaskInference
-from pem_lightning.inference.predictor import Predictor
+from pem_lightning.inference.predictor import Predictor, fast_network
 from pem_lightning.training.distributed import PlainSyncBatchNorm
 from pem_lightning.training.module import PEMModule
 from pem_lightning.training.optim import freeze
@@ -114,15 +114,22 @@ def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> Segmenta
 
 
 def build_module(
-    cfg: DictConfig, info: DatasetInfo, *, trainer: Trainer | None = None, micro_batches: int = 1
+    cfg: DictConfig,
+    info: DatasetInfo,
+    *,
+    trainer: Trainer | None = None,
+    micro_batches: int = 1,
+    network: nn.Module | None = None,
 ) -> PEMModule:
-    """Make network, losses and optimiser for a data set's classes; the trainer decides on the memory format.
+    """Make network (unless it is given), losses and optimiser for a data set's classes.
+
+    The trainer decides on the memory format.
 
     Raises:
         UserError: the network cannot be compiled, or laid out in memory, as asked.
     """
     check_compile("recipe.compile", cfg.recipe.compile)
-    network = instantiate(cfg.network, num_classes=info.num_classes)
+    network = instantiate(cfg.network, num_classes=info.num_classes) if network is None else network
     given = cfg.recipe.get("class_weights")
     weights = {"weight_by_class": weights_by_class(given, info)} if given else {}
     if cfg.job == "train":
@@ -198,10 +205,8 @@ def _crashes_in_channels_last(module: nn.Module) -> bool:
 
 def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
     """Make a predictor for a checkpoint, as the command line wants it."""
-    network = instantiate(cfg.network, num_classes=checkpoint.info.num_classes)
-    load_network(network, checkpoint)
     return Predictor.from_parts(
-        OptimizedNetwork(network, cfg.inference.precision, cfg.inference.compile),
+        fast_network(checkpoint, cfg.network, cfg.inference.precision, cfg.inference.compile, cfg.device),
         checkpoint.info,
         TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference),
         resize=instantiate(cfg.recipe.eval_transform),

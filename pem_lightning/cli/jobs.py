@@ -35,6 +35,7 @@ from pem_lightning.cli.build import (
 )
 from pem_lightning.cli.errors import key_of
 from pem_lightning.data.check import check_before_training
+from pem_lightning.deploy.network import ExportedNetwork
 from pem_lightning.files import remove_leftovers, write_file
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.segment_files import segment_files
@@ -122,11 +123,14 @@ def evaluate(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     datamodule = build_datamodule(cfg)
     _check_classes(checkpoint, datamodule.info)
     # In the layout of training, so that numbers are those of its validation to the last digit.
-    module = build_module(cfg, datamodule.info, trainer=trainer)
-    load_network(module.network, checkpoint)
+    speed = cfg.inference.precision, cfg.inference.compile
+    exported = None if checkpoint.session is None else ExportedNetwork(checkpoint.session, *speed)
+    module = build_module(cfg, datamodule.info, trainer=trainer, network=exported)
     module.evaluated_step = checkpoint.step
-    if cfg.inference.precision != "float32" or cfg.inference.compile is not None:  # else to the digits of training
-        module.network = OptimizedNetwork(module.network, cfg.inference.precision, cfg.inference.compile)
+    if exported is None:
+        load_network(module.network, checkpoint)
+        if speed != ("float32", None):  # else to the digits of training
+            module.network = OptimizedNetwork(module.network, *speed)
     if signal.getsignal(signal.SIGTERM) is leave:  # Lightning's own handler would talk to the other processes
         back = LambdaCallback(on_validation_start=lambda *_: signal.signal(signal.SIGTERM, leave))
         trainer.callbacks.append(back)  # type: ignore[attr-defined]
@@ -170,7 +174,11 @@ def _take_network(cfg: DictConfig, checkpoint: Checkpoint | None) -> Checkpoint:
         if not cfg.ema:
             checkpoint = checkpoint._replace(network=checkpoint.raw)
     asked_for = {key_of(o).split(".")[0] for o in set(command_line()) - set(checkpoint.overrides)}
-    if not asked_for & {"network", "backbone", "ablation", "decoder_layers", "num_queries"}:
+    changed = asked_for & {"network", "backbone", "ablation", "decoder_layers", "num_queries"}
+    if checkpoint.session is not None and (changed or not cfg.ema):
+        key = min(changed, default="ema")
+        raise UserError(f"{key}= cannot change {checkpoint.path}, which is exported: export the checkpoint with it")
+    if not changed:
         with open_dict(cfg):
             cfg.network = checkpoint.config["network"]
             cfg.backbone = checkpoint.config["backbone"]
