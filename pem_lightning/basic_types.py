@@ -21,6 +21,10 @@ IGNORE_INDEX = 255
 class UserError(Exception):
     """A mistake of the user. The message is one line that names the cure; the command line exits with code 2."""
 
+    def __str__(self) -> str:
+        """One line: without line breaks in names of files, and the traceback that PyTorch adds in a loader's worker."""
+        return " ".join(super().__str__().split("UserError: ")[-1].splitlines())
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint at the nearest known word, for the end of a message; empty if nothing is similar."""

@@ -69,22 +69,38 @@ def call(job: str, *arguments: str) -> int:
 
 def in_child(*arguments, job="train"):
     """Run a job in a copy of this process, in a group of its own; returns what the shell would call its exit code."""
+    return exit_code(in_group(run, job, arguments))
+
+
+def run(job, arguments, environment=()):
+    """A job in a process that `in_group` has started."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # the parent's other threads have not come along
+    sys.modules["__main__"].__spec__ = None  # with more devices, Lightning starts sys.argv and not pytest
+    return call(job, *arguments)
+
+
+def in_group(function, *arguments, group=0):
+    """Start a function in a copy of this process, in a group of its own or in a given one; returns its number."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         code = 70
         try:
-            os.setpgid(0, 0)
-            torch.set_num_threads(1)  # the parent's other threads have not come along
-            sys.modules["__main__"].__spec__ = None  # with more devices, Lightning starts sys.argv and not pytest
-            code = call(job, *arguments)
+            os.setpgid(0, group)
+            code = function(*arguments)
         except BaseException:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    return child
+
+
+def exit_code(child):
+    """Wait for a process; returns what the shell would call its exit code."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return 128 - code if code < 0 else code
 

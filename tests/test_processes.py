@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 
 import pytest
 
 from pem_lightning.processes import GROUP_SIGNALS, Interrupted, WorkerLoader, start_worker, stop_in_order
-from tests.jobs import ROOT
+from tests.jobs import ROOT, exit_code, in_group
 from tests.training.killing import signal_group
 
 START_METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
@@ -28,20 +27,6 @@ def signal_once(item):
 def hang(folder):
     (folder / str(os.getpid())).touch()
     time.sleep(600)
-
-
-def in_group(function, *arguments):
-    """Start a function in a copy of this process, in a group of its own; returns its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setpgid(0, 0)
-            os._exit(function(*arguments))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(70)
-    return child
 
 
 def wait_for(condition, seconds=60.0):
@@ -66,8 +51,7 @@ def test_workers_do_not_hear_signals_to_their_group(method):
         loaded = list(WorkerLoader(range(6), **options))
         return 0 if loaded == list(range(6)) and set(heard) == set(GROUP_SIGNALS) else 1
 
-    _, status = os.waitpid(in_group(load), 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert exit_code(in_group(load)) == 0
 
 
 @pytest.mark.parametrize("method", START_METHODS)

@@ -111,8 +111,7 @@ def user_error_behind(error: BaseException | None) -> str | None:
 
     while error is not None:
         if isinstance(error, UserError):
-            # From a loader's worker it comes with the worker's traceback before it.
-            return str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+            return str(error)
         if isinstance(error, MisconfigurationException | OmegaConfBaseException):
             return " ".join(str(error).split())
         error = error.__cause__ or error.__context__

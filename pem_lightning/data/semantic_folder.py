@@ -93,9 +93,7 @@ class SemanticFolderDataset(SegmentationDataset):
         labels, _ = _find(label_folder, frozenset({".png"}), self.hint)
         if (listed := self.listed(split)) is not None:
             missing = sorted(listed - images.keys())
-            same = [
-                f"{image_folder} has no image {name}, which the list of {split} names: {self.hint}" for name in missing
-            ]
+            same += [f"{image_folder} lacks {name}, which the list of {split} has: {self.hint}" for name in missing]
             images, labels = ({name: files[name] for name in files.keys() & listed} for files in (images, labels))
         hint = f"files below {image_folder} and {label_folder} need the same names but for the suffix"
         pairs, problems = pair_files(images, labels, hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import subprocess
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -27,8 +28,9 @@ from pem_lightning.types import UserError
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 DEFAULT_FPS = 25.0  # of sources that do not say how fast they are
-CODECS = ("avc1", "vp09", "mp4v")
-"""H.264 and VP9, which browsers play, and MPEG-4 part 2, which they do not. OpenCV's wheels have no H.264 for Linux."""
+CODECS = ("ffmpeg", "avc1", "vp09", "mp4v")
+"""H.264 by the program ffmpeg, and OpenCV's: H.264 and VP9, which browsers play, and MPEG-4 part 2, which they do not.
+OpenCV's wheels have no H.264 for Linux."""
 LARGEST_SIDE = 8190  # MPEG-4 part 2 has 13 bits for each side
 
 log = logging.getLogger(__name__)
@@ -40,8 +42,9 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def is_stream(source: str | Path | int) -> bool:
-    """Whether this is a camera's number or an address such as rtsp://..., and no file."""
-    return bool(re.fullmatch(r"\d+|[A-Za-z][A-Za-z0-9+.-]+://.*", str(source)))
+    """Whether this is a camera's number or an address such as rtsp://..., and no file or folder has that name."""
+    address = re.fullmatch(r"\d+|[A-Za-z][A-Za-z0-9+.-]+://.*", str(source))
+    return address is not None and not os.path.exists(str(source))
 
 
 class VideoReader:
@@ -55,13 +58,14 @@ class VideoReader:
 
     def __init__(self, source: str | Path | int) -> None:
         source = str(source)
-        camera = source.isdecimal()
+        self._is_stream = is_stream(source)
+        camera = self._is_stream and source.isdecimal()
         with _silent_opencv():
             self._capture = cv2.VideoCapture(int(source)) if camera else cv2.VideoCapture(source, cv2.CAP_FFMPEG)
         if not self._capture.isOpened():
             if camera:
                 why = f"there is no camera {source}: connect it, or give another number or a file"
-            elif is_stream(source):
+            elif self._is_stream:
                 why = f"cannot open {source}: check the address and that the stream is running"
             elif not Path(source).is_file():
                 why = f"video {source} does not exist: check the path"
@@ -76,7 +80,6 @@ class VideoReader:
         # By the file's own account; None for cameras and streams without end.
         self.num_frames = round(count) if not camera and 0 < count < 1e9 else None
         self.dropped = 0
-        self._is_stream = is_stream(source)
 
     @property
     def is_live(self) -> bool:
@@ -160,6 +163,31 @@ class _H264Encoder:
         self._file.close()
 
 
+class _FFmpegEncoder:
+    """H.264 by the program ffmpeg; used as OpenCV's writer. Raises OSError if there is none, or it has no H.264."""
+
+    def __init__(self, path: Path, fps: int | float, size: tuple[int, int]) -> None:
+        rate, sides = Fraction(fps).limit_denominator(1001), f"{size[0]}x{size[1]}"
+        read = ("-f", "rawvideo", "-pix_fmt", "bgr24", "-video_size", sides, "-framerate", str(rate), "-i", "pipe:")
+        encode = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-pix_fmt", "yuv420p")
+        self._process: Any = subprocess.Popen(
+            ["ffmpeg", "-v", "quiet", "-y", *read, *encode, "-movflags", "+faststart", f"file:{path}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C must not end it before the last frame
+        )
+
+    def write(self, image: Frame) -> None:
+        self._process.stdin.write(image.tobytes())
+
+    def release(self) -> None:
+        try:
+            self._process.stdin.close()
+        finally:
+            self._process.wait()
+
+
 class VideoWriter:
     """Writes an .mp4 file that browsers play, if any of the encoders here can: H.264 or VP9 (see `CODECS`).
 
@@ -170,7 +198,7 @@ class VideoWriter:
         self.path = path
         self.fps = fps
         self._temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        self._writer: cv2.VideoWriter | _H264Encoder | None = None
+        self._writer: Any = None  # a cv2.VideoWriter, or what is used as one
         self._size = (0, 0)
 
     def write(self, frame: Frame) -> None:
@@ -190,7 +218,7 @@ class VideoWriter:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: make room or choose another output folder") from error
 
-    def _open(self, width: int, height: int) -> cv2.VideoWriter | _H264Encoder:
+    def _open(self, width: int, height: int) -> Any:
         if max(width, height) > LARGEST_SIDE:
             raise UserError(
                 f"cannot write {self.path}: a video of {width} x {height} is larger than {LARGEST_SIDE} pixels at a "
@@ -208,28 +236,32 @@ class VideoWriter:
             if self._works(codec, size):
                 if codec == CODECS[-1]:
                     log.warning(
-                        "this OpenCV writes neither H.264 nor VP9, so browsers will not play %s: pip install av, or "
-                        "convert it",
+                        "this OpenCV writes neither H.264 nor VP9, so browsers will not play %s: pip install av, "
+                        "install ffmpeg, or convert it",
                         self.path,
                     )
-                return self._opencv(codec, size)
-        self._temporary.unlink()
+                return self._encoder(codec, size)
+        self._temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {self.path}: this OpenCV has no encoder for it; pip install av or choose save=masks"
+            f"cannot write {self.path}: this OpenCV has no encoder for it; pip install av, install ffmpeg or choose "
+            "save=masks"
         )
 
-    def _opencv(self, codec: str, size: tuple[int, int]) -> cv2.VideoWriter:
+    def _encoder(self, codec: str, size: tuple[int, int]) -> Any:
+        if codec == "ffmpeg":
+            return _FFmpegEncoder(self._temporary, self.fps, size)
         fourcc = cv2.VideoWriter.fourcc(*codec)
         with _silent_opencv():
             return cv2.VideoWriter(str(self._temporary), cv2.CAP_FFMPEG, fourcc, self.fps, size)
 
     def _works(self, codec: str, size: tuple[int, int]) -> bool:
         """Whether a frame can be read again: an encoder may open and then fail, for its size or its hardware."""
-        writer = self._opencv(codec, size)
-        if not writer.isOpened():
-            return False
-        writer.write(np.zeros((size[1], size[0], 3), np.uint8))
-        writer.release()
+        with suppress(OSError):  # there is no such program
+            writer = self._encoder(codec, size)
+            try:
+                writer.write(np.zeros((size[1], size[0], 3), np.uint8))
+            finally:
+                writer.release()
         with _silent_opencv():
             return cv2.VideoCapture(str(self._temporary), cv2.CAP_FFMPEG).read()[0]
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pem_lightning.data import CITYSCAPES
+from pem_lightning.preprocess import IMAGE_MEAN, IMAGE_STD
 from pem_lightning.types import UserError
 from scripts.benchmark.common import NUM_CLASSES, choose_threshold
+from scripts.benchmark.runner import draw_image, open_network
 
 SEGFORMER = {
     "segformer_b0": {"hidden_sizes": (32, 64, 160, 256), "depths": (2, 2, 2, 2), "decoder_hidden_size": 256},
@@ -24,6 +27,8 @@ EOMT = {
     "eomt_base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_blocks": 3},
     "eomt_large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_blocks": 4},
 }
+LOGITS = ("class_queries_logits", "masks_queries_logits", "logits")
+LARGEST_DEVIATION = 1e-3  # of logits from PyTorch's, relative to the largest
 BASELINES = ("mask2former_r50", *SEGFORMER, *EOMT)
 
 
@@ -52,6 +57,50 @@ def build_baseline(name: str, precision: str, size: tuple[int, int], device: str
             baseline = Mask2Former(transformers, "Mask2Former", "Universal", note, **settings)
     baseline.network.eval().requires_grad_(False).to(device, getattr(torch, precision))
     return baseline
+
+
+class ExportGraph(nn.Module):
+    """A baseline from uint8 RGB images to its logits, as PEM is exported."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, baseline: Baseline) -> None:
+        super().__init__()
+        self.network, self.inputs = baseline.network, baseline.inputs
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN))
+        self.register_buffer("std", torch.tensor(IMAGE_STD))
+
+    def forward(self, images: UInt8[Tensor, "B H W 3"]) -> tuple[Tensor, ...]:
+        """Logits of queries and masks, or of classes; of every window, where the baseline looks at windows."""
+        normalized = (images - self.mean) / self.std
+        output = self.network(**self.inputs(normalized.permute(0, 3, 1, 2)))
+        return tuple(output[key] for key in LOGITS if key in output)
+
+
+def export_baseline(name: str, size: tuple[int, int], folder: Path) -> list[list[int]]:
+    """Write a baseline for images of a size as model.onnx, and model.xml made of it; returns its logits' shapes.
+
+    Raises:
+        UserError: a library is missing, or a runtime's logits are not PyTorch's.
+    """
+    import openvino
+
+    baseline = build_baseline(name, "float32", size, "cpu")
+    graph, images = ExportGraph(baseline).eval(), draw_image(*size)
+    inputs = (torch.from_numpy(images),)
+    program = torch.onnx.export(graph, inputs, input_names=["images"], dynamo=True, opset_version=20, verbose=False)
+    assert program is not None
+    program.save(folder / "model.onnx")
+    openvino.save_model(openvino.convert_model(folder / "model.onnx"), folder / "model.xml", compress_to_fp16=False)
+    with torch.no_grad():
+        expected = graph(*inputs)
+    for file in ("model.onnx", "model.xml"):
+        found = open_network(folder / file, "float32", torch.get_num_threads())(images)
+        for a, b in zip(found, expected, strict=True):
+            if (deviation := float((torch.from_numpy(a) - b).abs().max() / b.abs().max())) > LARGEST_DEVIATION:
+                raise UserError(f"logits of {file} deviate by {deviation:.1g}")
+    return [list(logits.shape) for logits in expected]
 
 
 class Baseline:
@@ -123,7 +172,8 @@ class EoMT(Baseline):
         self.starts = [int(i * (self.side - overlap)) for i in range(count)]
         note = f"semantic maps only, of {count} windows of {self.side} x {self.side}"
         super().__init__(transformers, "Eomt", "Universal", note, **EOMT[name], image_size=self.side, num_queries=100)
-        self.network.attn_mask_probs.zero_()
+        del self.network.attn_mask_probs
+        self.network.attn_mask_probs = [0.0] * EOMT[name]["num_blocks"]  # numbers: of a tensor, export cannot know them
 
     def inputs(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Any]:
         """All windows of all images, and where they are."""

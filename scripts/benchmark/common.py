@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from itertools import pairwise
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.pem import PEM, build_pem
 from pem_lightning.processes import Interrupted, start_worker
+from scripts.benchmark.runner import peak_memory
 
+T = TypeVar("T")
 NUM_CLASSES = 19  # of Cityscapes
 KEPT_QUERIES = 30
 TOTAL = "total"
@@ -97,10 +99,15 @@ def ratios(numerator: Times, denominator: Times, stage: str = TOTAL) -> list[flo
 
 def added_memory(job: Callable[..., object], *arguments: Any) -> str:
     """The most MiB that a job adds to a fresh process: allocated on a GPU, or else resident."""
+    return f"{in_fresh_process(_run_and_measure, job, arguments, torch.get_num_threads()):.0f}"
+
+
+def in_fresh_process(job: Callable[..., T], *arguments: Any) -> T:
+    """What a job returns that runs in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn"), start_worker) as pool:
-        measured = pool.submit(_run_and_measure, job, arguments, torch.get_num_threads())
+        running = pool.submit(job, *arguments)
         try:
-            return f"{measured.result():.0f}"
+            return running.result()
         except Interrupted:
             for process in active_children():
                 process.terminate()  # or the pool would wait for it
@@ -109,19 +116,9 @@ def added_memory(job: Callable[..., object], *arguments: Any) -> str:
 
 def _run_and_measure(job: Callable[..., object], arguments: tuple[Any, ...], threads: int) -> float:
     torch.set_num_threads(threads)
-    before = _peak()
+    before = peak_memory()
     job(*arguments)
-    return torch.cuda.max_memory_allocated() / 2**20 or _peak() - before
-
-
-def _peak() -> float:
-    """MiB of this process so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux hands `ru_maxrss` down from the parent
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return torch.cuda.max_memory_allocated() / 2**20 or peak_memory() - before
 
 
 def random_network(backbone: str) -> PEM:

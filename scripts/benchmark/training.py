@@ -128,10 +128,10 @@ random_network = cache(common.random_network)
 
 
 @cache
-def paper_config() -> DictConfig:
+def paper_config(*overrides: str) -> DictConfig:
     """The experiment as it is shipped for Cityscapes."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("train", overrides=["dataset=cityscapes", "task=panoptic"])
+        return hydra.compose("train", overrides=["dataset=cityscapes", "task=panoptic", *overrides])
 
 
 def draw_batch(options: argparse.Namespace) -> Batch:

@@ -32,7 +32,8 @@ def choices(group):
 
 
 TASKS = ("instance", "panoptic", "semantic")
-PAIRS = [(d, t) for d in choices("dataset") for t in TASKS if d != "semantic_folder" or t == "semantic"]
+SEMANTIC = ("camvid", "semantic_folder")
+PAIRS = [(d, t) for d in choices("dataset") for t in TASKS if d not in SEMANTIC or t == "semantic"]
 
 
 def root_of(folder):
@@ -69,6 +70,7 @@ def test_every_experiment_instantiates(dataset, task, tmp_path):
     assert datamodule.task == task == module.inference.task
     things = 2 if task == "instance" else 3  # and the background
     classes = {"ade20k": 150, "coco_panoptic": 2, "coco_instances": things, "semantic_folder": 2, "cityscapes": 19}
+    classes["camvid"] = 11
     assert datamodule.info.num_classes == module.criterion.num_classes
     assert datamodule.info.num_classes == classes.get(dataset, datamodule.info.num_classes)
     optimizer = module.optimizer(module.parameter_groups(module.network))
@@ -133,6 +135,9 @@ def test_choices_that_other_choices_make():
     assert (custom.max_steps, custom.global_batch_size, custom.optimizer.lr) == (20000, 16, 2e-4)
     assert compose("train", "dataset=coco_instances").recipe == custom
     assert compose("train", "dataset=coco_panoptic", "recipe=ade20k_panoptic").recipe.max_steps == 160000
+    camvid = compose("train", "dataset=camvid")
+    assert (camvid.task.name, camvid.backbone.name, camvid.weights) == ("semantic", *["efficientnet_lite0"] * 2)
+    assert compose("train", "dataset=camvid", "task=panoptic", "backbone=stdc1").task.name == "panoptic"
     # What a checkpoint overrides for one task must exist when it is evaluated as another.
     settings = [set(compose("train", f"task={task}").task.inference) for task in TASKS]
     assert settings[0] == settings[1] == settings[2]

@@ -1,6 +1,8 @@
 """Images of every kind, videos in and out, and reading ahead."""
 
 import io
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -281,6 +283,14 @@ def test_what_is_a_stream():
     assert not any(is_stream(source) for source in ("x.mp4", "./0"))
 
 
+def test_a_folder_with_a_number_for_its_name_is_no_camera(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "x.mp4").rename("7")
+    (tmp_path / "2024").mkdir()
+    assert not any(is_stream(source) for source in ("2024", 2024, "7"))
+    assert len(list(VideoReader("7").frames())) == 12
+
+
 class TestVideoReader:
     @pytest.mark.parametrize(("name", "codec"), [("x.mp4", "mp4v"), ("x.avi", "MJPG"), ("x.mkv", "mp4v")])
     def test_reads_all_frames_as_rgb(self, tmp_path, name, codec):
@@ -399,6 +409,20 @@ class TestLiveSource:
         assert numbers(taken) == list(range(12))
 
 
+FFMPEG = """
+import sys
+from fractions import Fraction
+import cv2, numpy as np
+after = dict(zip(sys.argv, sys.argv[1:]))
+width, height = map(int, after["-video_size"].split("x"))
+path, codec = sys.argv[-1].removeprefix("file:"), cv2.VideoWriter.fourcc(*"mp4v")
+writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, codec, float(Fraction(after["-framerate"])), (width, height))
+while frame := sys.stdin.buffer.read(width * height * 3):
+    writer.write(np.frombuffer(frame, np.uint8).reshape(height, width, 3))
+writer.release()
+"""
+
+
 class TestVideoWriter:
     @pytest.mark.parametrize("fps", [10, 29.97, 0.5])
     def test_what_is_written_is_read_again(self, tmp_path, fps):
@@ -450,6 +474,16 @@ class TestVideoWriter:
             writer.write(np.zeros((16, 8192, 3), np.uint8))
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
+    def test_h264_by_ffmpeg(self, tmp_path, monkeypatch):
+        if shutil.which("ffmpeg") is None:
+            pytest.skip("needs the program ffmpeg")
+        monkeypatch.setitem(sys.modules, "av", None)
+        with VideoWriter(tmp_path / "x = 1.mp4", 29.97) as writer:
+            for i in range(6):
+                writer.write(frame(i, 47, 63))
+        assert codec_of(tmp_path / "x = 1.mp4") == b"h264"
+        assert numbers(read(tmp_path / "x = 1.mp4")) == list(range(6))
+
     def test_browsers_play_it(self, tmp_path):
         with VideoWriter(tmp_path / "x.mp4", 10) as writer:
             writer.write(frame(1))
@@ -461,15 +495,15 @@ class TestVideoWriter:
     )
     def test_other_encoders_stand_in(self, tmp_path, monkeypatch, caplog, missing, codec, warnings):
         """Also for one that opens and then writes nothing, as hardware encoders do without their hardware."""
-        real = VideoWriter._opencv
+        real = VideoWriter._encoder
 
         def without(self, name, size):
             assert "av" not in sys.modules or sys.modules["av"] is None
             return real(self, "none" if name in missing else name, size)
 
         monkeypatch.setitem(sys.modules, "av", None)
-        monkeypatch.setattr(VideoWriter, "_opencv", without)
-        monkeypatch.setattr(sources, "CODECS", ("none", *sources.CODECS[1:]))
+        monkeypatch.setattr(VideoWriter, "_encoder", without)
+        monkeypatch.setattr(sources, "CODECS", ("none", *sources.CODECS[2:]))
         with VideoWriter(tmp_path / "x.mp4", 10) as writer:
             writer.write(frame(1))
         assert codec_of(tmp_path / "x.mp4") == codec
@@ -495,8 +529,23 @@ class TestVideoWriter:
         assert numbers(read(tmp_path / "x.mp4")) == list(range(6))
         assert VideoReader(tmp_path / "x.mp4").fps == pytest.approx(29.97, abs=0.01)
 
+    @pytest.mark.parametrize(("program", "codec"), [(FFMPEG, b"FMP4"), ("", b"VP90")])
+    def test_the_program_ffmpeg(self, tmp_path, monkeypatch, program, codec):
+        """A stand-in for it, which writes another codec, and one that fails, as a build without H.264 does."""
+        monkeypatch.setitem(sys.modules, "av", None)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        (tmp_path / "ffmpeg").write_text(f"#!{sys.executable}\n{program}")
+        (tmp_path / "ffmpeg").chmod(0o755)
+        with VideoWriter(tmp_path / "x.mp4", 29.97) as writer:
+            for i in range(6):
+                writer.write(frame(i, 47, 63))
+        assert codec_of(tmp_path / "x.mp4") == codec
+        assert numbers(read(tmp_path / "x.mp4")) == list(range(6))
+        assert VideoReader(tmp_path / "x.mp4").fps == pytest.approx(29.97, abs=0.01)
+
     def test_a_lost_file_is_noticed(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "av", None)  # which would write it anew
+        monkeypatch.setitem(sys.modules, "av", None)  # which would write it anew, and so would ffmpeg
+        monkeypatch.setattr(sources, "CODECS", sources.CODECS[1:])
         writer = VideoWriter(tmp_path / "x.mp4", 10)
         writer.write(frame(0))
         next(tmp_path.iterdir()).unlink()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,13 @@ from PIL import Image
 from pem_lightning.data import ade20k
 from pem_lightning.data.ade20k import ADE20K, ADE20KDataModule
 from pem_lightning.data.targets import build_target
-from pem_lightning.files import rgb_to_id
+from pem_lightning.files import replace_file, rgb_to_id
+from pem_lightning.processes import stop_in_order
 from pem_lightning.types import UserError
+from scripts import prepare_ade20k
 from scripts.prepare_ade20k import main, merge, prepare_split
+from tests.jobs import exit_code, in_group
+from tests.training.killing import signal_group
 
 WALL, SKY, BED, PERSON = 1, 3, 8, 13  # values in the semantic map
 BED_INSTANCE, PERSON_INSTANCE = 1, 4  # categories in the instance map
@@ -153,6 +158,40 @@ def test_finished_images_are_not_made_again(root, capsys):
     assert (folder / "a.png").stat().st_mtime_ns == before["a.png"]
     assert (folder / "b.png").stat().st_mtime_ns > before["b.png"]
     assert (root / "ade20k_panoptic_train.json").read_text() == content
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_group_leaves_whole_files_and_the_next_start_goes_on(root, name, monkeypatch, capfd):
+    """It comes while a process is about to write the second image, and the first one is finished."""
+    assert call(root) == 0
+    expected = {path: path.read_bytes() for path in root.glob("ade20k_panoptic*/*")}
+    for path in (*expected, *root.glob("*.json")):
+        path.unlink()
+
+    def write_and_signal(path, content):
+        with replace_file(path) as file:
+            file.write(content[: len(content) // 2])
+            file.flush()
+            if path.name == "b.png":
+                signal_group(name)
+            file.write(content[len(content) // 2 :])
+
+    def prepare():
+        with monkeypatch.context() as patch, stop_in_order():
+            patch.setattr(prepare_ade20k, "write_file", write_and_signal)
+            return call(root, workers=1)
+
+    assert exit_code(in_group(prepare)) == 128 + signal.Signals[name]
+    err = capfd.readouterr().err
+    assert "interrupted: run the same command again to go on where it stopped" in err
+    assert "Traceback" not in err
+    left = list(root.glob("ade20k_panoptic*/*"))
+    assert root / "ade20k_panoptic_train" / "a.png" in left
+    assert all(path.read_bytes() == expected[path] for path in left)  # hidden ones included: nothing half-written
+    assert not list(root.glob("*.json"))
+    assert call(root, workers=1) == 0
+    assert f"({3 - len(left)} made now, {len(left)} had been made before)" in capfd.readouterr().out
+    assert {path: path.read_bytes() for path in root.glob("ade20k_panoptic*/*")} == expected
 
 
 @pytest.mark.parametrize("damage", [b"\x89PNG\r\n", b"no image"])

@@ -5,6 +5,8 @@ import os
 import resource
 import shutil
 import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from lightning import Callback
 from pem_lightning.callbacks.visualization import log_files, read_metrics
 from pem_lightning.checkpoints import read_checkpoint
 from pem_lightning.data import CachedDataset, synthetic
-from tests.jobs import TINIEST, call, in_child
+from tests.jobs import TINIEST, call, exit_code, in_child, in_group, run
 from tests.training.killing import differences, kill, signal_group, state, survive
 
 pytestmark = pytest.mark.slow
@@ -95,6 +97,41 @@ def test_signals_to_all_processes_save_and_say_how_to_go_on(whole, slurm, capfd)
     assert in_child(f"resume={last}", *survive()) == 0
     assert_the_same(whole, Path("stopped"))
     assert "dataset.num_workers=2" in Path("stopped/.hydra/overrides.yaml").read_text()
+
+
+def test_a_warning_of_slurm_comes_in_a_validation_or_while_a_checkpoint_is_written(whole, slurm, capfd):
+    command = (*RUN, "hydra.run.dir=warned", "dataset.num_workers=2", "resume=auto")
+    last = Path("warned").absolute() / "checkpoints" / "last.ckpt"
+    for moment, begun, saved in (("validation", 3, 3), ("write", 4, 5)):
+        assert in_child(*command, *kill(begun, moment, signal="SIGUSR1")) == 138
+        assert read_checkpoint(last).step == saved
+    assert slurm.read_text() == "requeue 77\n" * 2
+    assert in_child(*command, *survive()) == 0
+    assert_the_same(whole, Path("warned"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_tasks_of_slurm_stop_together_and_ask_once(work, slurm, capfd):
+    """Two processes as srun starts them, in one group."""
+    arguments = ("trainer.devices=2", "trainer.strategy=ddp", "recipe.global_batch_size=4", "dataset.num_workers=2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    tasks = []
+    for rank in ("0", "1"):
+        environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        command = (*RUN, *arguments, "hydra.run.dir=tasks", *kill(4, signal="SIGUSR1"))
+        tasks.append(in_group(run, "train", command, environment, group=tasks[0] if tasks else 0))
+        while os.getpgid(tasks[0]) != tasks[0]:
+            time.sleep(0.01)
+    assert list(map(exit_code, tasks)) == [138, 138]
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err
+    step = read_checkpoint("tasks/checkpoints/last.ckpt").step
+    assert step in (4, 5)  # the processes agree on one after the next step at the latest
+    assert out.count(f"stopped by SIGUSR1 at step {step}") == 1
+    assert slurm.read_text() == "requeue 77\n"
 
 
 def test_signals_before_the_first_step_leave_nothing_half_made(work, slurm, capfd, monkeypatch):
@@ -232,6 +269,9 @@ def test_two_processes_agree_on_what_one_of_them_meets(work, capfd):
     step = read_checkpoint(last).step
     assert f"stopped by SIGTERM at step {step}" in out
     assert len(list((work / "two").glob("non_finite_step_000002_device_[01].pt"))) == 2
+    limits = (f"recipe.max_steps={step + 2}", "recipe.val_interval=1")
+    assert in_child(f"resume={last}", *limits, *kill(step + 1, "validation", signal="SIGINT")[1:]) == 130
+    assert read_checkpoint(last).step == step + 1
     limits = (f"recipe.max_steps={step + 1}", "recipe.val_interval=1")
     assert in_child(f"resume={last}", *limits, *survive()) == 0
     assert json.loads((work / "two" / "metrics.json").read_text())["step"] == step + 1

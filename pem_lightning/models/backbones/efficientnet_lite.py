@@ -67,7 +67,7 @@ class SeparableBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 up to six times the channels, depthwise, 1x1 down, and a shortcut where the shape stays, as in MobileNetV2."""
+    """1x1 up to six times the channels, depthwise, 1x1 down; a shortcut where the shape stays. As in MobileNetV2."""
 
     fusable = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
 
@@ -102,8 +102,8 @@ class EfficientNetLite(Backbone):
         norm = partial(norm, eps=_EPSILON)
         widths = WIDTHS[number]
         self.channels = tuple(widths[stage] for stage in _OUTPUTS)
-        # From ImageNet's normalisation to (pixel - 127.5) / 127.5. Folded into the first convolution, which pads with 0,
-        # it would be wrong at the borders.
+        # From ImageNet's normalisation to (pixel - 127.5) / 127.5. Folded into the first convolution it would be wrong
+        # at the borders, which are padded with 0.
         scale, shift = ([v / 127.5 for v in IMAGE_STD], [v / 127.5 - 1 for v in IMAGE_MEAN])
         for name, values in (("input_scale", scale), ("input_shift", shift)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
