@@ -29,7 +29,8 @@ def proto() -> Any:
     nodes = [
         helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT, name="cast"),
         helper.make_node("Transpose", ["float"], ["x"], perm=[0, 3, 1, 2], name="transpose"),
-        helper.make_node("Conv", ["x", "body.weight"], ["y"], pads=[1, 1, 1, 1], name="body"),
+        helper.make_node("Conv", ["x", "body.weight"], ["body"], pads=[1, 1, 1, 1], name="body"),
+        helper.make_node("Relu", ["body"], ["y"], name="relu"),
         helper.make_node("Conv", ["y", "offset.weight"], ["offsets"], pads=[1, 1, 1, 1], name="offset"),
         helper.make_node("Reshape", ["y", "shape"], ["pixels"], name="reshape"),
         helper.make_node("Transpose", ["pixels"], ["rows"], perm=[0, 2, 1], name="rows"),
@@ -68,19 +69,15 @@ def test_onnx_weights_become_bytes_but_for_offsets(proto: Any) -> None:
     }
     assert {"body.weight", "linear.weight"} <= bytes_of
     assert "offset.weight" not in bytes_of
-    (similarity,) = (n for n in quantized.graph.node if n.name == "similarity")
-    producers = {output: n.op_type for n in quantized.graph.node for output in n.output}
-    assert "DequantizeLinear" not in {producers.get(name) for name in similarity.input}
     assert 0 < _deviation(_run(quantized, image), wanted) < 0.05
 
 
 def test_openvino_quantises_the_same(proto: Any) -> None:
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    import io
 
     def read() -> Any:
-        return openvino.Core().read_model(io.BytesIO(proto.SerializeToString()).getvalue())
+        return openvino.Core().read_model(proto.SerializeToString())
 
     def run(model: Any, image: np.ndarray) -> list[np.ndarray]:
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
