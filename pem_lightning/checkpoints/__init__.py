@@ -7,6 +7,7 @@ from pem_lightning.checkpoints.checkpoint import (
     convert_old,
     load_network,
     read_checkpoint,
+    refuse_exported,
 )
 from pem_lightning.checkpoints.pretrained import (
     DOWNLOADS,
@@ -30,6 +31,7 @@ __all__ = [
     "load_network",
     "load_weights",
     "read_checkpoint",
+    "refuse_exported",
     "rename_official_key",
     "show_report",
 ]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pem_lightning.checkpoints.safe_load import CHECKPOINT_KEY, is_safetensors, read_safetensors
+from pem_lightning.deploy.sessions import Session, is_exported, open_session
 from pem_lightning.types import DatasetInfo, UserError
 
 _NETWORK_PREFIX = "network."
@@ -28,7 +29,8 @@ class Checkpoint(NamedTuple):
     """One of our checkpoints, as far as evaluation and prediction need it.
 
     `network` has the weights by the network's own names, averaged ones if the training averaged them; `raw` then has
-    those of the last step. `resumable` tells whether it has what a training needs to go on.
+    those of the last step. `resumable` tells whether it has what a training needs to go on. An exported file has no
+    weights but a `session`.
     """
 
     path: Path
@@ -39,10 +41,11 @@ class Checkpoint(NamedTuple):
     network: dict[str, Tensor]
     raw: dict[str, Tensor] | None = None
     resumable: bool = True
+    session: Session | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint that train.py or scripts/convert_checkpoint.py wrote.
+    """Read a checkpoint that train.py or scripts/convert_checkpoint.py wrote, or open a file that export.py wrote.
 
     Only plain data is unpickled, so a foreign file can do no harm.
 
@@ -50,6 +53,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         UserError: the file is missing, damaged, or not ours.
     """
     path = Path(path)
+    if is_exported(path):
+        session = open_session(path)
+        ours = session.metadata
+        return Checkpoint(path, ours.step, ours.config, ours.overrides, ours.dataset_info, {}, None, False, session)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: train.py writes them to outputs/<experiment>/checkpoints")
     try:
@@ -95,8 +102,18 @@ def load_network(network: nn.Module, checkpoint: Checkpoint) -> None:
     network.load_state_dict(checkpoint.network, strict=True)
 
 
+def refuse_exported(path: str | Path) -> None:
+    """Raise a UserError where weights are wanted and the path is that of an exported file."""
+    if is_exported(path):
+        raise UserError(
+            f"{path} is an exported file, which can be evaluated and used, but not trained, converted or exported "
+            "again: give the checkpoint that it was made from"
+        )
+
+
 def check_fits(network: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise a UserError if names or shapes differ from the network's."""
+    refuse_exported(checkpoint.path)
     wanted, given = (
         {name: list(value.shape) for name, value in state.items()}
         for state in (network.state_dict(), checkpoint.network)

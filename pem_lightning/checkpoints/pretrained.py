@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY, Checkpoint, parse_checkpoint, slim_content
+from pem_lightning.checkpoints.checkpoint import (
+    CHECKPOINT_KEY,
+    Checkpoint,
+    parse_checkpoint,
+    refuse_exported,
+    slim_content,
+)
 from pem_lightning.checkpoints.safe_load import as_tensor, read_content, safetensors_bytes
 from pem_lightning.files import write_file
 from pem_lightning.models.backbones import build_backbone
@@ -119,6 +125,7 @@ def read_weights(source: str | Path) -> Weights:
         UserError: it does not exist, cannot be had, is damaged, dangerous or of no known kind.
     """
     if Path(source).is_file():
+        refuse_exported(source)
         return _recognize(read_content(Path(source)), str(source))
     if str(source) in DOWNLOADS:
         return _recognize(_download(str(source)), str(source))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -19,11 +21,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from pem_lightning.callbacks import ExactResume
-from pem_lightning.checkpoints import Checkpoint, load_network
+from pem_lightning.checkpoints import Checkpoint
 from pem_lightning.data import SegmentationDataModule
-from pem_lightning.inference.optimize import OptimizedNetwork, check_compile
+from pem_lightning.deploy.export import SUFFIXES, ExportOptions
+from pem_lightning.images import resize
+from pem_lightning.inference.optimize import check_compile
 from pem_lightning.inference.postprocess import TaskInference
-from pem_lightning.inference.predictor import Predictor
+from pem_lightning.inference.predictor import Predictor, fast_network
 from pem_lightning.training.distributed import PlainSyncBatchNorm
 from pem_lightning.training.module import PEMModule
 from pem_lightning.training.optim import freeze
@@ -114,15 +118,22 @@ def build_datamodule(cfg: DictConfig, batch_size: int | None = None) -> Segmenta
 
 
 def build_module(
-    cfg: DictConfig, info: DatasetInfo, *, trainer: Trainer | None = None, micro_batches: int = 1
+    cfg: DictConfig,
+    info: DatasetInfo,
+    *,
+    trainer: Trainer | None = None,
+    micro_batches: int = 1,
+    network: nn.Module | None = None,
 ) -> PEMModule:
-    """Make network, losses and optimiser for a data set's classes; the trainer decides on the memory format.
+    """Make network (unless it is given), losses and optimiser for a data set's classes.
+
+    The trainer decides on the memory format.
 
     Raises:
         UserError: the network cannot be compiled, or laid out in memory, as asked.
     """
     check_compile("recipe.compile", cfg.recipe.compile)
-    network = instantiate(cfg.network, num_classes=info.num_classes)
+    network = instantiate(cfg.network, num_classes=info.num_classes) if network is None else network
     given = cfg.recipe.get("class_weights")
     weights = {"weight_by_class": weights_by_class(given, info)} if given else {}
     if cfg.job == "train":
@@ -198,10 +209,8 @@ def _crashes_in_channels_last(module: nn.Module) -> bool:
 
 def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
     """Make a predictor for a checkpoint, as the command line wants it."""
-    network = instantiate(cfg.network, num_classes=checkpoint.info.num_classes)
-    load_network(network, checkpoint)
     return Predictor.from_parts(
-        OptimizedNetwork(network, cfg.inference.precision, cfg.inference.compile),
+        fast_network(checkpoint, cfg.network, cfg.inference.precision, cfg.inference.compile, cfg.device),
         checkpoint.info,
         TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference),
         resize=instantiate(cfg.recipe.eval_transform),
@@ -210,6 +219,60 @@ def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
         batch_size=cfg.batch_size,
         **_views(cfg),
     )
+
+
+def build_export(cfg: DictConfig, checkpoint: Path) -> tuple[ExportOptions, Path]:
+    """What to export, and the file's name.
+
+    Raises:
+        UserError: a value is impossible, or the name contradicts the format.
+    """
+    formats = {suffix: name for name, suffix in SUFFIXES.items()}
+    given = None if cfg.output is None else Path(str(cfg.output))
+    by_name = None if given is None else formats.get(given.suffix.lower())
+    chosen = by_name or "onnx" if cfg.format == "auto" else cfg.format
+    size, results = cfg.size, cfg.results
+    if size is not None:
+        sides = list(size) if isinstance(size, ListConfig) else []
+        if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+            raise UserError(f"size={size}: give height and width in pixels, e.g. [512,1024], or null for any size")
+        size = sides[0], sides[1]
+    if results not in (False, None, "panoptic", "semantic"):
+        raise UserError(f"results={results}: choose false, panoptic or semantic")
+    options = ExportOptions(str(chosen), str(cfg.precision), size, str(cfg.deform), results or None)
+    suffix = SUFFIXES[options.format]
+    if given is None:
+        return options, checkpoint.with_suffix(suffix)
+    if given.is_dir() or str(cfg.output).endswith("/"):
+        return options, given / f"{checkpoint.stem}{suffix}"
+    if by_name == options.format:
+        return options, given
+    if by_name is not None or given.suffix.lower() in _NOT_EXPORTED:
+        raise UserError(f"output={given} does not end in {suffix}, as files of format={options.format} do")
+    return options, given.with_name(f"{given.name}{suffix}")
+
+
+_NOT_EXPORTED = (".ckpt", ".pt", ".pth", ".safetensors", ".bin", ".engine", ".trt", ".plan")
+"""Endings of other files with networks."""
+
+
+def calibration_images(cfg: DictConfig, count: int, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
+    """RGB images of the training set as evaluation shows them to the network, uint8 [1, H, W, 3].
+
+    Args:
+        cfg: the experiment.
+        count: how many, evenly spread over the set; all if it has fewer.
+        size: height and width that they are resized to; None keeps evaluation's.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    datamodule = build_datamodule(cfg)
+    dataset = datamodule.make_dataset("train", datamodule.eval_transform)
+    count = min(count, len(dataset))
+    for number in range(count):
+        image = dataset[number * len(dataset) // count].image.permute(1, 2, 0).numpy()
+        yield np.ascontiguousarray(image if size is None else resize(image, size))[None]
 
 
 def _views(cfg: DictConfig) -> dict[str, Any]:

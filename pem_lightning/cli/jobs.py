@@ -1,12 +1,13 @@
-"""What the commands do with a composed experiment: train, evaluate, predict."""
+"""What the commands do with a composed experiment: train, evaluate, predict, export."""
 
 from __future__ import annotations
 
 import csv
 import io
 import logging
+import shlex
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,9 @@ from lightning import Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
+from pem_lightning.callbacks.results import readable
 from pem_lightning.callbacks.visualization import log_files
 from pem_lightning.checkpoints import (
     Checkpoint,
@@ -24,18 +27,24 @@ from pem_lightning.checkpoints import (
     load_network,
     load_weights,
     read_checkpoint,
+    refuse_exported,
     show_report,
 )
 from pem_lightning.cli.build import (
     build_datamodule,
+    build_export,
     build_module,
     build_predictor,
     build_trainer,
+    calibration_images,
     command_line,
 )
 from pem_lightning.cli.errors import key_of
 from pem_lightning.data.check import check_before_training
-from pem_lightning.files import remove_leftovers, write_file
+from pem_lightning.deploy.export import Calibration, Report, export_checkpoint
+from pem_lightning.deploy.network import ExportedNetwork, Run, UInt8Network
+from pem_lightning.deploy.sessions import Session
+from pem_lightning.files import check_writable, remove_leftovers, write_file
 from pem_lightning.inference.optimize import OptimizedNetwork
 from pem_lightning.inference.segment_files import segment_files
 from pem_lightning.models.backbones import Backbone
@@ -117,22 +126,30 @@ def micro_batch_limit(cfg: DictConfig, devices: int) -> int | None:
 def evaluate(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     """Evaluate a checkpoint on the validation images; returns the task's metric in percent."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoint = _take_network(cfg, checkpoint)
+    return _validate(cfg, _take_network(cfg, checkpoint))[cfg.task.monitor]
+
+
+def _validate(cfg: DictConfig, checkpoint: Checkpoint, network: nn.Module | None = None) -> dict[str, float]:
+    """The metrics of a checkpoint, or of another network with its classes, on the validation images."""
     trainer = build_trainer(cfg)
     datamodule = build_datamodule(cfg)
     _check_classes(checkpoint, datamodule.info)
+    speed = cfg.inference.precision, cfg.inference.compile
+    if network is None and checkpoint.session is not None:
+        network = ExportedNetwork(checkpoint.session, *speed)
     # In the layout of training, so that numbers are those of its validation to the last digit.
-    module = build_module(cfg, datamodule.info, trainer=trainer)
-    load_network(module.network, checkpoint)
+    module = build_module(cfg, datamodule.info, trainer=trainer, network=network)
     module.evaluated_step = checkpoint.step
-    if cfg.inference.precision != "float32" or cfg.inference.compile is not None:  # else to the digits of training
-        module.network = OptimizedNetwork(module.network, cfg.inference.precision, cfg.inference.compile)
+    if network is None:
+        load_network(module.network, checkpoint)
+        if speed != ("float32", None):  # else to the digits of training
+            module.network = OptimizedNetwork(module.network, *speed)
     if signal.getsignal(signal.SIGTERM) is leave:  # Lightning's own handler would talk to the other processes
         back = LambdaCallback(on_validation_start=lambda *_: signal.signal(signal.SIGTERM, leave))
         trainer.callbacks.append(back)  # type: ignore[attr-defined]
     with _in_all_processes(trainer):
         metrics = trainer.validate(module, datamodule, verbose=False)
-    return float(metrics[0][cfg.task.monitor])
+    return {name: float(value) for name, value in metrics[0].items()}
 
 
 def predict(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
@@ -148,6 +165,85 @@ def predict(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
         show_fps=cfg.show_fps,
     )
     return 0.0
+
+
+def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
+    """Write a checkpoint's network as a file for another runtime; returns the file's metric in percent, or NaN."""
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    checkpoint = _take_network(cfg, checkpoint)
+    refuse_exported(checkpoint.path)
+    options, output = build_export(cfg, checkpoint.path)
+    check_writable(output.parent)
+    if cfg.evaluate not in ("auto", True, False):
+        raise UserError(f"evaluate={cfg.evaluate}: choose auto, true or false")
+    int8 = options.precision == "int8"
+    before = _validate(cfg, checkpoint) if cfg.evaluate is True or (int8 and cfg.evaluate == "auto") else None
+
+    def measure(session: Session) -> dict[str, float]:
+        return _validate(cfg, checkpoint, ExportedNetwork(session))
+
+    report = export_checkpoint(
+        _as_configured(cfg, checkpoint),
+        output,
+        options,
+        calibration=_calibration(cfg, checkpoint, options.size) if int8 else None,
+        measure=None if before is None else measure,
+    )
+    for name, text in _report_lines(cfg, report, before):
+        print(f"{name:12} {text}")
+    after = report.metadata.quality
+    if before is None or after is None:
+        return float("nan")
+    if (drop := before[cfg.task.monitor] - after[cfg.task.monitor]) > cfg.max_drop:
+        log.warning(
+            "%s is %.2f below the checkpoint's, more than max_drop=%s: try more images (calibration=300), "
+            "accuracy_control=true (format=openvino), or precision=float16",
+            cfg.task.monitor.removeprefix("val/"),
+            drop,
+            cfg.max_drop,
+        )
+    return after[cfg.task.monitor]
+
+
+def _as_configured(cfg: DictConfig, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the task's rules and the size of images that the command line wants."""
+    config = cast(dict, OmegaConf.to_container(cfg, resolve=True))
+    recipe = {**checkpoint.config["recipe"], "eval_transform": config["recipe"]["eval_transform"]}
+    ours = {key: config[key] for key in ("network", "backbone", "task")}
+    kept = checkpoint.config.keys() - {"trainer", "logger", "callbacks", "output_dir", "job"}
+    overrides = [o for o in command_line() if o in checkpoint.overrides or key_of(o).split(".")[0] in kept]
+    return checkpoint._replace(config={**checkpoint.config, **ours, "recipe": recipe}, overrides=overrides)
+
+
+def _calibration(cfg: DictConfig, checkpoint: Checkpoint, size: tuple[int, int] | None) -> Calibration:
+    """What int8 needs."""
+    count = cfg.calibration
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UserError(f"calibration={count}: give a number of images from 1 on, e.g. 64")
+
+    def measure(run: Run) -> float:
+        return _validate(cfg, checkpoint, UInt8Network(run))[cfg.task.monitor]
+
+    images = calibration_images(cfg, count, size)
+    return Calibration(images, measure if cfg.accuracy_control else None, float(cfg.max_drop))
+
+
+def _report_lines(cfg: DictConfig, report: Report, before: Mapping[str, float] | None) -> Iterator[tuple[str, str]]:
+    """What is said about an exported file."""
+    metadata = report.metadata
+    yield "wrote", f"{' and '.join(readable(path) for path in report.files)}, {report.megabytes:.1f} MB"
+    if report.deviation is not None:
+        yield "deviation", f"{report.deviation:.1e} of the largest logit, {report.sign_flips:.1e} of the signs"
+    if report.milliseconds is not None:
+        yield "time", f"{report.milliseconds:.0f} ms, PyTorch {report.pytorch_milliseconds:.0f} ms"
+    after = metadata.quality
+    if before is not None and after is not None:
+        for name in dict.fromkeys((cfg.task.monitor, "val/mIoU")):
+            if name in before:
+                change = f"{after[name] - before[name]:+.2f}"
+                yield name.removeprefix("val/"), f"{after[name]:.2f}, the checkpoint's {before[name]:.2f} ({change})"
+    if metadata.results is None:
+        yield "predict", f"python predict.py {shlex.quote(f'checkpoint={readable(report.files[0])}')} input=IMAGE"
 
 
 @contextmanager
@@ -170,7 +266,11 @@ def _take_network(cfg: DictConfig, checkpoint: Checkpoint | None) -> Checkpoint:
         if not cfg.ema:
             checkpoint = checkpoint._replace(network=checkpoint.raw)
     asked_for = {key_of(o).split(".")[0] for o in set(command_line()) - set(checkpoint.overrides)}
-    if not asked_for & {"network", "backbone", "ablation", "decoder_layers", "num_queries"}:
+    changed = asked_for & {"network", "backbone", "ablation", "decoder_layers", "num_queries"}
+    if checkpoint.session is not None and (changed or not cfg.ema):
+        key = min(changed, default="ema")
+        raise UserError(f"{key}= cannot change {checkpoint.path}, which is exported: export the checkpoint with it")
+    if not changed:
         with open_dict(cfg):
             cfg.network = checkpoint.config["network"]
             cfg.backbone = checkpoint.config["backbone"]

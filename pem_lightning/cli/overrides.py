@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString, Valu
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from pem_lightning.checkpoints import Checkpoint, read_checkpoint
+from pem_lightning.checkpoints import Checkpoint, read_checkpoint, refuse_exported
 from pem_lightning.cli.errors import compose, explain, key_of
 from pem_lightning.types import UserError
 
@@ -182,6 +182,7 @@ def sound_checkpoint(path: Path) -> Checkpoint:
     """
     from pem_lightning.training.resume import LAST, PREVIOUS
 
+    refuse_exported(path)
     problem = _damage(path)
     if problem is None:
         return read_checkpoint(path)

@@ -7,18 +7,21 @@ import importlib.metadata
 import io
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
 from pem_lightning.checkpoints import Checkpoint, load_network
 from pem_lightning.deploy.graph import ExportGraph
 from pem_lightning.deploy.metadata import ENTRY, KEY, Metadata
+from pem_lightning.deploy.network import Run
+from pem_lightning.deploy.sessions import Session, open_session
 from pem_lightning.models.pem import PEM
 from pem_lightning.types import UserError
 
@@ -37,7 +40,7 @@ class ExportOptions:
 
     Attributes:
         format: onnx, openvino, litert or torch_export.
-        precision: float32, or float16 for weights that are stored in half the bytes and computed with in float32.
+        precision: float32; float16 for weights that are stored in half the bytes and computed with in float32; or int8.
         size: height and width of the only image that the file will take; None for any.
         deform: gather, grid_sample or operator; auto is what serves the format best.
         results: panoptic or semantic, to merge the logits in the graph; None for logits.
@@ -57,6 +60,8 @@ class ExportOptions:
             raise UserError(f"format={self.format}: choose {', '.join(SUFFIXES)}")
         if self.precision not in ("float32", "float16", "int8"):
             raise UserError(f"precision={self.precision}: choose float32, float16 or int8")
+        if self.precision == "int8" and self.format not in ("onnx", "openvino"):
+            raise UserError(f"precision=int8 is for format=openvino and format=onnx, not for {self.format}")
         if self.format == "litert" and self.size is None:
             raise UserError("format=litert needs the size of its images: say size=[512,1024]")
 
@@ -70,8 +75,59 @@ class ExportOptions:
         return "operator" if self.format == "openvino" and has_convolutions else "gather"
 
 
-def export_checkpoint(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Metadata:
-    """Write a checkpoint's network into a file (OpenVINO: two files); returns what the file says about itself.
+@dataclass(frozen=True)
+class Calibration:
+    """What int8 needs.
+
+    Attributes:
+        images: uint8 [1, H, W, 3], as the file will see them.
+        measure: the metric in percent of a network, for accuracy control; None for none.
+        max_drop: percent that accuracy control may lose.
+    """
+
+    images: Iterable[np.ndarray]
+    measure: Callable[[Run], float] | None = None
+    max_drop: float = 0.5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, and how it compares.
+
+    Attributes:
+        metadata: of the file.
+        files: one, or with OpenVINO two.
+        megabytes: of all files.
+        milliseconds, pytorch_milliseconds: of one image.
+        deviation: largest difference of logits, relative to the largest logit.
+        sign_flips: share of mask logits with another sign.
+    """
+
+    metadata: Metadata
+    files: list[Path]
+    megabytes: float
+    milliseconds: float | None = None
+    pytorch_milliseconds: float | None = None
+    deviation: float | None = None
+    sign_flips: float | None = None
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    output: Path,
+    options: ExportOptions,
+    *,
+    calibration: Calibration | None = None,
+    measure: Callable[[Session], dict[str, float]] | None = None,
+) -> Report:
+    """Write a checkpoint's network into a file (OpenVINO: two files).
+
+    Args:
+        checkpoint: what to export.
+        output: the file.
+        options: how.
+        calibration: for int8.
+        measure: the metrics of the file, which it then says about itself.
 
     Raises:
         UserError: the network cannot be exported so, a package is missing, or the file cannot be written.
@@ -83,35 +139,58 @@ def export_checkpoint(checkpoint: Checkpoint, output: Path, options: ExportOptio
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         written = Path(folder) / output.name
-        write(program, written, metadata)
-        for part in sorted(Path(folder).iterdir()):
-            part.replace(output.with_suffix(part.suffix))
-    return metadata
+        model = convert(program, metadata, calibration)
+        save(model, written, metadata)
+        if measure is not None:
+            metadata = replace(metadata, quality=measure(open_session(written)))
+            for part in Path(folder).iterdir():
+                part.unlink()  # the open session may still look into the old file
+            save(model, written, metadata)
+        files = [output.with_suffix(part.suffix) for part in sorted(Path(folder).iterdir(), reverse=True)]
+        for file in files:
+            written.with_suffix(file.suffix).replace(file)
+    return Report(metadata, files, sum(file.stat().st_size for file in files) / 1e6)
 
 
-def write(program: ExportedProgram, path: Path, metadata: Metadata) -> None:
-    """Write a traced network in the format that its metadata names."""
+def convert(program: ExportedProgram, metadata: Metadata, calibration: Calibration | None = None) -> Any:
+    """Translate a traced network into the format that its metadata names."""
     if metadata.format == "torch_export":
-        torch.export.save(program, path, extra_files={ENTRY: metadata.to_json()})
-        return
-    proto = to_onnx(program)
+        return program
+    model = to_onnx(program)
+    if metadata.format == "openvino":
+        model = to_openvino(model)
+    if metadata.precision == "int8":
+        from pem_lightning.deploy.quantize import quantize_onnx, quantize_openvino
+
+        if calibration is None:
+            raise UserError("precision=int8 needs images to calibrate with: python export.py gives it some")
+        if metadata.format == "onnx":
+            return quantize_onnx(model, calibration.images)
+        control = {"measure": calibration.measure, "max_drop": calibration.max_drop}
+        return quantize_openvino(model, calibration.images, **control)
     if metadata.precision == "float16" and metadata.format == "onnx":
-        proto = store_in_float16(proto)
-    if metadata.format == "onnx":
-        entry = proto.metadata_props.add()
+        return store_in_float16(model)
+    return model
+
+
+def save(model: Any, path: Path, metadata: Metadata) -> None:
+    """Write what `convert` made."""
+    if metadata.format == "torch_export":
+        torch.export.save(model, path, extra_files={ENTRY: metadata.to_json()})
+    elif metadata.format == "onnx":
+        del model.metadata_props[:]
+        entry = model.metadata_props.add()
         entry.key, entry.value = KEY, metadata.to_json()
-        path.write_bytes(proto.SerializeToString())
+        path.write_bytes(model.SerializeToString())
     elif metadata.format == "openvino":
         import openvino
 
-        model = to_openvino(proto)
         model.set_rt_info(metadata.to_json(), KEY)
         openvino.save_model(model, path, compress_to_fp16=metadata.precision == "float16")
 
 
 def store_in_float16(proto: Any) -> Any:
     """Store the weights of an `onnx.ModelProto` in float16; the graph casts them back, and computes as before."""
-    import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []

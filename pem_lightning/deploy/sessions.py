@@ -17,13 +17,16 @@ Logits = tuple[np.ndarray, np.ndarray]
 """Class logits [B, Q, K + 1] and mask logits [B, Q, h, w]."""
 
 
-def open_session(path: str | Path, *, threads: int | None = None, precision: str | None = None) -> Session:
+def open_session(
+    path: str | Path, *, threads: int | None = None, precision: str | None = None, device: str | None = None
+) -> Session:
     """Open an exported file.
 
     Args:
         path: .onnx, .xml (OpenVINO), .tflite (LiteRT) or .pt2 (torch.export).
         threads: of the CPU; None leaves it to the runtime.
         precision: in which OpenVINO computes: "float32" or "bfloat16"; None for what the file was exported for.
+        device: "cpu", or for .onnx "cuda" or "cuda:1"; None for the best that the runtime has.
 
     Raises:
         UserError: the file is missing, damaged or foreign, or its runtime is not installed.
@@ -38,7 +41,9 @@ def open_session(path: str | Path, *, threads: int | None = None, precision: str
         raise UserError(f"precision={precision}: choose float32 or bfloat16")
     if precision == "bfloat16" and kind is not OpenVINOSession:
         raise UserError(f"precision=bfloat16 is for OpenVINO's .xml files, not for {path.name}: leave it out")
-    return kind(path, threads, precision)
+    if device not in (None, "cpu") and kind is not ONNXSession:
+        raise UserError(f"{path.name} runs on the CPU, not on device={device}: say device=cpu or auto")
+    return kind(path, threads, precision, device)
 
 
 def is_exported(path: str | Path) -> bool:
@@ -47,19 +52,21 @@ def is_exported(path: str | Path) -> bool:
 
 
 class Session(ABC):
-    """An open file: `metadata`, and `run`."""
+    """An open file: `metadata`, and `run`. Copies, also those in other processes, open the file anew."""
 
     runtime: str  # the module of the runtime
     package: str  # which installs it
 
-    def __init__(self, path: Path, threads: int | None, precision: str | None) -> None:
+    def __init__(self, path: Path, threads: int | None, precision: str | None, device: str | None = None) -> None:
         self.path = path
+        self.device = device or "cpu"
+        self._options = threads, precision, device
         try:
             library = importlib.import_module(self.runtime)
         except ImportError as error:
             raise UserError(f"{path.name} needs {self.package}: pip install {self.package}") from error
         try:
-            text = self._open(library, threads, precision)
+            text = self._open(library, threads, precision, device)
         except UserError:
             raise
         except Exception as error:  # every runtime has errors of its own for what is wrong with a file
@@ -67,8 +74,11 @@ class Session(ABC):
             raise UserError(f"{path} cannot be opened ({first}): it is damaged, or not of this format") from error
         self.metadata = Metadata.from_json(text, path)
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.path, *self._options)
+
     def run(self, images: np.ndarray) -> Logits:
-        """Run RGB images, uint8 [B, H, W, 3].
+        """Run RGB images, uint8 [B, H, W, 3]; one by one if the file is for one size.
 
         Returns:
             Class logits and mask logits in float32, these at a quarter of the size padded to multiples of 32; or, of a
@@ -83,11 +93,16 @@ class Session(ABC):
                 f"{self.path.name} takes images of {size[1]} x {size[0]} pixels, not {width} x {height}: "
                 "resize them, or export with size=null"
             )
-        first, second = self._run(np.ascontiguousarray(images))
+        images = np.ascontiguousarray(images)
+        if size is None:
+            first, second = self._run(images)
+            return first, second
+        outputs = [self._run(image[None]) for image in images]
+        first, second = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
         return first, second
 
     @abstractmethod
-    def _open(self, library: Any, threads: int | None, precision: str | None) -> str | None:
+    def _open(self, library: Any, threads: int | None, precision: str | None, device: str | None) -> str | None:
         """Open `path`; returns the metadata's text."""
 
     @abstractmethod
@@ -100,13 +115,22 @@ class ONNXSession(Session):
 
     runtime = package = "onnxruntime"
 
-    def _open(self, library: Any, threads: int | None, precision: str | None) -> str | None:
+    def _open(self, library: Any, threads: int | None, precision: str | None, device: str | None) -> str | None:
         options = library.SessionOptions()
         options.log_severity_level = 3
         if threads:
             options.intra_op_num_threads = threads
-        providers = [p for p in library.get_available_providers() if p.startswith(("CUDA", "CPU", "CoreML"))]
+        available = library.get_available_providers()
+        cuda = "CUDAExecutionProvider"
+        if device not in (None, "cpu") and cuda not in available:
+            raise UserError(f"ONNX Runtime has no device={device} here: say device=cpu, or install onnxruntime-gpu")
+        providers: list[Any] = [p for p in available if p.startswith(("CUDA", "CPU", "CoreML"))]
+        if device is not None:
+            number = {"device_id": int(device.partition(":")[2] or 0)}
+            providers = ["CPUExecutionProvider"] if device == "cpu" else [(cuda, number), "CPUExecutionProvider"]
         self.session = library.InferenceSession(str(self.path), options, providers=providers)
+        if device is None and cuda in self.session.get_providers():
+            self.device = "cuda"
         return self.session.get_modelmeta().custom_metadata_map.get(KEY)
 
     def _run(self, images: np.ndarray) -> Any:
@@ -118,7 +142,13 @@ class OpenVINOSession(Session):
 
     runtime = package = "openvino"
 
-    def _open(self, library: Any, threads: int | None, precision: str | None) -> str | None:
+    def _open(self, library: Any, threads: int | None, precision: str | None, device: str | None) -> str | None:
+        weights = self.path.with_suffix(".bin")
+        if not weights.is_file():
+            raise UserError(f"{weights} is missing: a model of OpenVINO is two files, keep them side by side")
+        with self.path.open("rb") as file:
+            if b"<net " not in file.read(1000):
+                raise UserError(f"{self.path} is damaged or is no model of OpenVINO")
         model = library.Core().read_model(self.path)
         text = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else None
         hint = {"bfloat16": "bf16"}.get(precision or "", "f32")
@@ -138,7 +168,7 @@ class LiteRTSession(Session):
 
     runtime, package = "ai_edge_litert.interpreter", "ai-edge-litert"
 
-    def _open(self, library: Any, threads: int | None, precision: str | None) -> str | None:
+    def _open(self, library: Any, threads: int | None, precision: str | None, device: str | None) -> str | None:
         self.interpreter = library.Interpreter(model_path=str(self.path), num_threads=threads)
         self.interpreter.allocate_tensors()
         return read_zip_entry(self.path)
@@ -155,7 +185,7 @@ class TorchSession(Session):
 
     runtime = package = "torch"
 
-    def _open(self, library: Any, threads: int | None, precision: str | None) -> str | None:
+    def _open(self, library: Any, threads: int | None, precision: str | None, device: str | None) -> str | None:
         if not zipfile.is_zipfile(self.path):
             raise UserError(f"{self.path} is damaged or is no file of torch.export")
         import torch.export

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, overload
@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from pem_lightning.checkpoints import Checkpoint, load_network, read_checkpoint
+from pem_lightning.deploy.network import ExportedNetwork
 from pem_lightning.images import ImageLike, Images
 from pem_lightning.images import Photo as Photo
 from pem_lightning.images import read_photo as read_photo
@@ -31,8 +32,8 @@ class Predictor:
     Results are on the CPU and at each image's own size.
 
     Args:
-        checkpoint: the path of a .ckpt that train.py wrote, or one that is read already. It knows the network, its
-            classes and the size at which it was evaluated.
+        checkpoint: the path of a .ckpt that train.py wrote or of a file that export.py wrote, or one that is read
+            already. It knows the network, its classes and the size at which it was evaluated.
         task: "panoptic", "semantic" or "instance"; by default the checkpoint's.
         device: see `choose_device`.
         classes: names of the classes to keep; None keeps all.
@@ -41,7 +42,7 @@ class Predictor:
         score_threshold: instances with a lower score are left out.
         scales, flip: see `TestTimeAugmentation`.
         tile, overlap: see `TiledInference`; larger images run through the network in parts.
-        precision, compile: see `OptimizedNetwork`.
+        precision, compile: see `OptimizedNetwork`, and `ExportedNetwork` for exported files.
 
     Raises:
         UserError: the checkpoint cannot be read, or an option is impossible.
@@ -63,13 +64,12 @@ class Predictor:
         trained = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
         task = trained.config["task"]["name"] if task is None else task
         check_task(task)
-        network = instantiate(trained.config["network"], num_classes=trained.info.num_classes)
-        load_network(network, trained)
+        network = fast_network(trained, trained.config["network"], precision, compile, options.get("device", "auto"))
         thresholds = {"object_mask_threshold": object_mask_threshold, "overlap_threshold": overlap_threshold}
         chosen = {key: value for key, value in thresholds.items() if value is not None}
         settings = {**trained.config["task"]["inference"], **chosen}
         self._set_up(
-            OptimizedNetwork(network, precision, compile),
+            network,
             trained.info,
             TaskInference(task, trained.info.thing_classes, **settings),
             resize=instantiate(trained.config["recipe"]["eval_transform"]),
@@ -188,6 +188,24 @@ class Predictor:
             unlabelled = torch.tensor(VOID_ID, dtype=torch.int32).expand(photo.shape[:2])
             image = self.resize(Sample(image, unlabelled, (), "")).image
         return image
+
+
+def fast_network(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    precision: str = "float32",
+    compile: str | None = None,
+    device: str | torch.device = "auto",
+) -> nn.Module:
+    """The network of a checkpoint, made fast, or that of an exported file; `config` is how the first is built."""
+    from hydra.utils import instantiate  # here, because `from_parts` needs no Hydra
+
+    if checkpoint.session is not None:
+        name = device if device == "auto" else choose_device(device)
+        return ExportedNetwork(checkpoint.session, precision, compile, str(name))
+    network = instantiate(config, num_classes=checkpoint.info.num_classes)
+    load_network(network, checkpoint)
+    return OptimizedNetwork(network, precision, compile)
 
 
 def choose_device(name: str | torch.device) -> torch.device:
