@@ -63,7 +63,7 @@ def open_exported(path: Path, precision: str, threads: int) -> Run:
 
     session = object.__new__(SESSIONS[path.suffix])
     session.path = path
-    session._open(importlib.import_module(session.runtime), threads, precision)
+    session._open(importlib.import_module(session.runtime), threads, precision, None)
     return session._run
 
 

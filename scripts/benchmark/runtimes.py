@@ -91,15 +91,15 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
         for network in (*options.backbones, *options.baselines):
             common.say(f"exporting {network}")
             (folder := Path(scratch) / network).mkdir()
-            error = "was not exported"
+            why = "was not exported"
             try:
                 if note := common.in_fresh_process(export, network, options.size, folder):
                     notes.append(f"{network}: {note}.")
             except BrokenProcessPool:
-                error = "the process that exports it has died"
+                why = "the process that exports it has died"
             except UserError as problem:
-                error = str(problem)
-            failures |= {r: error for r in runners if r.network == network and not (folder / r.file).is_file()}
+                why = str(problem)
+            failures |= {r: why for r in runners if r.network == network and not (folder / r.file).is_file()}
         files = {runner: Path(scratch) / runner.network / runner.file for runner in runners if runner not in failures}
         sizes = {runner: file_size(file) for runner, file in files.items()}
         measured = measure_in_turns(files, options, failures)
