@@ -172,11 +172,13 @@ def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = _take_network(cfg, checkpoint)
     refuse_exported(checkpoint.path)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells which operators of torchvision are not there
     options, output = build_export(cfg, checkpoint.path)
     check_writable(output.parent)
     if cfg.evaluate not in ("auto", True, False):
         raise UserError(f"evaluate={cfg.evaluate}: choose auto, true or false")
     int8 = options.precision == "int8"
+    calibration = _calibration(cfg, checkpoint, options.size) if int8 else None
     before = _validate(cfg, checkpoint) if cfg.evaluate is True or (int8 and cfg.evaluate == "auto") else None
 
     def measure(session: Session) -> dict[str, float]:
@@ -186,7 +188,7 @@ def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
         _as_configured(cfg, checkpoint),
         output,
         options,
-        calibration=_calibration(cfg, checkpoint, options.size) if int8 else None,
+        calibration=calibration,
         measure=None if before is None else measure,
     )
     for name, text in _report_lines(cfg, report, before):

@@ -309,7 +309,9 @@ def deform_conv_grid_sample(
     return F.conv2d(samples.flatten(1, 2), weight.reshape(weight.shape[0], 9 * C, 1, 1))
 
 
-@torch.library.custom_op("pem::deform_conv", mutates_args=())
+@torch.library.custom_op(
+    "pem::deform_conv", mutates_args=(), schema="(Tensor x, Tensor offsets, Tensor mask, Tensor weight) -> Tensor"
+)
 def deform_conv_operator(x: Tensor, offsets: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     """The same as one operator, which the exported file names DeformConv."""
     return deform_conv_gather(x, offsets, mask, weight).contiguous()
