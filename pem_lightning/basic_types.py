@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from pem_lightning.shapes import UInt8
+from pem_lightning.shapes import Bool, Int32, UInt8
 
 VOID_ID = 0
 """Segment id of unlabelled pixels in every panoptic id map."""
@@ -52,6 +52,35 @@ class Segment(NamedTuple):
     is_thing: bool
     is_crowd: bool = False
     score: float | None = None
+
+
+class Instance(NamedTuple):
+    """One detected object."""
+
+    mask: Bool[Any, "height width"]  # at the output size; a tensor, or from `deploy.Runtime` an array
+    class_id: int
+    score: float  # class probability times the mean mask probability inside the mask
+
+
+class Result(NamedTuple):
+    """The result of one image; what the task does not fill is empty. Maps are tensors, or arrays as of an instance."""
+
+    semantic: Int32[Any, "height width"] | None = None  # class indices
+    panoptic: Int32[Any, "height width"] | None = None  # segment ids, `VOID_ID` where no segment is
+    segments: tuple[Segment, ...] = ()  # what the ids mean
+    instances: tuple[Instance, ...] = ()  # may overlap
+
+    def convert(self, maps: Callable[[Any], Any]) -> Result:
+        """The same with every map and mask replaced by a function of it."""
+        return self._replace(
+            semantic=None if self.semantic is None else maps(self.semantic),
+            panoptic=None if self.panoptic is None else maps(self.panoptic),
+            instances=tuple(i._replace(mask=maps(i.mask)) for i in self.instances),
+        )
+
+    def cpu(self) -> Result:
+        """The same with all tensors on the CPU."""
+        return self.convert(lambda tensor: tensor.cpu())
 
 
 @dataclass(frozen=True)

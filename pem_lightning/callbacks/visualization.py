@@ -35,7 +35,7 @@ from pem_lightning.types import Batch, DatasetInfo, Sample, Segment
 MIN_PANEL_HEIGHT = 256
 """Smaller images are enlarged, so that the class names on them can be read."""
 
-Segmentation = tuple[Int32[Tensor, "map_height map_width"], tuple[Segment, ...]]
+Segmentation = tuple[Int32[np.ndarray, "map_height map_width"], tuple[Segment, ...]]
 """An id map and its segments."""
 
 
@@ -51,12 +51,12 @@ def make_panel(sample: Sample, result: Result, info: DatasetInfo) -> Panel:
     """Collect what the result's task shows: segments, objects, or one region per class."""
     image, ids, result = sample.image.cpu(), sample.panoptic.cpu(), result.cpu()
     if result.panoptic is not None:
-        return Panel(image, (ids, sample.segments), (result.panoptic, result.segments))
+        return Panel(image, (ids.numpy(), sample.segments), (result.panoptic.numpy(), result.segments))
     if result.semantic is not None:
         truth = sample._replace(panoptic=ids).class_map()
         return Panel(image, class_segments(truth, info), class_segments(result.semantic, info))
     things = tuple(segment for segment in sample.segments if segment.is_thing)
-    return Panel(image, (ids, things), stack_instances(result.instances, tuple(ids.shape)))
+    return Panel(image, (ids.numpy(), things), stack_instances(result.instances, tuple(ids.shape)))
 
 
 def draw_panel(panel: Panel, info: DatasetInfo) -> UInt8[np.ndarray, "height width 3"]:
@@ -64,7 +64,7 @@ def draw_panel(panel: Panel, info: DatasetInfo) -> UInt8[np.ndarray, "height wid
     factor = -(-MIN_PANEL_HEIGHT // panel.truth[0].shape[0])
     photo = _photo(panel, factor)
     overlays = [
-        overlay_panoptic(photo, ids.repeat_interleave(factor, 0).repeat_interleave(factor, 1), segments, info)
+        overlay_panoptic(photo, ids.repeat(factor, 0).repeat(factor, 1), segments, info)
         for ids, segments in (panel.truth, panel.prediction)
     ]
     return side_by_side([photo, *overlays], ["image", "truth", "prediction"])
@@ -81,7 +81,7 @@ def panel_masks(panel: Panel, info: DatasetInfo) -> dict[str, dict[str, Any]]:
     """Masks of classes and of single segments in Weights & Biases' format: 8 bits, where 0 is nothing."""
     masks: dict[str, dict[str, Any]] = {}
     for name, (ids, segments) in (("truth", panel.truth), ("prediction", panel.prediction)):
-        index = index_map(ids.numpy(), [segment.id for segment in segments])
+        index = index_map(ids, [segment.id for segment in segments])
         masks[f"{name}_segments"] = {"mask_data": np.where(index < 256, index, 0).astype(np.uint8)}
         if info.num_classes < 256:
             classes = np.array([0, *(segment.class_id + 1 for segment in segments)], np.uint8)

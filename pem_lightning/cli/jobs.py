@@ -172,7 +172,6 @@ def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = _take_network(cfg, checkpoint)
     refuse_exported(checkpoint.path)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells which operators of torchvision are not there
     options, output = build_export(cfg, checkpoint.path)
     check_writable(output.parent)
     if cfg.evaluate not in ("auto", True, False):
@@ -236,6 +235,8 @@ def _report_lines(cfg: DictConfig, report: Report, before: Mapping[str, float] |
     yield "wrote", f"{' and '.join(readable(path) for path in report.files)}, {report.megabytes:.1f} MB"
     if report.deviation is not None:
         yield "deviation", f"{report.deviation:.1e} of the largest logit, {report.sign_flips:.1e} of the signs"
+    if (pixels := metadata.checks.get("pixels")) is not None:
+        yield "pixels", f"{100 * pixels:.4f} % differ"
     if report.milliseconds is not None:
         yield "time", f"{report.milliseconds:.0f} ms, PyTorch {report.pytorch_milliseconds:.0f} ms"
     after = metadata.quality

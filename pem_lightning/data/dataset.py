@@ -63,6 +63,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
     ) -> None:
         if on_error not in get_args(OnError):
             raise UserError(f"dataset.on_error={on_error}: choose {' or '.join(get_args(OnError))}")
+        problems = [" ".join(problem.splitlines()) for problem in problems]  # names of files may have several lines
         if problems and on_error == "stop":
             raise UserError(first_problem(problems))
         if on_error == "skip":
@@ -71,7 +72,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         self.info = info
         self.names = list(files)
         self._files = list(files.values())
-        self.problems = list(problems)
+        self.problems = problems
         self.transform = transform
         self.on_error = on_error
 

@@ -166,8 +166,7 @@ def convert(program: ExportedProgram, metadata: Metadata, calibration: Calibrati
             raise UserError("precision=int8 needs images to calibrate with: python export.py gives it some")
         if metadata.format == "onnx":
             return quantize_onnx(model, calibration.images)
-        control = {"measure": calibration.measure, "max_drop": calibration.max_drop}
-        return quantize_openvino(model, calibration.images, **control)
+        return quantize_openvino(model, calibration.images, measure=calibration.measure, max_drop=calibration.max_drop)
     if metadata.precision == "float16" and metadata.format == "onnx":
         return store_in_float16(model)
     return model

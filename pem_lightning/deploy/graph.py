@@ -310,7 +310,9 @@ def deform_conv_grid_sample(
 
 
 @torch.library.custom_op(
-    "pem::deform_conv", mutates_args=(), schema="(Tensor x, Tensor offsets, Tensor mask, Tensor weight) -> Tensor"
+    "pem::deform_conv",
+    mutates_args=(),
+    schema="(Tensor x, Tensor offsets, Tensor mask, Tensor weight) -> Tensor",  # jaxtyping hides it in tests
 )
 def deform_conv_operator(x: Tensor, offsets: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     """The same as one operator, which the exported file names DeformConv."""

@@ -63,7 +63,10 @@ def _write(name: str) -> Written | None:
 
 @lru_cache(maxsize=1024)
 def _font_with(characters: frozenset[str]) -> str | None:
-    from matplotlib.ft2font import FT2Font  # here, because matplotlib takes long to import and most names are ASCII
+    try:  # here, because matplotlib takes long to import and most names are ASCII
+        from matplotlib.ft2font import FT2Font
+    except ImportError:  # beside a runtime alone
+        return None
 
     for path in _installed_fonts():
         try:

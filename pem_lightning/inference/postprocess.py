@@ -20,37 +20,12 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from pem_lightning.inference.fast_argmax import STRIDE, fast_class_map, fast_winner_map
-from pem_lightning.types import VOID_ID, Predictions, Segment
+from pem_lightning.types import VOID_ID, Instance, Predictions, Result, Segment
 
 Size = tuple[int, int]
 
 ELEMENTS_AT_ONCE = 2**21
 """How many numbers of a strip are held at once (8 MiB)."""
-
-
-class Instance(NamedTuple):
-    """One detected object."""
-
-    mask: Bool[Tensor, "height width"]  # at the output size
-    class_id: int
-    score: float  # class probability times the mean mask probability inside the mask
-
-
-class Result(NamedTuple):
-    """The result of one image; what the task does not fill is empty."""
-
-    semantic: Int32[Tensor, "height width"] | None = None  # class indices
-    panoptic: Int32[Tensor, "height width"] | None = None  # segment ids, `VOID_ID` where no segment is
-    segments: tuple[Segment, ...] = ()  # what the ids mean
-    instances: tuple[Instance, ...] = ()  # may overlap
-
-    def cpu(self) -> Result:
-        """The same on the CPU."""
-        return self._replace(
-            semantic=None if self.semantic is None else self.semantic.cpu(),
-            panoptic=None if self.panoptic is None else self.panoptic.cpu(),
-            instances=tuple(i._replace(mask=i.mask.cpu()) for i in self.instances),
-        )
 
 
 class _Sizes(NamedTuple):

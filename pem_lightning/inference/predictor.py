@@ -171,7 +171,9 @@ class Predictor:
             raise
         segmented = []
         for photo, result in zip(photos, results, strict=True):
-            kept = result if self.classes is None else only_classes(result, self.classes)
+            kept = result
+            if self.classes is not None:
+                kept = only_classes(result.convert(Tensor.numpy), self.classes).convert(torch.from_numpy)
             kept = kept._replace(instances=tuple(i for i in kept.instances if i.score >= self.score_threshold))
             segmented.append(SegmentedImage(photo.name, photo.image, self.info, kept, self.inference.task))
         return segmented

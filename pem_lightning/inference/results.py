@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
-import torch
-from jaxtyping import Bool, Int32, Integer, UInt8, UInt16
-from pycocotools import mask as coco_mask
-from torch import Tensor
+from PIL import Image
 
-from pem_lightning.files import id_to_rgb, write_file
-from pem_lightning.inference.postprocess import Instance, Result
-from pem_lightning.inference.visualize import (
-    Box,
-    Picture,
-    Region,
-    class_segments,
-    find_regions,
-    index_map,
-    overlay_panoptic,
-    region_of,
+from pem_lightning.basic_types import (
+    IGNORE_INDEX,
+    VOID_ID,
+    DatasetInfo,
+    Instance,
+    Result,
+    Segment,
+    UserError,
+    did_you_mean,
 )
-from pem_lightning.types import IGNORE_INDEX, VOID_ID, DatasetInfo, Segment, UserError, did_you_mean
+from pem_lightning.files import id_to_rgb, write_file
+from pem_lightning.inference.regions import Box, Region, encode_rle, find_regions, index_map, opencv, region_of
+from pem_lightning.inference.visualize import Picture, as_array, class_segments, overlay_panoptic
+from pem_lightning.shapes import Bool, Int32, Integer, UInt8, UInt16
 
 SHOWN_SCORE = 0.5
 """Instances with a lower score are not drawn."""
@@ -48,7 +46,7 @@ class SegmentInfo(NamedTuple):
 class InstanceInfo(NamedTuple):
     """One object of an instance result."""
 
-    mask: Bool[Tensor, "height width"]
+    mask: Bool[Any, "height width"]
     class_id: int
     name: str  # of the class
     score: float  # confidence in [0, 1]
@@ -65,6 +63,8 @@ class SegmentedImage:
         info: the classes.
         panoptic: segment id of every pixel, `VOID_ID` where no segment is; None for other tasks.
         semantic: class index of every pixel, `IGNORE_INDEX` where there is none; None for other tasks.
+
+    Maps and masks are tensors from `Predictor`, and arrays from `deploy.Runtime`.
     """
 
     def __init__(self, name: str, image: Picture, info: DatasetInfo, result: Result, task: str) -> None:
@@ -95,7 +95,7 @@ class SegmentedImage:
         return tuple(
             InstanceInfo(i.mask, i.class_id, self.info.classes[i.class_id].name, i.score, *region)
             for i in self._instances
-            if (region := region_of(i.mask.numpy())) is not None
+            if (region := region_of(as_array(i.mask))) is not None
         )
 
     def overlay(self, alpha: int | float = 0.55, draw_names: bool = True, shade_things: bool = True) -> Picture:
@@ -124,7 +124,7 @@ class SegmentedImage:
         if overlay:
             files["_overlay.png"] = encode_png(self.overlay())
         if masks and self.panoptic is not None:
-            files["_panoptic.png"] = encode_png(id_to_rgb(self.panoptic.numpy()))
+            files["_panoptic.png"] = encode_png(id_to_rgb(as_array(self.panoptic)))
             files["_segments.json"] = _json(segments_info(self.panoptic, self._segments, self.info))
         if masks and self.semantic is not None:
             files["_semantic.png"] = encode_png(official_class_map(self.semantic, self.info))
@@ -146,7 +146,7 @@ def write_coco_panoptic(
     for result in results:
         assert result.panoptic is not None
         file_name = f"{result.name}.png"
-        write_file(directory / "panoptic" / file_name, encode_png(id_to_rgb(result.panoptic.numpy())))
+        write_file(directory / "panoptic" / file_name, encode_png(id_to_rgb(as_array(result.panoptic))))
         if overlays:
             result.save(directory, masks=False)
         height, width = result.panoptic.shape
@@ -161,7 +161,7 @@ def write_coco_panoptic(
 
 
 def segments_info(
-    panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment], info: DatasetInfo
+    panoptic: Int32[Any, "height width"], segments: Iterable[Segment], info: DatasetInfo
 ) -> list[dict[str, Any]]:
     """COCO's description of every predicted segment of a map; `bbox` is left, top, width and height in pixels."""
     return [
@@ -179,13 +179,12 @@ def segments_info(
 
 def coco_instance(instance: Instance | InstanceInfo, image_id: str | int, info: DatasetInfo) -> dict[str, Any]:
     """One entry of COCO's instance results."""
-    mask = instance.mask.numpy()
+    mask = as_array(instance.mask)
     area, box = region_of(mask) or Region(0, (0, 0, 0, 0))
-    encoded = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
     return {
         "image_id": image_id,
         "category_id": info.classes[instance.class_id].category_id,
-        "segmentation": {"size": list(mask.shape), "counts": encoded["counts"].decode()},
+        "segmentation": {"size": list(mask.shape), "counts": encode_rle(mask)},
         "bbox": _coco_box(box),
         "area": area,
         "score": instance.score,
@@ -193,7 +192,7 @@ def coco_instance(instance: Instance | InstanceInfo, image_id: str | int, info: 
 
 
 def official_class_map(
-    classes: Integer[Tensor, "height width"], info: DatasetInfo
+    classes: Integer[Any, "height width"], info: DatasetInfo
 ) -> UInt8[np.ndarray, "height width"] | UInt16[np.ndarray, "height width"]:
     """The data set's official ids instead of class indices; 16 bits where 8 are too few.
 
@@ -203,27 +202,33 @@ def official_class_map(
     nothing = next(value for value in (0, 255, 65535) if value not in ids)
     table = np.full(IGNORE_INDEX + 1, nothing, np.uint8 if max(*ids, nothing) < 256 else np.uint16)
     table[: len(ids)] = ids
-    return table[classes.numpy()]
+    return table[as_array(classes)]
 
 
 def stack_instances(
     instances: Iterable[Instance], size: tuple[int, ...]
-) -> tuple[Int32[Tensor, "height width"], tuple[Segment, ...]]:
+) -> tuple[Int32[np.ndarray, "height width"], tuple[Segment, ...]]:
     """The confident instances as an id map, the most confident on top."""
-    id_map = torch.full(size, VOID_ID, dtype=torch.int32)
+    id_map = np.full(size, VOID_ID, np.int32)
     segments = []
     shown = sorted((i for i in instances if i.score >= SHOWN_SCORE), key=lambda i: i.score)
     for segment_id, instance in enumerate(shown, start=1):
-        id_map[instance.mask] = segment_id
+        id_map[as_array(instance.mask)] = segment_id
         segments.append(Segment(segment_id, instance.class_id, is_thing=True, score=instance.score))
     return id_map, tuple(segments)
 
 
 def encode_png(array: np.ndarray) -> bytes:
-    """An RGB or grey picture as a PNG file. OpenCV's default is 6 times as fast as Pillow's, and a fifth larger."""
-    if array.ndim == 3:
-        array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".png", array)[1].tobytes()
+    """An RGB or grey picture as a PNG file.
+
+    OpenCV's default is 6 times as fast as Pillow's, and a fifth larger; without OpenCV, Pillow's fastest.
+    """
+    if cv2 := opencv():
+        if array.ndim == 3:
+            array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
+        return cv2.imencode(".png", array)[1].tobytes()
+    Image.fromarray(array).save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def find_classes(names: Iterable[str], info: DatasetInfo) -> frozenset[int]:
@@ -237,23 +242,22 @@ def find_classes(names: Iterable[str], info: DatasetInfo) -> frozenset[int]:
 
 
 def only_classes(result: Result, classes: Collection[int]) -> Result:
-    """A result without what belongs to other classes."""
+    """A result of arrays without what belongs to other classes."""
     segments = tuple(s for s in result.segments if s.class_id in classes)
     panoptic, semantic = result.panoptic, result.semantic
     if panoptic is not None:
-        kept = torch.tensor([s.id for s in segments], dtype=panoptic.dtype)
-        panoptic = panoptic.where(torch.isin(panoptic, kept), VOID_ID)
+        panoptic = np.where(np.isin(panoptic, [s.id for s in segments]), panoptic, np.int32(VOID_ID))
     if semantic is not None:
-        semantic = semantic.where(torch.isin(semantic, torch.tensor(sorted(classes))), IGNORE_INDEX)
+        semantic = np.where(np.isin(semantic, sorted(classes)), semantic, np.int32(IGNORE_INDEX))
     return Result(semantic, panoptic, segments, tuple(i for i in result.instances if i.class_id in classes))
 
 
 def _describe(
-    panoptic: Int32[Tensor, "height width"], segments: Iterable[Segment], info: DatasetInfo
+    panoptic: Int32[Any, "height width"], segments: Iterable[Segment], info: DatasetInfo
 ) -> Iterator[SegmentInfo]:
     """Segments with names, areas and boxes; those without a pixel are left out."""
     listed = list(segments)
-    index = index_map(panoptic.numpy(), [s.id for s in listed])
+    index = index_map(as_array(panoptic), [s.id for s in listed])
     for s, region in zip(listed, find_regions(index, len(listed)), strict=True):
         if region is not None:
             yield SegmentInfo(s.id, s.class_id, info.classes[s.class_id].name, s.is_thing, s.score, *region)

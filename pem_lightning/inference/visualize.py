@@ -1,4 +1,4 @@
-"""Segmentations drawn over their photograph, and areas and boxes of the regions of an id map."""
+"""Segmentations drawn over their photograph. Needs no PyTorch; takes its tensors."""
 
 from __future__ import annotations
 
@@ -6,25 +6,18 @@ import colorsys
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any
 
-import cv2
 import numpy as np
-import torch
-from jaxtyping import Bool, Float32, Int32, Integer, UInt8
 from PIL import Image, ImageDraw
-from scipy import ndimage
-from torch import Tensor
 
+from pem_lightning.basic_types import VOID_ID, DatasetInfo, Segment
 from pem_lightning.inference.fonts import Written, load_font, write_names
-from pem_lightning.types import VOID_ID, DatasetInfo, Segment
+from pem_lightning.inference.regions import IndexMap, Middles, Region, contours, find_regions, index_map
+from pem_lightning.shapes import Int32, Integer, UInt8
 
 RGB = tuple[int, int, int]
 Picture = UInt8[np.ndarray, "height width 3"]
-Box = tuple[int, int, int, int]
-"""Left, top, right and bottom in pixels; right and bottom are the first ones outside."""
-IndexMap = Integer[np.ndarray, "height width"]
-"""Position of each pixel's segment in a list, counted from 1; 0 for none. Bytes if possible: several times faster."""
 
 CONTOUR: RGB = (255, 255, 255)
 CONTOUR_OPACITY = 0.75
@@ -34,49 +27,9 @@ ALIKE = 8  # grey levels: colours that differ by less in every channel cannot be
 ROWS_AT_ONCE = 32  # are blended together: few enough to stay in a core's cache
 
 
-class Region(NamedTuple):
-    """Number of pixels of a segment, and the smallest box around them."""
-
-    area: int
-    box: Box
-
-    @property
-    def window(self) -> tuple[slice, slice]:
-        """The box as rows and columns of an array."""
-        left, top, right, bottom = self.box
-        return slice(top, bottom), slice(left, right)
-
-
-def index_map(ids: Integer[np.ndarray, "height width"], known: Sequence[int]) -> IndexMap:
-    """Replace ids by their positions in `known`, whose ids are unique and 1 or more."""
-    # The table has one more entry, 0, at either end, to which all ids beyond are clipped.
-    table = np.zeros(max(known, default=0) + 2, np.uint8 if len(known) < 256 else np.int32)
-    table[list(known)] = np.arange(1, len(known) + 1)
-    return np.take(table, ids, mode="clip")
-
-
-def find_regions(index: IndexMap, count: int) -> list[Region | None]:
-    """Regions of the indices 1 to `count`; None where there is no pixel."""
-    areas = np.bincount(index.ravel(), minlength=count + 1)[1:].tolist()
-    windows = ndimage.find_objects(index, max_label=count)
-    return [
-        None if window is None else Region(area, (window[1].start, window[0].start, window[1].stop, window[0].stop))
-        for area, window in zip(areas, windows, strict=False)
-    ]
-
-
-def region_of(mask: Bool[np.ndarray, "height width"]) -> Region | None:
-    """The region of a mask; None if it is empty."""
-    area = int(np.count_nonzero(mask))
-    if area == 0:
-        return None
-    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
-    return Region(area, (left, top, left + width, top + height))
-
-
 def overlay_panoptic(
-    image: UInt8[Tensor, "3 height width"] | Picture,
-    panoptic: Int32[Tensor, "height width"],
+    image: UInt8[Any, "3 height width"] | Picture,
+    panoptic: Int32[Any, "height width"],
     segments: Sequence[Segment],
     info: DatasetInfo,
     alpha: int | float = 0.55,
@@ -86,13 +39,14 @@ def overlay_panoptic(
     """Draw a panoptic map over its RGB image; pixels of `VOID_ID` and of unlisted segments keep the photograph.
 
     Args:
+        image: a tensor [3, H, W] or an array [H, W, 3].
+        panoptic: a tensor or an array.
         alpha: opacity of the colours, 0 to 1.
         draw_names: write class names on segments that are large enough.
         shade_things: give each thing its own shade of its class's colour; False for videos, where it would flicker.
     """
-    photo = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) else image
-    ids = panoptic.cpu().numpy()
-    index = index_map(ids, [s.id for s in segments])
+    photo = image if isinstance(image, np.ndarray) else as_array(image).transpose(1, 2, 0)
+    index = index_map(as_array(panoptic), [s.id for s in segments])
     regions = find_regions(index, len(segments))
     by_class = overlay_colors(info)
     colors = [by_class[s.class_id] for s in segments]
@@ -103,6 +57,11 @@ def overlay_panoptic(
         names = write_names(info.class_names)
         drawn = _draw_names(drawn, index, regions, [names[s.class_id] for s in segments], colors)
     return drawn
+
+
+def as_array(map_or_image: Any) -> np.ndarray:
+    """A tensor of any device, or an array, as an array."""
+    return map_or_image if isinstance(map_or_image, np.ndarray) else map_or_image.cpu().numpy()
 
 
 @lru_cache(maxsize=64)
@@ -126,11 +85,15 @@ def overlay_colors(info: DatasetInfo) -> tuple[RGB, ...]:
 
 
 def class_segments(
-    class_map: Integer[Tensor, "height width"], info: DatasetInfo
-) -> tuple[Int32[Tensor, "height width"], tuple[Segment, ...]]:
+    class_map: Integer[Any, "height width"], info: DatasetInfo
+) -> tuple[Int32[np.ndarray, "height width"], tuple[Segment, ...]]:
     """A class map as one segment per class; values that are no class become `VOID_ID`."""
     segments = tuple(Segment(k + 1, k, is_thing=False) for k in range(info.num_classes))
-    return torch.where(class_map < info.num_classes, class_map.int() + 1, VOID_ID).int(), segments
+    classes = as_array(class_map)
+    id_map = classes.astype(np.int32)
+    id_map += 1
+    id_map[classes >= info.num_classes] = VOID_ID
+    return id_map, segments
 
 
 def side_by_side(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], titles: Sequence[str]) -> Picture:
@@ -201,24 +164,14 @@ def _blend(photo: Picture, index: IndexMap, colors: Sequence[RGB], alpha: np.flo
         drawn[rows] = np.rint(mixed, out=mixed)
     nothing = index == 0
     if nothing.any():
-        cv2.copyTo(photo, nothing.view(np.uint8), drawn)
+        pixels, kept = (np.ascontiguousarray(x).view("V3")[..., 0] for x in (drawn, photo))  # three bytes at once
+        np.copyto(pixels, kept, where=nothing)
 
-    contour = _contours(index).ravel()
-    lines = np.flatnonzero(contour > 0)  # few pixels, so they are blended once more
-    place, line = index.ravel()[lines], contour[lines][:, None] * np.float32(CONTOUR_OPACITY)
+    lines, coverage = contours(index)  # few pixels, so they are blended once more
+    place, line = index.ravel()[lines], coverage[:, None] * np.float32(CONTOUR_OPACITY)
     mixed = photo.reshape(-1, 3)[lines] * (1 - opacity[place])[:, None] + paint[place]
     drawn.reshape(-1, 3)[lines] = (mixed * (1 - line) + np.array(CONTOUR, np.float32) * line).round()
     return drawn
-
-
-def _contours(index: IndexMap) -> Float32[np.ndarray, "height width"]:
-    """Coverage, 0 to 1, by thin smooth lines between segments."""
-    edge = np.zeros(index.shape, bool)
-    edge[:, 1:] = index[:, 1:] != index[:, :-1]
-    edge[1:] |= index[1:] != index[:-1]
-    width = max(1, round(min(index.shape) / 480))
-    thick = cv2.dilate(edge.view(np.uint8), np.ones((width, width), np.uint8))
-    return np.asarray(cv2.GaussianBlur(thick.astype(np.float32), (0, 0), 0.5), np.float32)
 
 
 def _draw_names(
@@ -230,7 +183,8 @@ def _draw_names(
     fonts = {path: load_font(size, path) for path in {name.font for name in names}}
     areas = np.array([0 if region is None else region.area for region in regions])
     plates: list[tuple[float, float, float, float]] = []
-    for i in np.argsort(-areas, kind="stable"):
+    middles = Middles(index)
+    for i in np.argsort(-areas, kind="stable").tolist():
         region = regions[i]
         if region is None or region.area < MIN_NAMED_AREA * index.size:
             continue
@@ -238,7 +192,7 @@ def _draw_names(
         half_width, half_height = font.getlength(text) / 2 + 0.35 * font.size, 0.72 * font.size
         if 4 * half_width * half_height > 0.4 * region.area:  # a plate may reach beyond its segment, but not hide it
             continue
-        (x, y), radius = _innermost(index[region.window] == i + 1)
+        (x, y), radius = middles.of(i + 1, region)
         if radius < 0.6 * half_height or 2 * half_width >= index.shape[1] or 2 * half_height >= index.shape[0]:
             continue
         x = max(min(x + region.box[0], index.shape[1] - 1 - half_width), half_width)
@@ -252,11 +206,3 @@ def _draw_names(
         draw.rounded_rectangle(plate, radius=0.35 * font.size, fill=(red, green, blue, 225))
         draw.text((x, y), text, fill=text_color, font=font, anchor="mm")
     return np.array(picture)
-
-
-def _innermost(mask: Bool[np.ndarray, "height width"]) -> tuple[tuple[float, float], float]:
-    """The point of a mask that is farthest from its outside, as (x, y), and how far it is."""
-    padded = cv2.copyMakeBorder(mask.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    distance = cv2.distanceTransform(padded, cv2.DIST_L2, 3)
-    y, x = np.unravel_index(distance.argmax(), distance.shape)
-    return (float(x - 1), float(y - 1)), float(distance[y, x])

@@ -61,7 +61,7 @@ def build_pem(
     """Build PEM with random weights; the defaults are the paper's sizes.
 
     Args:
-        backbone: resnet18, resnet34, resnet50, resnet101, stdc1, stdc2, or a module.
+        backbone: resnet18, resnet34, resnet50, resnet101, stdc1, stdc2, efficientnet_lite0, 1 or 2, or a module.
         num_classes: K, without "no object".
         num_queries: the largest number of segments of an image.
         backbone_norm: "batch" or "frozen", for a backbone given by name.

@@ -9,6 +9,7 @@ in MiB. Nothing is imported that the runtime does not need.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-OPENVINO_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # of what is not quantised
 
 Run = Callable[[Any], Any]
 """From a uint8 image [1, H, W, 3], an array, to what the network returns."""
@@ -37,7 +37,7 @@ def main(path: str, precision: str, size: str, threads: str, runs: str) -> None:
 
 def open_network(path: Path, precision: str, threads: int) -> Run:
     """Load a file into the runtime for it."""
-    return {".ckpt": open_pytorch, ".onnx": open_onnx, ".xml": open_openvino}[path.suffix](path, precision, threads)
+    return (open_pytorch if path.suffix == ".ckpt" else open_exported)(path, precision, threads)
 
 
 def open_pytorch(path: Path, precision: str, threads: int) -> Run:
@@ -57,35 +57,21 @@ def open_pytorch(path: Path, precision: str, threads: int) -> Run:
     return lambda images: fast(normalize(torch.from_numpy(images[0]).permute(2, 0, 1))[None])
 
 
-def open_onnx(path: Path, precision: str, threads: int) -> Run:
-    """An ONNX file in ONNX Runtime."""
-    import onnxruntime
+def open_exported(path: Path, precision: str, threads: int) -> Run:
+    """An exported file in its runtime, with the settings that users have; baselines have no metadata to be read."""
+    from pem_lightning.deploy.sessions import SESSIONS
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})
-
-
-def open_openvino(path: Path, precision: str, threads: int) -> Run:
-    """OpenVINO's intermediate representation, or an ONNX file, in OpenVINO."""
-    import openvino
-
-    settings: Any = {
-        "INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision],
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
-    return lambda images: list(compiled(images).values())
+    session = object.__new__(SESSIONS[path.suffix])
+    session.path = path
+    session._open(importlib.import_module(session.runtime), threads, precision, None)
+    return session._run
 
 
-def draw_image(height: int, width: int) -> Any:
+def draw_image(height: int, width: int, seed: int = 0) -> Any:
     """Noise as uint8 RGB [1, H, W, 3]."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
 
 
 def peak_memory() -> float:

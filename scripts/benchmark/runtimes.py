@@ -26,18 +26,22 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pem_lightning.checkpoints import CHECKPOINT_KEY
+from pem_lightning.checkpoints import CHECKPOINT_KEY, read_checkpoint
 from pem_lightning.data import CITYSCAPES
+from pem_lightning.deploy.export import ExportOptions, export_checkpoint
+from pem_lightning.deploy.quantize import quantize_openvino
 from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.types import UserError
 from scripts.benchmark import common, training
 from scripts.benchmark.baselines import BASELINES, export_baseline
 from scripts.benchmark.common import TOTAL, Times, quartiles
+from scripts.benchmark.runner import draw_image
 
 ROOT = Path(__file__).parents[2]
 RUNNER = Path(__file__).with_name("runner.py")
 PYTORCH, ONNX, OPENVINO = "PyTorch", "ONNX Runtime", "OpenVINO"
 PACKAGES = {ONNX: ["numpy", "pillow", "onnxruntime"], OPENVINO: ["numpy", "pillow", "openvino"]}
+CALIBRATION_IMAGES = 8
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of processors
 INT8_FLAGS = {"avx512_vnni", "avx_vnni", "asimddp"}
 
@@ -74,24 +78,28 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     """Export, then time in turns; returns a report and the times. What fails is left out, and the report says why.
 
     Raises:
-        UserError: nothing is left.
+        UserError: a runtime is not installed, or nothing is left.
     """
     options.device = "cpu"
+    try:
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "openvino"))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"runtimes needs {error.name}: pip install -r requirements-export.txt") from error
     runners, notes = list_runners(options, processor_flags())
     failures: dict[Runner, str] = {}
     with TemporaryDirectory() as scratch:
         for network in (*options.backbones, *options.baselines):
             common.say(f"exporting {network}")
             (folder := Path(scratch) / network).mkdir()
-            error = "was not exported"
+            why = "was not exported"
             try:
                 if note := common.in_fresh_process(export, network, options.size, folder):
                     notes.append(f"{network}: {note}.")
             except BrokenProcessPool:
-                error = "the process that exports it has died"
+                why = "the process that exports it has died"
             except UserError as problem:
-                error = str(problem)
-            failures |= {r: error for r in runners if r.network == network and not (folder / r.file).is_file()}
+                why = str(problem)
+            failures |= {r: why for r in runners if r.network == network and not (folder / r.file).is_file()}
         files = {runner: Path(scratch) / runner.network / runner.file for runner in runners if runner not in failures}
         sizes = {runner: file_size(file) for runner, file in files.items()}
         measured = measure_in_turns(files, options, failures)
@@ -115,7 +123,6 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
                 f"{install_size(PACKAGES.get(runner.runtime) or requirements()):.0f}",
             )
         )
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "openvino"))
     facts = f"Network, {options.size[0]}x{options.size[1]}, {versions}"
     columns = ("", "ms", f"of {PYTORCH} float32", "peak MiB", "start to first result, s", "file, MB", "installed, MB")
     if options.baselines:
@@ -160,22 +167,35 @@ def export(network: str, size: tuple[int, int], folder: Path) -> str:
     try:
         if network in BASELINES:
             return f"logits of {' and '.join(map(str, export_baseline(network, size, folder)))}"
-        write_checkpoint(network, folder)
+        export_backbone(network, size, folder)
         return ""
     except Exception as error:  # whatever tracing and conversion raise; not all of it can be sent to another process
         raise UserError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
 
 
-def write_checkpoint(backbone: str, folder: Path) -> None:
-    """Write model.ckpt, as train.py writes one."""
-    config = training.paper_config(f"backbone={backbone}", f"output_dir={folder}")
+def export_backbone(backbone: str, size: tuple[int, int], folder: Path) -> None:
+    """Write model.ckpt as train.py does, and what export.py makes of it for images of a size."""
+    import openvino
+
+    checkpoint = folder / "model.ckpt"
+    write_checkpoint(backbone, checkpoint)
+    for format, file in (("onnx", "model.onnx"), ("openvino", "model.xml")):
+        export_checkpoint(read_checkpoint(checkpoint), folder / file, ExportOptions(format, size=size))
+    noise = [draw_image(*size, seed) for seed in range(CALIBRATION_IMAGES)]
+    quantized = quantize_openvino(openvino.Core().read_model(folder / "model.xml"), noise)
+    openvino.save_model(quantized, folder / "int8.xml")
+
+
+def write_checkpoint(backbone: str, path: Path) -> None:
+    """Write the paper's network for Cityscapes with random weights."""
+    config = training.paper_config(f"backbone={backbone}", f"output_dir={path.parent}")
     ours = {
         "config": OmegaConf.to_container(config, resolve=True),
         "overrides": [],
         "dataset_info": CITYSCAPES.to_dict(),
     }
     state = {f"network.{name}": value for name, value in common.random_network(backbone).state_dict().items()}
-    torch.save({"global_step": 0, "state_dict": state, CHECKPOINT_KEY: ours}, folder / "model.ckpt")
+    torch.save({"global_step": 0, "state_dict": state, CHECKPOINT_KEY: ours}, path)
 
 
 def measure_in_turns(

@@ -245,6 +245,7 @@ def test_the_user_error_behind_a_chain_is_found():
     assert user_error_behind(wrapper) == "the cure"
     from_worker = UserError("Caught UserError in worker 0.\nTraceback\npem_lightning.errors.UserError: the cure\n")
     assert user_error_behind(from_worker) == "the cure"
+    assert user_error_behind(UserError("a\nb.png is missing")) == "a b.png is missing"
     assert user_error_behind(RuntimeError("bug")) is None
 
 

@@ -143,6 +143,7 @@ def adds(number, category, **more):
         (lambda c: c["annotations"][0].pop("segments_info"), r"a\.jpg has no list segments_info"),
         (lambda c: c["annotations"].pop(0), r"a\.jpg has no annotation"),
         (lambda c: c["annotations"][0].update(file_name="x.png"), r"x\.png does not exist"),
+        (lambda c: c["annotations"][0].update(file_name="x\ny.png"), r"x y\.png does not exist"),
         (lambda c: c["images"].pop(0), r"annotation of image_id a has no image"),
     ],
 )

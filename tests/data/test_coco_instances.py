@@ -240,6 +240,7 @@ def first(**more):
             r"image_id 77, which no",
         ),
         (lambda c: c["images"][0].update(file_name="x.jpg"), r"x\.jpg does not exist"),
+        (lambda c: c["images"][0].update(file_name="x\ny.jpg"), r"x y\.jpg does not exist"),
     ],
 )
 def test_wrong_entries_are_named_and_can_be_left_out(tmp_path, caplog, change, message):

@@ -136,6 +136,21 @@ def test_semantic_folder(trained, capsys):
     assert set(np.unique(np.array(Image.open("out/a_semantic.png")))) <= {0, 1, 2}
 
 
+def test_camvid_and_its_test_split(trained, capsys):
+    """In SegNet's layout; `task=semantic` goes without saying."""
+    for name in (f"{split}/{split}_{n}" for split in ("train", "val", "test") for n in "ab"):
+        save(f"{name}.png", PHOTOGRAPH)
+        save(f"{name.replace('/', 'annot/')}.png", halves(3, 11).astype(np.uint8))
+    keys = ("dataset=camvid", "weights=null", "dataset.check=false")
+    assert [row["class"] for row in trained(*keys)["per_class"]][:2] == ["sky", "building"]
+    test = ("checkpoint=run/checkpoints/best.ckpt", "dataset.eval_split=test", "save_predictions=saved")
+    assert call("evaluate", *test, "hydra.run.dir=tested") == 0
+    assert sorted(path.name for path in Path("saved").rglob("*.png")) == ["test_a.png", "test_b.png"]
+    capsys.readouterr()
+    assert call("train", *keys, "dataset.root=.", "dataset.eval_split=test", *TINY) == 2
+    assert "error: dataset.eval_split=test is for evaluate.py" in capsys.readouterr().err
+
+
 def test_cityscapes_test_split_is_predicted(trained, capfd):
     for name in ("train/ulm/ulm_0_0", "train/ulm/ulm_1_0", "val/ulm/ulm_2_0"):
         save(f"leftImg8bit/{name}_leftImg8bit.png", PHOTOGRAPH)

@@ -9,15 +9,12 @@ from hypothesis import strategies as st
 
 from pem_lightning.data.ade20k import ADE20K, ADE20K_PANOPTIC
 from pem_lightning.data.cityscapes import CITYSCAPES
+from pem_lightning.inference.regions import Region, find_regions, index_map, region_of
 from pem_lightning.inference.visualize import (
-    Region,
     class_segments,
     draw_caption,
-    find_regions,
-    index_map,
     overlay_colors,
     overlay_panoptic,
-    region_of,
     side_by_side,
 )
 from pem_lightning.types import ClassInfo, DatasetInfo, Segment

@@ -120,7 +120,7 @@ def test_tasks_of_slurm_stop_together_and_ask_once(work, slurm, capfd):
     tasks = []
     for rank in ("0", "1"):
         environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        environment.update(SLURM_NODEID="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         command = (*RUN, *arguments, "hydra.run.dir=tasks", *kill(4, signal="SIGUSR1"))
         tasks.append(in_group(run, "train", command, environment, group=tasks[0] if tasks else 0))
         while os.getpgid(tasks[0]) != tasks[0]:
@@ -269,9 +269,10 @@ def test_two_processes_agree_on_what_one_of_them_meets(work, capfd):
     step = read_checkpoint(last).step
     assert f"stopped by SIGTERM at step {step}" in out
     assert len(list((work / "two").glob("non_finite_step_000002_device_[01].pt"))) == 2
-    limits = (f"recipe.max_steps={step + 2}", "recipe.val_interval=1")
+    limits = (f"recipe.max_steps={step + 3}", "recipe.val_interval=1")
     assert in_child(f"resume={last}", *limits, *kill(step + 1, "validation", signal="SIGINT")[1:]) == 130
-    assert read_checkpoint(last).step == step + 1
+    before, step = step, read_checkpoint(last).step
+    assert step in (before + 1, before + 2)  # they agree on it after the next step at the latest
     limits = (f"recipe.max_steps={step + 1}", "recipe.val_interval=1")
     assert in_child(f"resume={last}", *limits, *survive()) == 0
     assert json.loads((work / "two" / "metrics.json").read_text())["step"] == step + 1

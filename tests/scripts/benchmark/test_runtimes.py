@@ -58,15 +58,20 @@ def test_the_report_has_a_row_for_what_works_and_a_line_for_what_does_not(monkey
     monkeypatch.setattr(runtimes, "measure", measure)
     monkeypatch.setattr(runtimes, "processor_flags", set)
     monkeypatch.setattr(runtimes, "install_size", lambda packages: 300 if "openvino" in packages else 1900)
-    given = ["runtimes", "--backbones", "stdc1", "--baselines", "segformer_b0", "--rounds", "2"]
-    assert main(given) == 0
+    monkeypatch.setattr(runtimes.importlib.metadata, "version", lambda package: "1.0")
+    assert main(["runtimes", "--backbones", "stdc1", "--baselines", "segformer_b0", "--rounds", "2"]) == 0
     report = capsys.readouterr().out
     assert "| stdc1 PyTorch float32 | 400 (400 to 400) | 1 (1 to 1) | 200 | 1.5 | 1.0 | 1900 |" in report
     assert "| stdc1 OpenVINO float32 | 300 (300 to 300) | 0.75 (0.75 to 0.75) | 200 | 1.5 | 2.0 | 300 |" in report
     assert "\nbfloat16 is left out: " in report
     assert "\nsegformer_b0 ONNX Runtime float32 is left out: no such operator.\n" in report
     assert "\nstdc1 OpenVINO int8 is left out: was not exported.\n" in report
-    assert main([*given[:2], "stdc2", *given[3:5], "--rounds", "1"]) == 0
+
+
+def test_a_missing_runtime_is_named_with_the_cure(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
+    assert main(["runtimes"]) == 2
+    assert capsys.readouterr().err == "error: runtimes needs onnxruntime: pip install -r requirements-export.txt\n"
 
 
 def test_precisions_are_those_of_the_processor():
