@@ -11,8 +11,9 @@ import numpy as np
 from pem_lightning.basic_types import UserError, check_task
 from pem_lightning.deploy.postprocess import postprocess
 from pem_lightning.deploy.sessions import open_session
-from pem_lightning.images import Frame, ImageLike, Images, Photo, read_photo, resize, resized_size
+from pem_lightning.images import ImageLike, Images, Photo, read_photo, resize, resized_size
 from pem_lightning.inference.results import SegmentedImage, find_classes, only_classes
+from pem_lightning.shapes import UInt8
 
 
 class Runtime:
@@ -124,7 +125,7 @@ class Runtime:
         result = result._replace(instances=tuple(i for i in result.instances if i.score >= self.score_threshold))
         return SegmentedImage(photo.name, photo.image, self.info, result, self.task)
 
-    def _resized(self, image: Frame) -> Frame:
+    def _resized(self, image: UInt8[np.ndarray, "_ _ 3"]) -> UInt8[np.ndarray, "_ _ 3"]:
         """As in evaluation."""
         if self.metadata.resize is None:
             return image
