@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
+import re
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,19 +21,29 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from pem_lightning.checkpoints import Checkpoint, load_network
+from pem_lightning.deploy import merge
+from pem_lightning.deploy.check import RunFile, check, empty_mask_biases, measure_times
 from pem_lightning.deploy.graph import ExportGraph
 from pem_lightning.deploy.metadata import ENTRY, KEY, Metadata
 from pem_lightning.deploy.network import Run
 from pem_lightning.deploy.sessions import Session, open_session
+from pem_lightning.inference.postprocess import TaskInference
+from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.pem import PEM
 from pem_lightning.types import UserError
 
 OPSET = 20
 """Of ONNX: the newest that TensorRT 10 reads."""
-INPUT, OUTPUTS = "images", ("class_logits", "mask_logits")
+INPUT = "images"
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite", "torch_export": ".pt2"}
 """Format -> ending of the file."""
-
+MODULES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "litert": ("litert_torch", "ai_edge_litert"),
+    "torch_export": (),
+}
+"""Format -> what must be installed."""
 PROGRAMS = ("torch", "onnx", "onnxscript", "openvino", "nncf", "litert-torch", "pem-lightning")
 
 
@@ -60,8 +73,15 @@ class ExportOptions:
             raise UserError(f"format={self.format}: choose {', '.join(SUFFIXES)}")
         if self.precision not in ("float32", "float16", "int8"):
             raise UserError(f"precision={self.precision}: choose float32, float16 or int8")
-        if self.precision == "int8" and self.format not in ("onnx", "openvino"):
-            raise UserError(f"precision=int8 is for format=openvino and format=onnx, not for {self.format}")
+        whole = self.format in ("torch_export", "litert")
+        if self.precision != "float32" and whole:
+            raise UserError(
+                f"precision={self.precision} is for format=onnx and format=openvino, not for {self.format}: leave it out"
+            )
+        if self.deform == "operator" and whole:
+            raise UserError(f"deform=operator is for format=onnx and format=openvino, {self.format} has none: leave it out")
+        if self.results and (self.precision == "int8" or self.format == "litert"):
+            raise UserError(f"results={self.results} is not for int8 and not for litert: say results=false")
         if self.format == "litert" and self.size is None:
             raise UserError("format=litert needs the size of its images: say size=[512,1024]")
 
@@ -69,10 +89,11 @@ class ExportOptions:
         """`deform`, with auto decided."""
         if self.deform != "auto":
             return self.deform
-        from pem_lightning.models.deformable_conv import DeformableConv
+        return "operator" if self.format == "openvino" and _has_deformable_conv(network) else "gather"
 
-        has_convolutions = any(isinstance(m, DeformableConv) for m in network.modules())
-        return "operator" if self.format == "openvino" and has_convolutions else "gather"
+
+def _has_deformable_conv(network: PEM) -> bool:
+    return any(isinstance(module, DeformableConv) for module in network.modules())
 
 
 @dataclass(frozen=True)
@@ -98,9 +119,10 @@ class Report:
         metadata: of the file.
         files: one, or with OpenVINO two.
         megabytes: of all files.
-        milliseconds, pytorch_milliseconds: of one image.
+        milliseconds, pytorch_milliseconds: of one image of `size` or of 512 x 1024, where the file gives logits.
         deviation: largest difference of logits, relative to the largest logit.
         sign_flips: share of mask logits with another sign.
+        pixels: share of pixels that differ, where the file gives maps.
     """
 
     metadata: Metadata
@@ -110,6 +132,7 @@ class Report:
     pytorch_milliseconds: float | None = None
     deviation: float | None = None
     sign_flips: float | None = None
+    pixels: float | None = None
 
 
 def export_checkpoint(
@@ -120,7 +143,7 @@ def export_checkpoint(
     calibration: Calibration | None = None,
     measure: Callable[[Session], dict[str, float]] | None = None,
 ) -> Report:
-    """Write a checkpoint's network into a file (OpenVINO: two files).
+    """Write a checkpoint's network into a file (OpenVINO: two files), once it has proved equal.
 
     Args:
         checkpoint: what to export.
@@ -130,35 +153,74 @@ def export_checkpoint(
         measure: the metrics of the file, which it then says about itself.
 
     Raises:
-        UserError: the network cannot be exported so, a package is missing, or the file cannot be written.
+        UserError: the network cannot be exported so, a package is missing, the file cannot be written, or it is not
+            the checkpoint's network. An earlier file then stays as it is.
     """
+    if missing := [name for name in MODULES[options.format] if importlib.util.find_spec(name) is None]:
+        raise UserError(f"format={options.format} needs {missing[0]}: pip install -r requirements-export.txt")
     network = load_trained(checkpoint)
-    deform = options.how_to_sample(network)
-    metadata = describe(checkpoint, options, deform)
-    program = trace(ExportGraph(network, deform), options.size)
+    metadata = describe(checkpoint, options, options.how_to_sample(network))
+    program = trace(build_graph(network, metadata), options.size, one_image=options.results == "panoptic")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         written = Path(folder) / output.name
-        model = convert(program, metadata, calibration)
+        model, run_empty = convert(program, metadata, calibration)
         save(model, written, metadata)
-        if measure is not None:
-            metadata = replace(metadata, quality=measure(open_session(written)))
-            for part in Path(folder).iterdir():
-                part.unlink()  # the open session may still look into the old file
-            save(model, written, metadata)
+        session = open_session(written)
+        difference = check(network, session, run_empty, _inference(metadata))
+        checks: dict[str, Any] = difference._asdict()
+        if options.results is None:
+            checks |= measure_times(network, session)._asdict()
+        metadata = replace(metadata, checks=checks, quality=measure(session) if measure else None)
+        for part in Path(folder).iterdir():
+            part.unlink()  # the open session may still look into the old file
+        save(model, written, metadata)
         files = [output.with_suffix(part.suffix) for part in sorted(Path(folder).iterdir(), reverse=True)]
         for file in files:
             written.with_suffix(file.suffix).replace(file)
-    return Report(metadata, files, sum(file.stat().st_size for file in files) / 1e6)
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    return Report(metadata, files, megabytes, **{key: value for key, value in checks.items() if key != "size"})
 
 
-def convert(program: ExportedProgram, metadata: Metadata, calibration: Calibration | None = None) -> Any:
-    """Translate a traced network into the format that its metadata names."""
+def build_graph(network: PEM, metadata: Metadata) -> torch.nn.Module:
+    """What is traced. ONNX gets its deformable convolutions in translation: see `onnx_deform_conv`."""
+    translated = metadata.format in ("onnx", "openvino") and _has_deformable_conv(network)
+    inference = metadata.task
+    return merge.merge(
+        ExportGraph(network, "operator" if translated else metadata.deform),
+        metadata.results,
+        thing_classes=metadata.dataset_info.thing_classes,
+        num_classes=metadata.dataset_info.num_classes,
+        **{key: inference[key] for key in ("object_mask_threshold", "overlap_threshold") if key in inference},
+    )
+
+
+def _inference(metadata: Metadata) -> TaskInference | None:
+    """What makes the maps that a file gives."""
+    if metadata.results is None:
+        return None
+    rules = {key: value for key, value in metadata.task.items() if key != "name"}
+    return TaskInference(metadata.results, metadata.dataset_info.thing_classes, **rules)
+
+
+def convert(
+    program: ExportedProgram, metadata: Metadata, calibration: Calibration | None = None
+) -> tuple[Any, RunFile | None]:
+    """Translate a traced network into the format that its metadata names.
+
+    Returns:
+        The model, and what runs it with the values of `empty_mask_biases`.
+    """
     if metadata.format == "torch_export":
-        return program
-    model = to_onnx(program)
-    if metadata.format == "openvino":
-        model = to_openvino(model)
+        return program, _run_program(program)
+    if metadata.format == "litert":
+        return to_litert(program), None
+    proto = to_onnx(program, metadata.deform, merge.OUTPUTS[metadata.results])
+    return _convert_onnx(proto, metadata, calibration), _run_onnx(proto, metadata.format)
+
+
+def _convert_onnx(proto: Any, metadata: Metadata, calibration: Calibration | None) -> Any:
+    model = to_openvino(proto) if metadata.format == "openvino" else _copy(proto)
     if metadata.precision == "int8":
         from pem_lightning.deploy.quantize import quantize_onnx, quantize_openvino
 
@@ -170,6 +232,44 @@ def convert(program: ExportedProgram, metadata: Metadata, calibration: Calibrati
     if metadata.precision == "float16" and metadata.format == "onnx":
         return store_in_float16(model)
     return model
+
+
+def _copy(proto: Any) -> Any:
+    copied = type(proto)()
+    copied.CopyFrom(proto)
+    return copied
+
+
+def _run_program(program: ExportedProgram) -> RunFile:
+    changed = program.module()
+    state = changed.state_dict()
+    for name, value in empty_mask_biases(state).items():
+        state[name].fill_(value)
+
+    @torch.no_grad()
+    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(output.numpy() for output in changed(torch.from_numpy(images)))
+
+    return run
+
+
+def _run_onnx(proto: Any, format: str) -> RunFile:
+    from onnx import numpy_helper
+
+    changed = _copy(proto)
+    biases = {weight.name: weight for weight in changed.graph.initializer}
+    for name, value in empty_mask_biases(biases).items():
+        filled = np.full(tuple(biases[name].dims), value, np.float32)
+        biases[name].CopyFrom(numpy_helper.from_array(filled, name))
+    if format == "openvino":
+        import openvino
+
+        compiled = openvino.compile_model(to_openvino(changed), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return lambda images: tuple(np.array(value) for value in compiled({INPUT: images}).values())
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(changed.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {INPUT: images})
 
 
 def save(model: Any, path: Path, metadata: Metadata) -> None:
@@ -186,6 +286,10 @@ def save(model: Any, path: Path, metadata: Metadata) -> None:
 
         model.set_rt_info(metadata.to_json(), KEY)
         openvino.save_model(model, path, compress_to_fp16=metadata.precision == "float16")
+    elif metadata.format == "litert":
+        model.export(str(path))
+        with zipfile.ZipFile(path, "a") as archive:  # at the file's end, where LiteRT does not look
+            archive.writestr(ENTRY, metadata.to_json())
 
 
 def store_in_float16(proto: Any) -> Any:
@@ -243,22 +347,23 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def trace(graph: ExportGraph, size: Sequence[int] | None = None) -> ExportedProgram:
-    """Trace a network for images of one size, or of any size and number."""
+def trace(graph: torch.nn.Module, size: Sequence[int] | None = None, *, one_image: bool = False) -> ExportedProgram:
+    """Trace a network for images of one size, or of any size and (but for `one_image`) number."""
     height, width = size or (96, 160)
-    batch = 1 if size else 2  # of the example; a batch of 1 would be taken for the only one
+    batch = 1 if size or one_image else 2  # of the example; a batch of 1 is taken for the only one
     example = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
-    dynamic = None if size else ({0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO},)
+    any_size = {1: Dim.AUTO, 2: Dim.AUTO} if one_image else {0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO}
     with torch.no_grad():
-        return torch.export.export(graph.eval(), (example,), dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(
+            graph.eval(), (example,), dynamic_shapes=None if size else (any_size,), strict=False
+        )
 
 
-def to_onnx(program: ExportedProgram) -> Any:
-    """Translate into an `onnx.ModelProto`."""
-    from onnxscript import opset20
-
-    def deform_conv(x: Any, offsets: Any, mask: Any, weight: Any) -> Any:
-        return opset20.DeformConv(x, weight, offsets, None, mask, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+def to_onnx(
+    program: ExportedProgram, deform: str = "operator", outputs: Sequence[str] = merge.OUTPUTS[None]
+) -> Any:
+    """Translate into an `onnx.ModelProto`; `deform` is what becomes of traced operators `pem::deform_conv`."""
+    from pem_lightning.deploy.onnx_deform_conv import DEFORMABLE_CONVOLUTIONS
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -267,8 +372,8 @@ def to_onnx(program: ExportedProgram) -> Any:
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=list(OUTPUTS),
-            custom_translation_table={torch.ops.pem.deform_conv.default: deform_conv},
+            output_names=list(outputs),
+            custom_translation_table={torch.ops.pem.deform_conv.default: DEFORMABLE_CONVOLUTIONS[deform]},
             verbose=False,
         )
     assert model is not None
@@ -276,9 +381,19 @@ def to_onnx(program: ExportedProgram) -> Any:
     del proto.metadata_props[:]
     for node in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         del node.metadata_props[:]  # where each comes from in the source code
-        if hasattr(node, "doc_string"):
-            node.doc_string = ""
+        node.doc_string = ""
+    _name_sizes(proto)
     return proto
+
+
+def _name_sizes(proto: Any) -> None:
+    """Call the input's dynamic sizes batch, height and width, also where others are computed from them."""
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    names = {d.dim_param: name for d, name in zip(dims, ("batch", "height", "width"), strict=False) if d.dim_param}
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.dim_param)
 
 
 def to_openvino(proto: Any) -> Any:
@@ -297,3 +412,11 @@ def to_openvino(proto: Any) -> Any:
     frontend = FrontEndManager().load_by_framework("onnx")
     frontend.add_extension(ConversionExtension("DeformConv", deform_conv))
     return frontend.convert(frontend.load(io.BytesIO(proto.SerializeToString())))
+
+
+def to_litert(program: ExportedProgram) -> Any:
+    """Convert into a model of LiteRT, which is for one size."""
+    import litert_torch
+
+    (example,), _ = program.example_inputs
+    return litert_torch.convert(program.module(), (example,))

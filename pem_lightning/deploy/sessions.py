@@ -77,15 +77,15 @@ class Session(ABC):
     def __reduce__(self) -> Any:
         return type(self), (self.path, *self._options)
 
-    def run(self, images: np.ndarray) -> Logits:
+    def run(self, images: np.ndarray) -> Any:
         """Run RGB images, uint8 [B, H, W, 3]; one by one if the file is for one size.
 
         Returns:
-            Class logits and mask logits in float32, these at a quarter of the size padded to multiples of 32; or, of a
-            file that has its results merged, what it gives.
+            `Logits` in float32, the masks at a quarter of the size padded to multiples of 32. Of a file with results
+            instead: classes [B, H, W]; or segment ids [H, W] and a table of id, class and score [N, 3].
 
         Raises:
-            UserError: the file is for another size.
+            UserError: the file is for another size, or for one image at once.
         """
         size, (_, height, width, _) = self.metadata.size, images.shape
         if size is not None and size != (height, width):
@@ -93,13 +93,13 @@ class Session(ABC):
                 f"{self.path.name} takes images of {size[1]} x {size[0]} pixels, not {width} x {height}: "
                 "resize them, or export with size=null"
             )
+        if self.metadata.results == "panoptic" and len(images) != 1:
+            raise UserError(f"{self.path.name} gives the segments of one image at once, not of {len(images)}")
         images = np.ascontiguousarray(images)
-        if size is None:
-            first, second = self._run(images)
-            return first, second
+        if size is None or len(images) == 1:
+            return tuple(self._run(images))
         outputs = [self._run(image[None]) for image in images]
-        first, second = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
-        return first, second
+        return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
 
     @abstractmethod
     def _open(self, library: Any, threads: int | None, precision: str | None, device: str | None) -> str | None:
