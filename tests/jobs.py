@@ -1,10 +1,12 @@
-"""How tests run train.py, evaluate.py and predict.py: here or in a copy of this process, which spares the imports."""
+"""How tests run the commands: here or in a copy of this process, which spares the imports."""
 
 import os
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
+import jaxtyping
 import torch
 from omegaconf import DictConfig, open_dict
 
@@ -103,6 +105,16 @@ def exit_code(child):
     """Wait for a process; returns what the shell would call its exit code."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return 128 - code if code < 0 else code
+
+
+@contextmanager
+def unchecked_shapes():
+    """For export: tracing replaces lengths by symbols, which are no whole numbers."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def compose(job: str = "train", *overrides: str) -> DictConfig:

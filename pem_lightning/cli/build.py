@@ -268,6 +268,7 @@ def calibration_images(cfg: DictConfig, count: int, size: tuple[int, int] | None
         UserError: an image cannot be read.
     """
     datamodule = build_datamodule(cfg)
+    datamodule.prepare_data()
     dataset = datamodule.make_dataset("train", datamodule.eval_transform)
     count = min(count, len(dataset))
     for number in range(count):

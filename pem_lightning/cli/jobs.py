@@ -177,6 +177,7 @@ def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     if cfg.evaluate not in ("auto", True, False):
         raise UserError(f"evaluate={cfg.evaluate}: choose auto, true or false")
     int8 = options.precision == "int8"
+    calibration = _calibration(cfg, checkpoint, options.size) if int8 else None
     before = _validate(cfg, checkpoint) if cfg.evaluate is True or (int8 and cfg.evaluate == "auto") else None
 
     def measure(session: Session) -> dict[str, float]:
@@ -186,7 +187,7 @@ def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
         _as_configured(cfg, checkpoint),
         output,
         options,
-        calibration=_calibration(cfg, checkpoint, options.size) if int8 else None,
+        calibration=calibration,
         measure=None if before is None else measure,
     )
     for name, text in _report_lines(cfg, report, before):
@@ -234,6 +235,8 @@ def _report_lines(cfg: DictConfig, report: Report, before: Mapping[str, float] |
     yield "wrote", f"{' and '.join(readable(path) for path in report.files)}, {report.megabytes:.1f} MB"
     if report.deviation is not None:
         yield "deviation", f"{report.deviation:.1e} of the largest logit, {report.sign_flips:.1e} of the signs"
+    if (pixels := metadata.checks.get("pixels")) is not None:
+        yield "pixels", f"{100 * pixels:.4f} % differ"
     if report.milliseconds is not None:
         yield "time", f"{report.milliseconds:.0f} ms, PyTorch {report.pytorch_milliseconds:.0f} ms"
     after = metadata.quality

@@ -75,7 +75,7 @@ def test_every_experiment_instantiates(dataset, task, tmp_path):
     assert datamodule.info.num_classes == classes.get(dataset, datamodule.info.num_classes)
     optimizer = module.optimizer(module.parameter_groups(module.network))
     assert max(module.schedule(optimizer).base_lrs) == cfg.recipe.optimizer.lr
-    for job in ("evaluate", "predict") if task == "semantic" else ():  # the task that all data sets have
+    for job in ("evaluate", "predict", "export") if task == "semantic" else ():  # the task that all data sets have
         other = compose(job, f"dataset={dataset}", f"task={task}", "backbone=resnet18", "decoder_layers=1")
         assert other.network == cfg.network
         assert "weights" not in other
