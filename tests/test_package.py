@@ -30,7 +30,7 @@ def run_hidden(code: str) -> str:
     return ran.stdout
 
 
-@pytest.mark.parametrize("module", ["pem_lightning", "pem_lightning.basic_types", "pem_lightning.files"])
+@pytest.mark.parametrize("module", ["pem_lightning", "pem_lightning.deploy", "pem_lightning.inference.results"])
 def test_imports_without_torch(module):
     assert run_hidden(f"import {module}; print('torch' in sys.modules)") == "False\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -241,7 +242,7 @@ def _copy(proto: Any) -> Any:
 
 
 def _run_program(program: ExportedProgram) -> RunFile:
-    changed = program.module()
+    changed = copy.deepcopy(program.module())  # which shares its weights with the program
     state = changed.state_dict()
     for name, value in empty_mask_biases(state).items():
         state[name].fill_(value)

@@ -160,6 +160,23 @@ def write_coco_panoptic(
     return write_file(directory / "panoptic.json", _json(content))
 
 
+def write_results(
+    results: Iterable[SegmentedImage],
+    task: str,
+    info: DatasetInfo,
+    directory: str | Path,
+    *,
+    masks: bool = True,
+    overlays: bool = True,
+) -> None:
+    """Write results of unique names: panoptic ones by `write_coco_panoptic`, others by their `save`."""
+    if masks and task == "panoptic":
+        write_coco_panoptic(results, directory, info, overlays=overlays)
+        return
+    for result in results:
+        result.save(directory, masks=masks, overlay=overlays)
+
+
 def segments_info(
     panoptic: Int32[Any, "height width"], segments: Iterable[Segment], info: DatasetInfo
 ) -> list[dict[str, Any]]:

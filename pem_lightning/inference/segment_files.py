@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.progress import track
 
 from pem_lightning.inference.predictor import Photo, Predictor, read_photo
-from pem_lightning.inference.results import SegmentedImage, write_coco_panoptic
+from pem_lightning.inference.results import SegmentedImage, write_results
 from pem_lightning.inference.sources import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -135,11 +135,7 @@ def _segment_images(predictor: Predictor, files: Sequence[Path], output: Path, s
 def _write(
     results: Iterable[SegmentedImage], predictor: Predictor, output: Path, *, masks: bool, overlays: bool
 ) -> None:
-    if masks and predictor.inference.task == "panoptic":
-        write_coco_panoptic(results, output, predictor.info, overlays=overlays)
-        return
-    for result in results:
-        result.save(output, masks=masks, overlay=overlays)
+    write_results(results, predictor.inference.task, predictor.info, output, masks=masks, overlays=overlays)
 
 
 def _segment_video(
