@@ -81,7 +81,7 @@ def check(
             else:
                 found.append(_compare_maps(predictions, run(images), inference, images.shape[1:3]))
     worst = Difference(*(max(values) if None not in values else None for values in zip(*found, strict=True)))
-    limits = Difference(MAX_DEVIATION, MAX_SIGN_FLIPS, MAX_PIXELS)
+    limits = MAX_DEVIATION, MAX_SIGN_FLIPS, MAX_PIXELS
     if metadata.precision == "float32":
         for name, value, limit in zip(Difference._fields, worst, limits, strict=True):
             if value is not None and not value <= limit:
@@ -169,12 +169,10 @@ def _compare_logits(predictions: Predictions, found: Arrays) -> Difference:
     return Difference(float(np.max(deviations)), flips)
 
 
-def _compare_maps(
-    predictions: Predictions, found: Any, inference: TaskInference, size: tuple[int, int]
-) -> Difference:
+def _compare_maps(predictions: Predictions, found: Any, inference: TaskInference, size: tuple[int, int]) -> Difference:
     maps = found if inference.task == "panoptic" else found[0]
     shares = []
-    for i, got in enumerate((maps[0][None] if inference.task == "panoptic" else maps)):
+    for i, got in enumerate(maps[0][None] if inference.task == "panoptic" else maps):
         one = Predictions(predictions.class_logits[i : i + 1], predictions.mask_logits[i : i + 1])
         result = inference(one, size, size)
         wanted = result.panoptic if inference.task == "panoptic" else result.semantic

@@ -79,10 +79,10 @@ class ExportOptions:
         whole = self.format in ("torch_export", "litert")
         if self.precision != "float32" and whole:
             raise UserError(
-                f"precision={self.precision} is for format=onnx and format=openvino, not for {self.format}: leave it out"
+                f"precision={self.precision} is for format=onnx and openvino, not for {self.format}: leave it out"
             )
         if self.deform == "operator" and whole:
-            raise UserError(f"deform=operator is for format=onnx and format=openvino, {self.format} has none: leave it out")
+            raise UserError(f"deform=operator is for format=onnx and openvino, {self.format} has none: leave it out")
         if self.results and (self.precision == "int8" or self.format == "litert"):
             raise UserError(f"results={self.results} is not for int8 and not for litert: say results=false")
         if self.format == "litert" and self.size is None:
@@ -357,14 +357,10 @@ def trace(graph: torch.nn.Module, size: Sequence[int] | None = None, *, one_imag
     example = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
     any_size = {1: Dim.AUTO, 2: Dim.AUTO} if one_image else {0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO}
     with torch.no_grad():
-        return torch.export.export(
-            graph.eval(), (example,), dynamic_shapes=None if size else (any_size,), strict=False
-        )
+        return torch.export.export(graph.eval(), (example,), dynamic_shapes=None if size else (any_size,), strict=False)
 
 
-def to_onnx(
-    program: ExportedProgram, deform: str = "operator", outputs: Sequence[str] = merge.OUTPUTS[None]
-) -> Any:
+def to_onnx(program: ExportedProgram, deform: str = "operator", outputs: Sequence[str] = merge.OUTPUTS[None]) -> Any:
     """Translate into an `onnx.ModelProto`; `deform` is what becomes of traced operators `pem::deform_conv`."""
     from pem_lightning.deploy.onnx_deform_conv import DEFORMABLE_CONVOLUTIONS
 

@@ -20,12 +20,17 @@ onnx = pytest.importorskip("onnx", reason="needs requirements-export.txt")
 for package in ("onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason="needs requirements-export.txt")
 
-BASIC = set(
-    "Add And ArgMax AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos "
-    "Div Equal Expand Flatten Floor Gather GatherElements Gemm Greater GreaterOrEqual Identity LayerNormalization Less "
-    "LessOrEqual MatMul Max Min Mod Mul Neg Not Pad Range Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape Shape "
-    "Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Transpose Unsqueeze Where".split()
-)
+# fmt: off
+BASIC = {
+    "Add", "And", "ArgMax", "AveragePool", "BatchNormalization", "Cast", "Ceil", "Clip", "Concat",
+    "Constant", "ConstantOfShape", "Conv", "ConvTranspose", "Cos", "Div", "Equal", "Expand", "Flatten",
+    "Floor", "Gather", "GatherElements", "Gemm", "Greater", "GreaterOrEqual", "Identity",
+    "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Not",
+    "Pad", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Shape",
+    "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+    "Where",
+}
+# fmt: on
 """Operators that every runtime of ONNX has."""
 
 
@@ -154,7 +159,9 @@ def test_a_wrong_file_is_not_written(checkpoint, tmp_path, monkeypatch):
 
     to_onnx = export_module.to_onnx
     monkeypatch.setattr(export_module, "to_onnx", wrong)
-    with pytest.raises(UserError, match=r"not the checkpoint's network \(deviation .*, so nothing was written") as error:
+    with pytest.raises(
+        UserError, match=r"not the checkpoint's network \(deviation .*, so nothing was written"
+    ) as error:
         export_checkpoint(checkpoint, path, ExportOptions(size=(64, 96), deform="operator"))
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
@@ -186,8 +193,11 @@ def test_empty_masks_are_part_of_the_check(checkpoint):
     [
         ({"format": "coreml"}, "format=coreml: choose onnx, openvino, litert, torch_export"),
         ({"precision": "int4"}, "precision=int4: choose float32, float16 or int8"),
-        ({"format": "torch_export", "precision": "float16"}, "precision=float16 is for format=onnx and format=openvino"),
-        ({"format": "torch_export", "deform": "operator"}, "deform=operator is for format=onnx and format=openvino"),
+        (
+            {"format": "torch_export", "precision": "float16"},
+            "precision=float16 is for format=onnx and openvino",
+        ),
+        ({"format": "torch_export", "deform": "operator"}, "deform=operator is for format=onnx and openvino"),
         ({"format": "litert"}, r"needs the size of its images: say size=\[512,1024\]"),
         ({"precision": "int8", "results": "panoptic"}, "say results=false"),
     ],
