@@ -1,5 +1,6 @@
 """How tests run the commands: here or in a copy of this process, which spares the imports."""
 
+import logging
 import os
 import sys
 import traceback
@@ -109,12 +110,18 @@ def exit_code(child):
 
 @contextmanager
 def unchecked_shapes():
-    """For export: tracing replaces lengths by symbols, which are no whole numbers."""
+    """For export: tracing replaces lengths by symbols, which are no whole numbers.
+
+    PyTorch's structured log of what it traces, which pytest would collect, takes as long as the tracing.
+    """
     jaxtyping.config.update("jaxtyping_disable", True)
+    log = logging.getLogger("torch.__trace")
+    handlers, log.handlers = log.handlers, []
     try:
         yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+        log.handlers = handlers
 
 
 def compose(job: str = "train", *overrides: str) -> DictConfig:

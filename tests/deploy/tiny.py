@@ -15,7 +15,7 @@ from tests.models.randomize import randomize
 NETWORK = {
     "_target_": "pem_lightning.models.pem.build_pem",
     "backbone": {"_target_": "tests.models.randomize.TinyBackbone"},
-    "num_layers": 2,
+    "num_layers": 1,
     "channels": 32,
     "hidden_channels": 48,
     "pyramid_channels": 32,
