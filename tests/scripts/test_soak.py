@@ -10,7 +10,9 @@ GROWS = "import time; kept = []; [(kept.append(bytearray(2**22)), time.sleep(0.0
 
 
 def run(monkeypatch, program):
-    monkeypatch.setattr(soak, "commands", lambda folder, options: [("a part", [sys.executable, "-c", program], Path.cwd())])
+    monkeypatch.setattr(
+        soak, "commands", lambda folder, options: [("a part", [sys.executable, "-c", program], Path.cwd())]
+    )
     return main(["soak", "--every", "0.05", "--device", "cpu"])
 
 
