@@ -77,7 +77,7 @@ def check(
             predictions = predict(reference, images)
             assert reference is network or bool((predictions.mask_logits < 0).all())
             if inference is None:
-                found.append(_compare_logits(predictions, run(images)))
+                found.append(compare_logits(predictions, run(images)))
             else:
                 found.append(_compare_maps(predictions, run(images), inference, images.shape[1:3]))
     worst = Difference(*(max(values) if None not in values else None for values in zip(*found, strict=True)))
@@ -158,7 +158,8 @@ def _draw(batch: int, height: int, width: int) -> np.ndarray:
     return noisy.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _compare_logits(predictions: Predictions, found: Arrays) -> Difference:
+def compare_logits(predictions: Predictions, found: Arrays) -> Difference:
+    """How far a file's class and mask logits are from the network's."""
     wanted = predictions.class_logits.numpy(), predictions.mask_logits.numpy()
     deviations = [
         float(np.abs(a - b).max() / np.abs(b).max()) if a.shape == b.shape else float("inf")
@@ -169,12 +170,10 @@ def _compare_logits(predictions: Predictions, found: Arrays) -> Difference:
     return Difference(float(np.max(deviations)), flips)
 
 
-def _compare_maps(
-    predictions: Predictions, found: Any, inference: TaskInference, size: tuple[int, int]
-) -> Difference:
+def _compare_maps(predictions: Predictions, found: Any, inference: TaskInference, size: tuple[int, int]) -> Difference:
     maps = found if inference.task == "panoptic" else found[0]
     shares = []
-    for i, got in enumerate((maps[0][None] if inference.task == "panoptic" else maps)):
+    for i, got in enumerate(maps[0][None] if inference.task == "panoptic" else maps):
         one = Predictions(predictions.class_logits[i : i + 1], predictions.mask_logits[i : i + 1])
         result = inference(one, size, size)
         wanted = result.panoptic if inference.task == "panoptic" else result.semantic

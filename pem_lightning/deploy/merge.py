@@ -115,8 +115,6 @@ def merge(
     raise UserError(f"results={results}: choose false, panoptic or semantic")
 
 
-def _at_image_size(
-    mask_logits: Float[Tensor, "B M h w"], images: UInt8[Tensor, "B H W 3"]
-) -> Float[Tensor, "B M H W"]:
+def _at_image_size(mask_logits: Float[Tensor, "B M h w"], images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B M H W"]:
     full = F.interpolate(mask_logits, scale_factor=float(STRIDE), mode="bilinear", align_corners=False)
     return full[:, :, : images.shape[1], : images.shape[2]]
