@@ -81,7 +81,7 @@ def check(
             else:
                 found.append(_compare_maps(predictions, run(images), inference, images.shape[1:3]))
     worst = Difference(*(max(values) if None not in values else None for values in zip(*found, strict=True)))
-    limits = Difference(MAX_DEVIATION, MAX_SIGN_FLIPS, MAX_PIXELS)
+    limits = MAX_DEVIATION, MAX_SIGN_FLIPS, MAX_PIXELS
     if metadata.precision == "float32":
         for name, value, limit in zip(Difference._fields, worst, limits, strict=True):
             if value is not None and not value <= limit:

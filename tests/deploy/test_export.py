@@ -23,8 +23,8 @@ for package in ("onnxscript", "onnxruntime", "openvino"):
 BASIC = (
     "Add And ArgMax AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose "
     "Cos Div Equal Expand Flatten Floor Gather GatherElements Gemm Greater GreaterOrEqual Identity LayerNormalization "
-    "Less LessOrEqual MatMul Max Min Mod Mul Neg Not Pad Range Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape Shape "
-    "Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Transpose Unsqueeze Where"
+    "Less LessOrEqual MatMul Max Min Mod Mul Neg Not Pad Range Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape "
+    "Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Transpose Unsqueeze Where"
 )
 """Operators that every runtime of ONNX has."""
 
