@@ -77,7 +77,7 @@ def check(
             predictions = predict(reference, images)
             assert reference is network or bool((predictions.mask_logits < 0).all())
             if inference is None:
-                found.append(_compare_logits(predictions, run(images)))
+                found.append(compare_logits(predictions, run(images)))
             else:
                 found.append(_compare_maps(predictions, run(images), inference, images.shape[1:3]))
     worst = Difference(*(max(values) if None not in values else None for values in zip(*found, strict=True)))
@@ -158,7 +158,8 @@ def _draw(batch: int, height: int, width: int) -> np.ndarray:
     return noisy.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _compare_logits(predictions: Predictions, found: Arrays) -> Difference:
+def compare_logits(predictions: Predictions, found: Arrays) -> Difference:
+    """How far a file's class and mask logits are from the network's."""
     wanted = predictions.class_logits.numpy(), predictions.mask_logits.numpy()
     deviations = [
         float(np.abs(a - b).max() / np.abs(b).max()) if a.shape == b.shape else float("inf")

@@ -76,13 +76,11 @@ class ExportOptions:
             raise UserError(f"precision={self.precision}: choose float32, float16 or int8")
         if self.deform not in ("auto", "gather", "grid_sample", "operator"):
             raise UserError(f"deform={self.deform}: choose auto, gather, grid_sample or operator")
-        whole = self.format in ("torch_export", "litert")
-        if self.precision != "float32" and whole:
-            raise UserError(
-                f"precision={self.precision} is for format=onnx and openvino, not for {self.format}: leave it out"
-            )
-        if self.deform == "operator" and whole:
-            raise UserError(f"deform=operator is for format=onnx and openvino, {self.format} has none: leave it out")
+        if self.format in ("torch_export", "litert"):
+            for key, value, usual in (("precision", self.precision, "float32"), ("deform", self.deform, "auto")):
+                if value in ("float16", "int8", "operator"):
+                    others = "is for format=onnx and format=openvino"
+                    raise UserError(f"{key}={value} {others}, not for {self.format}: say {key}={usual}")
         if self.results and (self.precision == "int8" or self.format == "litert"):
             raise UserError(f"results={self.results} is not for int8 and not for litert: say results=false")
         if self.format == "litert" and self.size is None:
@@ -160,7 +158,8 @@ def export_checkpoint(
             the checkpoint's network. An earlier file then stays as it is.
     """
     if missing := [name for name in MODULES[options.format] if importlib.util.find_spec(name) is None]:
-        raise UserError(f"format={options.format} needs {missing[0]}: pip install -r requirements-export.txt")
+        hint = "see the end of" if options.format == "litert" else "pip install -r"
+        raise UserError(f"format={options.format} needs {missing[0]}: {hint} requirements-export.txt")
     network = load_trained(checkpoint)
     metadata = describe(checkpoint, options, options.how_to_sample(network))
     program = trace(build_graph(network, metadata), options.size, one_image=options.results == "panoptic")
@@ -357,24 +356,50 @@ def trace(graph: torch.nn.Module, size: Sequence[int] | None = None, *, one_imag
     example = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
     any_size = {1: Dim.AUTO, 2: Dim.AUTO} if one_image else {0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO}
     with torch.no_grad():
-        return torch.export.export(graph.eval(), (example,), dynamic_shapes=None if size else (any_size,), strict=False)
+        try:
+            return torch.export.export(
+                graph.eval(), (example,), dynamic_shapes=None if size else (any_size,), strict=False
+            )
+        except UserError:
+            raise
+        except Exception as error:  # a backbone of another library may hold anything
+            hint = "export another backbone" if size else "say size=[512,1024]"
+            raise UserError(f"PyTorch cannot trace this network ({_first_line(error)}): {hint}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def to_onnx(program: ExportedProgram, deform: str = "operator", outputs: Sequence[str] = merge.OUTPUTS[None]) -> Any:
-    """Translate into an `onnx.ModelProto`; `deform` is what becomes of traced operators `pem::deform_conv`."""
+    """Translate into an `onnx.ModelProto`.
+
+    Args:
+        program: a traced network.
+        deform: what becomes of traced operators `pem::deform_conv`.
+        outputs: their names.
+
+    Raises:
+        UserError: an operator of the network has no translation.
+    """
     from pem_lightning.deploy.onnx_deform_conv import DEFORMABLE_CONVOLUTIONS
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=list(outputs),
-            custom_translation_table={torch.ops.pem.deform_conv.default: DEFORMABLE_CONVOLUTIONS[deform]},
-            verbose=False,
-        )
+        try:
+            model = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=list(outputs),
+                custom_translation_table={torch.ops.pem.deform_conv.default: DEFORMABLE_CONVOLUTIONS[deform]},
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise UserError(
+                f"this network cannot be translated to ONNX ({_first_line(error)}): try format=torch_export"
+            ) from error
     assert model is not None
     proto = model.model_proto
     del proto.metadata_props[:]
