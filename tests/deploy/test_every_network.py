@@ -30,7 +30,7 @@ def assert_runs(network, graph, deform="gather"):
     compiled = openvino.compile_model(to_openvino(proto), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     images = np.random.default_rng(0).integers(0, 256, (1, *SIZE, 3), np.uint8)
     wanted = predict(network, images)
-    for found in (session.run(None, {"images": images}), tuple(compiled({"images": images}).values())):
+    for found in (tuple(session.run(None, {"images": images})), tuple(compiled({"images": images}).values())):
         difference = compare_logits(wanted, found)
         assert difference.deviation < 1e-4
         assert difference.sign_flips < 1e-4
