@@ -75,6 +75,8 @@ class ExportOptions:
             raise UserError(f"format={self.format}: choose {', '.join(SUFFIXES)}")
         if self.precision not in ("float32", "float16", "int8"):
             raise UserError(f"precision={self.precision}: choose float32, float16 or int8")
+        if self.deform not in ("auto", "gather", "grid_sample", "operator"):
+            raise UserError(f"deform={self.deform}: choose auto, gather, grid_sample or operator")
         if self.format in ("torch_export", "litert"):
             for key, value, usual in (("precision", self.precision, "float32"), ("deform", self.deform, "auto")):
                 if value in ("float16", "int8", "operator"):

@@ -53,9 +53,9 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     """
     rows, grown = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, command in commands(Path(scratch), options):
+        for name, command, begun in commands(Path(scratch), options):
             common.say(name)
-            samples, seconds = watch(command, options.every)
+            samples, seconds = watch(command, options.every, begun)
             cells = []
             for kind, values in zip(SPARE, np.array(samples).T, strict=True):
                 tenths = [float(np.median(part)) for part in np.array_split(values, TENTHS)]
@@ -71,8 +71,11 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     return report, {}
 
 
-def commands(folder: Path, options: argparse.Namespace) -> list[tuple[str, list[str]]]:
-    """What is run, one after the other: name, and a program with its arguments."""
+def commands(folder: Path, options: argparse.Namespace) -> list[tuple[str, list[str], Path]]:
+    """What is run, one after the other: name, a program with its arguments, and a file that is there once it is warm.
+
+    That is after the first validation and checkpoint (a tenth of the steps), or after the first image.
+    """
     interval = max(options.steps // 10, 1)
     overrides = [
         *("scale=synthetic_small", "decoder_layers=1", "dataset.num_workers=2", "trainer=cpu", "logger=tensorboard"),
@@ -82,16 +85,21 @@ def commands(folder: Path, options: argparse.Namespace) -> list[tuple[str, list[
         *("dataset.datamodule.num_train=32", f"output_dir={folder / 'run'}", f"hydra.run.dir={folder / 'hydra'}"),
     ]
     checkpoint = str(folder / "run" / "checkpoints" / "last.ckpt")
-    predict = [sys.executable, "-m", "scripts.benchmark.soak", checkpoint]
+    predict = [sys.executable, "-m", "scripts.benchmark.soak", checkpoint, str(options.predictions)]
+    one, several = folder / "one", folder / "several"
     return [
-        (f"{options.steps} steps", [sys.executable, "train.py", *overrides]),
-        (f"{options.predictions} predictions", [*predict, str(options.predictions), "1"]),
-        (f"{options.predictions} predictions, {THREADS} at once", [*predict, str(options.predictions), str(THREADS)]),
+        (f"{options.steps} steps", [sys.executable, "train.py", *overrides], Path(checkpoint)),
+        (f"{options.predictions} predictions", [*predict, "1", str(one)], one),
+        (f"{options.predictions} predictions, {THREADS} at once", [*predict, str(THREADS), str(several)], several),
     ]
 
 
-def watch(command: list[str], every: float) -> tuple[list[Usage], float]:
-    """Run a program and look at it from time to time; returns what was seen, at least a look per tenth, and seconds."""
+def watch(command: list[str], every: float, begun: Path) -> tuple[list[Usage], float]:
+    """Run a program and look at it from time to time once a file is there.
+
+    Returns:
+        What was seen, at least a look per tenth, and the seconds of the whole run.
+    """
     try:
         import psutil
     except ImportError as error:
@@ -103,7 +111,8 @@ def watch(command: list[str], every: float) -> tuple[list[Usage], float]:
         try:
             while child.poll() is None:
                 with suppress(psutil.Error):  # a process has ended meanwhile
-                    samples.append(_look(psutil.Process(child.pid)))
+                    if begun.exists():
+                        samples.append(_look(psutil.Process(child.pid)))
                 time.sleep(every)
         finally:
             child.kill()
@@ -122,8 +131,8 @@ def _look(process: Any) -> Usage:
     return Usage(memory / 2**20, sum(one.num_fds() for one in family), sum(one.num_threads() for one in family))
 
 
-def predict(checkpoint: str, count: int, threads: int) -> None:
-    """Predict black images of changing sizes, with so many at once.
+def predict(checkpoint: str, count: int, threads: int, begun: Path) -> None:
+    """Predict black images of changing sizes, with so many at once; `begun` is made after the first.
 
     The sizes return, for memory is only flat once all have been seen: allocators keep what a larger image needed.
     """
@@ -131,8 +140,8 @@ def predict(checkpoint: str, count: int, threads: int) -> None:
     shapes = rng.choice(rng.integers(32, 320, (SIZES, 2)), count)
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda shape: predictor(np.zeros((*shape, 3), np.uint8)).overlay(), shapes):
-            pass
+            begun.touch()
 
 
 if __name__ == "__main__":
-    predict(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    predict(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

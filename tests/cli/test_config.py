@@ -225,7 +225,7 @@ def test_tiles_are_set_on_the_command_line(job):
             ["task=panoptc"],
             r"there is no task=panoptc \(did you mean panoptic\?\); choose one of: instance, panoptic",
         ),
-        (["dataset=nowhere"], r"there is no dataset=nowhere; choose one of: ade20k, cityscapes, .*, synthetic"),
+        (["dataset=nowhere"], r"there is no dataset=nowhere; choose one of: ade20k, camvid, cityscapes, .*, synthetic"),
         (["recipe=ade20k_panotic"], r"there is no recipe=ade20k_panotic \(did you mean ade20k_panoptic\?\)"),
         (["bakbone=stdc1"], r"there is no key bakbone \(did you mean backbone\?\)"),
         (["backbone=resnet19"], r"there is no backbone=resnet19 .* choose one of: .*resnet101, resnet18"),

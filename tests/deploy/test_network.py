@@ -60,9 +60,10 @@ def test_a_file_is_a_network(tiny_exports, name):
         False,
     )
     predictor = Predictor(path, device="cpu", batch_size=2)
-    photos = [photo.permute(1, 2, 0).numpy() for photo in noise(3, 3, 90, 61)]
+    photos = sorted((tiny_exports.checkpoint.parent / "drawn/leftImg8bit/val").rglob("*.png"))
+    assert len(photos) == 3
     for one, other in zip(predictor(photos), trained(photos), strict=True):
-        assert len(one.segments) > 1
+        assert len(one.segments) > 2
         assert torch.equal(torch.as_tensor(one.panoptic), torch.as_tensor(other.panoptic))
         assert [s.name for s in one.segments] == [s.name for s in other.segments]
 

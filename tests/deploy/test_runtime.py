@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -251,7 +252,11 @@ class TestCommand:
             Image.fromarray(photo).resize((640, 320)).save(tmp_path / f"{i}.png")
         command = [sys.executable, "-m", "pem_lightning.deploy", str(path), str(tmp_path), "--output", "out"]
         environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        listen = partial(
+            signal.signal, signal.SIGINT, signal.default_int_handler
+        )  # a shell's background jobs ignore it
+        options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, preexec_fn=listen, **options)
         while not (tmp_path / "out" / "0_overlay.png").exists():
             assert process.poll() is None
             time.sleep(0.05)

@@ -1,6 +1,7 @@
 """Growth of memory is seen, in a program of a second; the long run itself is for people."""
 
 import sys
+from pathlib import Path
 
 from scripts.benchmark import soak
 from scripts.benchmark.__main__ import main
@@ -9,7 +10,9 @@ GROWS = "import time; kept = []; [(kept.append(bytearray(2**22)), time.sleep(0.0
 
 
 def run(monkeypatch, program):
-    monkeypatch.setattr(soak, "commands", lambda folder, options: [("a part", [sys.executable, "-c", program])])
+    monkeypatch.setattr(
+        soak, "commands", lambda folder, options: [("a part", [sys.executable, "-c", program], Path.cwd())]
+    )
     return main(["soak", "--every", "0.05", "--device", "cpu"])
 
 
