@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import logging
 import re
 import tempfile
 import warnings
@@ -384,6 +385,8 @@ def to_onnx(program: ExportedProgram, deform: str = "operator", outputs: Sequenc
     """
     from pem_lightning.deploy.onnx_deform_conv import DEFORMABLE_CONVOLUTIONS
 
+    for name in ("onnxscript", "torch.onnx"):  # what they cannot simplify is no news
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

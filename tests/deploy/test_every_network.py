@@ -12,6 +12,7 @@ from tests.deploy.test_graph import VARIANTS
 from tests.jobs import unchecked_shapes
 from tests.models.randomize import build_tiny, randomize
 from tests.models.test_ablations import network_of
+from tests.models.test_timm import needs_timm
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 openvino = pytest.importorskip("openvino", reason="needs requirements-export.txt")
@@ -54,7 +55,7 @@ def test_grid_sample():
     assert_runs(network, ExportGraph(network, "operator"), "grid_sample")
 
 
-@pytest.mark.timm
+@needs_timm
 def test_a_backbone_of_timm():
     from pem_lightning.models.backbones.timm import TimmBackbone
 
