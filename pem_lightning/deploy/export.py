@@ -272,7 +272,7 @@ def _run_onnx(proto: Any, format: str) -> RunFile:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(changed.SerializeToString(), providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {INPUT: images})
+    return lambda images: tuple(session.run(None, {INPUT: images}))
 
 
 def save(model: Any, path: Path, metadata: Metadata) -> None:

@@ -63,7 +63,7 @@ class ExportGraph(nn.Module):
             raise UserError(f"deform={deform}: choose auto, {', '.join(DEFORMABLE_CONVOLUTIONS)}")
         if deform == "operator" and isinstance(network.pixel_decoder, MSDeformPixelDecoder):
             raise UserError("deform=operator is for deformable convolutions, this network has attention: choose gather")
-        self.network = cast(PEM, fuse_batch_norms(network.float()))
+        self.network = cast(PEM, fuse_batch_norms(network).float())
         for module in self.network.modules():
             if isinstance(module, DeformableConv):
                 module.kernel = DEFORMABLE_CONVOLUTIONS[deform]

@@ -13,8 +13,8 @@ from typing import Any
 from onnx import TensorProto
 from onnxscript import opset20 as op
 
-TAPS_AT_ONCE = 3
-"""Taps whose samples are held at once."""
+from pem_lightning.deploy.graph import TAPS_AT_ONCE
+
 _DY = [-1.0, -1.0, -1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
 _DX = [-1.0, 0.0, 1.0] * 3
 

@@ -160,7 +160,7 @@ class OpenVINOSession(Session):
 
     def _run(self, images: np.ndarray) -> Any:
         found = self.model({"images": images})
-        return tuple(np.array(found[output]) for output in self.model.outputs)
+        return tuple(np.asarray(found[output]) for output in self.model.outputs)
 
 
 class LiteRTSession(Session):
