@@ -28,7 +28,7 @@ from pem_lightning.deploy.check import RunFile, check, empty_mask_biases, measur
 from pem_lightning.deploy.graph import ExportGraph
 from pem_lightning.deploy.metadata import ENTRY, KEY, Metadata
 from pem_lightning.deploy.network import Run
-from pem_lightning.deploy.sessions import Session, open_session
+from pem_lightning.deploy.sessions import Session, open_session, openvino_core
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.pem import PEM
@@ -265,9 +265,7 @@ def _run_onnx(proto: Any, format: str) -> RunFile:
         filled = np.full(tuple(biases[name].dims), value, np.float32)
         biases[name].CopyFrom(numpy_helper.from_array(filled, name))
     if format == "openvino":
-        import openvino
-
-        compiled = openvino.compile_model(to_openvino(changed), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(to_openvino(changed), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return lambda images: tuple(np.array(value) for value in compiled({INPUT: images}).values())
     import onnxruntime
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import zipfile
 from abc import ABC, abstractmethod
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,17 @@ class ONNXSession(Session):
         return self.session.run(None, {"images": images})
 
 
+@cache
+def openvino_core() -> Any:
+    """The one `openvino.Core` of this process, for ever.
+
+    With its first model, OpenVINO gives the calling thread another stack for signal handlers, and frees it with its
+    last one, be it in another thread: the next handled signal then kills the process (OpenVINO 2026.4). A DataLoader's
+    worker that ends sends one.
+    """
+    return importlib.import_module("openvino").Core()
+
+
 class OpenVINOSession(Session):
     """OpenVINO on the CPU."""
 
@@ -149,13 +161,14 @@ class OpenVINOSession(Session):
         with self.path.open("rb") as file:
             if b"<net " not in file.read(1000):
                 raise UserError(f"{self.path} is damaged or is no model of OpenVINO")
-        model = library.Core().read_model(self.path)
+        core = openvino_core()
+        model = core.read_model(self.path)
         text = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else None
         hint = {"bfloat16": "bf16"}.get(precision or "", "f32")
         settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
         if threads:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
-        self.model = library.compile_model(model, "CPU", settings)
+        self.model = core.compile_model(model, "CPU", settings)
         return text
 
     def _run(self, images: np.ndarray) -> Any:

@@ -30,6 +30,7 @@ from pem_lightning.checkpoints import CHECKPOINT_KEY, read_checkpoint
 from pem_lightning.data import CITYSCAPES
 from pem_lightning.deploy.export import ExportOptions, export_checkpoint
 from pem_lightning.deploy.quantize import quantize_openvino
+from pem_lightning.deploy.sessions import openvino_core
 from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.types import UserError
 from scripts.benchmark import common, training
@@ -182,7 +183,7 @@ def export_backbone(backbone: str, size: tuple[int, int], folder: Path) -> None:
     for format, file in (("onnx", "model.onnx"), ("openvino", "model.xml")):
         export_checkpoint(read_checkpoint(checkpoint), folder / file, ExportOptions(format, size=size))
     noise = [draw_image(*size, seed) for seed in range(CALIBRATION_IMAGES)]
-    quantized = quantize_openvino(openvino.Core().read_model(folder / "model.xml"), noise)
+    quantized = quantize_openvino(openvino_core().read_model(folder / "model.xml"), noise)
     openvino.save_model(quantized, folder / "int8.xml")
 
 

@@ -1,4 +1,4 @@
-"""Every backbone and every ablation, in small, runs in ONNX Runtime and OpenVINO as it does in PyTorch."""
+"""Every kind of backbone and every ablation, in small, runs in ONNX Runtime and OpenVINO as it does in PyTorch."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ import torch
 from pem_lightning.deploy.check import compare_logits, predict
 from pem_lightning.deploy.export import to_onnx, to_openvino, trace
 from pem_lightning.deploy.graph import ExportGraph
-from pem_lightning.models.backbones import BACKBONES, build_backbone
+from pem_lightning.deploy.sessions import openvino_core
+from pem_lightning.models.backbones import build_backbone
 from tests.deploy.test_graph import VARIANTS
 from tests.jobs import unchecked_shapes
 from tests.models.randomize import build_tiny, randomize
@@ -15,7 +16,7 @@ from tests.models.test_ablations import network_of
 from tests.models.test_timm import needs_timm
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
-openvino = pytest.importorskip("openvino", reason="needs requirements-export.txt")
+pytest.importorskip("openvino", reason="needs requirements-export.txt")
 pytest.importorskip("onnxscript", reason="needs requirements-export.txt")
 
 pytestmark = pytest.mark.slow
@@ -28,7 +29,7 @@ def assert_runs(network, graph, deform="gather"):
     with unchecked_shapes():
         proto = to_onnx(trace(graph, SIZE), deform)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    compiled = openvino.compile_model(to_openvino(proto), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(to_openvino(proto), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     images = np.random.default_rng(0).integers(0, 256, (1, *SIZE, 3), np.uint8)
     wanted = predict(network, images)
     for found in (tuple(session.run(None, {"images": images})), tuple(compiled({"images": images}).values())):
@@ -37,14 +38,18 @@ def assert_runs(network, graph, deform="gather"):
         assert difference.sign_flips < 1e-4
 
 
-@pytest.mark.parametrize(("variant", "layers"), [(name, min(layers, 2)) for name, layers in VARIANTS])
-def test_every_ablation(variant, layers):
-    network = randomize(network_of(variant, layers)).eval()
+@pytest.mark.parametrize("variant", sorted({name for name, _ in VARIANTS} - {"no_deep_supervision"}))
+def test_every_ablation(variant):
+    network = randomize(network_of(variant, 1)).eval()
+    if variant == "msdeform":
+        del network.pixel_decoder.layers[1:]
     assert_runs(network, ExportGraph(network, "gather" if variant == "msdeform" else "operator"))
 
 
-@pytest.mark.parametrize(("name", "norm"), [*((name, "batch") for name in BACKBONES), ("resnet18", "frozen")])
-def test_every_backbone(name, norm):
+@pytest.mark.parametrize(
+    ("name", "norm"), [("resnet18", "frozen"), ("stdc1", "batch"), ("efficientnet_lite0", "batch")]
+)
+def test_every_kind_of_backbone(name, norm):
     torch.manual_seed(0)
     network = randomize(build_tiny(backbone=build_backbone(name, norm), num_layers=1)).eval()
     assert_runs(network, ExportGraph(network, "operator"))

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from pem_lightning.deploy.network import ExportedNetwork, UInt8Network
 from pem_lightning.deploy.sessions import open_session
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import UserError
+from tests.jobs import ROOT
 
 SUFFIXES = ("onnx", "openvino")
 
@@ -96,3 +99,22 @@ def test_a_file_for_one_size(tiny_exports):
         assert np.abs(one - other).max() < 1e-3
     with pytest.raises(UserError, match="takes images of 96 x 64 pixels, not 64 x 96"):
         session.run(np.zeros((1, 96, 64, 3), np.uint8))
+
+
+CLOSED_ELSEWHERE = """
+import signal, subprocess, sys, threading
+from pem_lightning.deploy.sessions import open_session
+signal.signal(signal.SIGCHLD, lambda *event: None)
+sessions = [open_session(sys.argv[1])]
+thread = threading.Thread(target=sessions.clear)
+thread.start()
+thread.join()
+subprocess.run([sys.executable, "-c", ""])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGCHLD")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_sessions_that_end_in_another_thread_leave_signals_in_order(tiny_exports, suffix):
+    command = [sys.executable, "-c", CLOSED_ELSEWHERE, getattr(tiny_exports, suffix)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0

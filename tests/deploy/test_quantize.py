@@ -10,6 +10,7 @@ import pytest
 
 from pem_lightning.basic_types import UserError
 from pem_lightning.deploy.quantize import OFFSET_CHANNELS, quantize_onnx, quantize_openvino
+from pem_lightning.deploy.sessions import openvino_core
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -73,15 +74,15 @@ def test_onnx_weights_become_bytes_but_for_offsets(proto: Any) -> None:
 
 
 def test_openvino_quantises_the_same(proto: Any) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     pytest.importorskip("nncf")
 
     def read() -> Any:
-        return openvino.Core().read_model(proto.SerializeToString())
+        return openvino_core().read_model(proto.SerializeToString())
 
     def run(model: Any, image: np.ndarray) -> list[np.ndarray]:
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
-        return [np.array(v) for v in openvino.compile_model(model, "CPU", settings)({0: image}).values()]
+        return [np.array(v) for v in openvino_core().compile_model(model, "CPU", settings)({0: image}).values()]
 
     (image,) = _images(1)
     wanted = run(read(), image)
