@@ -118,7 +118,7 @@ def import_data(kind: str, source: Path, destination: Path, *, semantic: bool, v
     for what, times in imported.left_out.items():
         print(f"left out: {times} {what}")
     counts = ", ".join(f"{len(part)} {split}" for split, part in parts.items())
-    reader = "dataset=semantic_folder task=semantic" if semantic else "dataset=coco_instances task=instance"
+    reader = "dataset=semantic_folder" if semantic else "dataset=coco_instances task=instance"
     print(f"{counts} images with {len(imported.classes)} classes: python train.py {reader} dataset.root={destination}")
 
 

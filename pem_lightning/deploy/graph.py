@@ -117,7 +117,7 @@ def _transformer_decoder(
 
 
 def _project(decoder: TransformerDecoder, i: int, level: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C H W"]:
-    x = decoder.input_projections[i](level) + decoder.level_embedding.weight[i, :, None, None]
+    x = decoder.input_projections[i](level) + decoder.level_embedding.weight[i : i + 1, :, None, None]
     return x if decoder.attention == "dot_product" else _with_positions(x)
 
 

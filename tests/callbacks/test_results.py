@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -96,8 +97,10 @@ def test_the_run_summary_says_how_it_went_and_how_to_go_on(tmp_path, evaluation,
     assert longer in capsys.readouterr().out
 
 
-def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(tmp_path, module, trainer):
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(tmp_path, module, trainer, monkeypatch):
+    now = time.time
     for begin, value in ((0, 1.0), (2, 2.0)):
+        monkeypatch.setattr(time, "time", lambda begin=begin: now() + begin)  # files are read in the order of seconds
         logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False, filename_suffix=f".{begin}")
         trainer.loggers, trainer.global_step = [logger], begin
         Results(tmp_path).on_train_start(trainer, module)

@@ -125,9 +125,9 @@ def test_semantic_folder(trained, capsys):
         save(f"images/{name}.jpg", PHOTOGRAPH)
         save(f"labels/{name}.png", halves(1, 2).astype(np.uint8))
     Path("classes.yaml").write_text("[road, car, tree]")
-    assert call("train", "dataset=semantic_folder", "dataset.root=.", *TINY) == 2
+    assert call("train", "dataset=semantic_folder", "task=panoptic", "dataset.root=.", *TINY) == 2
     assert "dataset=semantic_folder has no task=panoptic: " in capsys.readouterr().err
-    metrics = trained("dataset=semantic_folder", "task=semantic")
+    metrics = trained("dataset=semantic_folder")
     assert [row["class"] for row in metrics["per_class"]] == ["road", "car", "tree"]
     # Prediction needs the checkpoint only.
     shutil.rmtree("labels")
@@ -181,7 +181,7 @@ def test_a_training_checks_its_data_first(tmp_path, monkeypatch, capsys):
         save(f"images/{name}.jpg", PHOTOGRAPH)
         save(f"labels/{name}.png", halves(0, 255).astype(np.uint8))
     Path("classes.yaml").write_text("[background, crack]")
-    arguments = ("dataset=semantic_folder", "task=semantic", "dataset.root=.", *TINY, "recipe.checkpoint_interval=1")
+    arguments = ("dataset=semantic_folder", "dataset.root=.", *TINY, "recipe.checkpoint_interval=1")
     assert call("train", *arguments) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "write {name: crack, id: 255} in classes.yaml" in error

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from pem_lightning.checkpoints import convert_weights
+from pem_lightning.deploy.sessions import open_session
 from pem_lightning.types import UserError
-from tests.jobs import TINIEST, call
+from tests.jobs import TINIEST, call, unchecked_shapes
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +55,19 @@ def test_other_tasks_views_and_tiles(tiny_exports, work):
     for source in (checkpoint, f"checkpoint={tiny_exports.checkpoint}"):
         assert call("predict", source, f"input={photo}", f"output={source[-4:]}", "task=panoptic", "save=all") == 0
     assert np.array_equal(*(Image.open(next(Path(f).rglob("*_overlay.png"))) for f in ("onnx", "ckpt")))
+
+
+@pytest.mark.parametrize(("format", "name"), [("onnx", "int8.onnx"), ("openvino", "int8.xml")])
+def test_int8_is_measured_before_and_after(tiny_exports, evaluated, format, name, capsys):
+    arguments = (f"checkpoint={tiny_exports.checkpoint}", "precision=int8", f"format={format}", f"output={name}")
+    with unchecked_shapes():
+        assert call("export", *arguments, *QUIET[:1], "size=[64,128]", "calibration=3", "hydra.run.dir=int8") == 0
+    metadata = open_session(name).metadata
+    assert metadata.precision == "int8"
+    before, after = evaluated["val/PQ"], metadata.quality["val/PQ"]
+    assert abs(after - before) < 5
+    assert f"{before:.2f}" in (said := capsys.readouterr().out)
+    assert f"{after:.2f}" in said
 
 
 def damaged(folder, exports):

@@ -43,7 +43,7 @@ def test_the_users_own_data(tmp_path, capsys):
             (tmp_path / folder / split).mkdir(parents=True)
             Image.fromarray(array).save(tmp_path / folder / split / "a.png")
     (tmp_path / "classes.yaml").write_text("[road, field]")
-    arguments = ["dataset=semantic_folder", "--workers=0", "task=semantic", f"dataset.root={tmp_path}"]
+    arguments = ["dataset=semantic_folder", "--workers=0", f"dataset.root={tmp_path}"]
     assert main([*arguments, f"--output={tmp_path}/out"]) == 0
     assert "2 images checked, no problem" in capsys.readouterr().out
     label = tmp_path / "labels" / "val" / "a.png"

@@ -140,7 +140,7 @@ def test_semantic(tmp_path, capsys):
     dataset = SemanticFolderDataset(tmp_path / "out", "train")
     assert dataset.info.class_names == ("background", "cat", "dog")
     assert dataset[0].class_map().flatten().bincount().tolist() == [600 - 80, 4, 76]
-    assert "dataset=semantic_folder task=semantic" in capsys.readouterr().out
+    assert "dataset=semantic_folder" in capsys.readouterr().out
 
 
 CVAT = """<?xml version="1.0" encoding="utf-8"?>
