@@ -10,6 +10,7 @@ import torch
 from pem_lightning.deploy import check as checks
 from pem_lightning.deploy import export as export_module
 from pem_lightning.deploy.export import ExportOptions, export_checkpoint, load_trained
+from pem_lightning.deploy.graph import ExportGraph
 from pem_lightning.deploy.sessions import open_session
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.types import Predictions, UserError
@@ -185,6 +186,26 @@ def test_empty_masks_are_part_of_the_check(checkpoint):
     assert checks.check(network, Exact(), None) == (0, 0, None)
     with pytest.raises(UserError, match=r"deviation"):
         checks.check(network, Exact(), run_wrong)
+
+
+def test_a_file_may_be_as_far_off_as_float32_is_from_float64(checkpoint, monkeypatch):
+    network = load_trained(checkpoint)
+    graph = ExportGraph(network, "gather")
+    monkeypatch.setattr(checks, "LIMITS", (0, 0, 0))
+
+    class File:
+        metadata = type("Metadata", (), {"size": None, "results": None, "precision": "float32"})
+        error = 0
+
+        @torch.no_grad()
+        def run(self, images):
+            return [x.numpy() + self.error for x in graph(torch.from_numpy(images))]
+
+    file = File()
+    assert 0 < checks.check(network, file, None).deviation < 1e-5
+    file.error = 1e-3
+    with pytest.raises(UserError, match="deviation"):
+        checks.check(network, file, None)
 
 
 @pytest.mark.parametrize(
