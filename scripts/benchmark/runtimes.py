@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import NamedTuple
@@ -168,7 +169,8 @@ def export(network: str, size: tuple[int, int], folder: Path) -> str:
     try:
         if network in BASELINES:
             return f"logits of {' and '.join(map(str, export_baseline(network, size, folder)))}"
-        export_backbone(network, size, folder)
+        with redirect_stdout(sys.stderr):  # progress bars of NNCF
+            export_backbone(network, size, folder)
         return ""
     except Exception as error:  # whatever tracing and conversion raise; not all of it can be sent to another process
         raise UserError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
