@@ -1,6 +1,7 @@
 """Runtimes are timed in processes of their own; one that dies is a line, and the others go on."""
 
 import argparse
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -143,8 +144,11 @@ def test_runtimes_are_reported(capsys, monkeypatch):
     monkeypatch.setattr(common, "in_fresh_process", lambda job, *arguments: job(*arguments))  # where it is still tiny
     for library in ("onnxscript", "onnxruntime", "openvino", "nncf"):
         pytest.importorskip(library)
-    with unchecked_shapes():
-        assert main(["runtimes", "--backbones", "stdc1", "--size", "64x96", "--rounds", "1", "--warmup", "0"]) == 0
+    try:
+        with unchecked_shapes():
+            assert main(["runtimes", "--backbones", "stdc1", "--size", "64x96", "--rounds", "1", "--warmup", "0"]) == 0
+    finally:
+        logging.disable(logging.NOTSET)  # what `export` does to its own process
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| stdc1")]
     names = ["PyTorch float32", "ONNX Runtime float32", "OpenVINO float32", "OpenVINO int8"]
     assert {f"| stdc1 {name}" for name in names} <= {row[0] for row in rows}
