@@ -145,10 +145,15 @@ def test_signals_before_the_first_step_leave_nothing_half_made(work, slurm, capf
     assert not list(work.glob("*streets*"))
     with monkeypatch.context() as patch:
         copy = CachedDataset.copy
-        patch.setattr(CachedDataset, "copy", lambda *a: signal_group("SIGUSR1") if a[1] == 4 else copy(*a))
+
+        def interrupt(name):  # and wait for the end: else this worker may copy the rest before the job stops it
+            signal_group(name)
+            time.sleep(60)
+
+        patch.setattr(CachedDataset, "copy", lambda *a: interrupt("SIGUSR1") if a[1] == 4 else copy(*a))
         assert in_child(*command) == 138
         assert slurm.read_text() == "requeue 77\n"
-        patch.setattr(CachedDataset, "copy", lambda *a: signal_group("SIGINT") if a[1] == 6 else copy(*a))
+        patch.setattr(CachedDataset, "copy", lambda *a: interrupt("SIGINT") if a[1] == 6 else copy(*a))
         assert in_child(*command) == 130
     assert len(list(work.glob("cache/*/*.json"))) in range(5, 9)  # the two processes are not in step
     assert in_child(*command) == 0
