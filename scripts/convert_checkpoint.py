@@ -4,6 +4,7 @@
     python scripts/convert_checkpoint.py torchvision/resnet50 resnet50.pth    # by name, downloaded
     python scripts/convert_checkpoint.py best.ckpt slim.pth          # evaluates and predicts, cannot be resumed
     python scripts/convert_checkpoint.py best.ckpt slim.safetensors  # the same in another format
+    python scripts/convert_checkpoint.py best.ckpt small.ckpt --int8 # for others: weights in 8 bits, no paths of yours
 
 What is accepted is in docs/training.md. Exit code 2: not accepted, or the backbone is not covered; nothing is written.
 """
@@ -25,9 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", metavar="IN", help="a file, or a name such as torchvision/resnet50")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
     parser.add_argument("--backbone", metavar="NAME", help="that they are meant for (default: what they look like)")
+    parser.add_argument("--int8", action="store_true", help="large weights in 8 bits, and no paths of this machine")
     parsed = parser.parse_args(arguments)
     try:
-        report = convert_weights(parsed.source, parsed.target, parsed.backbone)
+        report = convert_weights(parsed.source, parsed.target, parsed.backbone, int8=parsed.int8)
         print(report)
         report.check_backbone()
     except UserError as error:

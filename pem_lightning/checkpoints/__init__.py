@@ -2,6 +2,7 @@
 
 from pem_lightning.checkpoints.checkpoint import (
     CHECKPOINT_KEY,
+    SHIPPED,
     Checkpoint,
     check_fits,
     convert_old,
@@ -22,6 +23,7 @@ from pem_lightning.checkpoints.pretrained import (
 __all__ = [
     "CHECKPOINT_KEY",
     "DOWNLOADS",
+    "SHIPPED",
     "Checkpoint",
     "LoadReport",
     "check_fits",

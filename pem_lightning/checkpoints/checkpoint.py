@@ -7,22 +7,38 @@ It is Lightning's file with one entry more:
     global_step           how long it was trained
     optimizer_states, lr_schedulers, loops, callbacks    what resuming needs besides
     pem_lightning         config (the composed experiment), overrides (of the command line), dataset_info (the classes)
+
+A slim file has no more than state_dict, global_step and pem_lightning. One of 8 bits has large weights as int8, and as
+"network.<name>.scales" what to multiply them by; whoever reads it gets float32.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import BFloat16, Float, Int8, Shaped
 from torch import Tensor, nn
 
 from pem_lightning.checkpoints.safe_load import CHECKPOINT_KEY, is_safetensors, read_safetensors
 from pem_lightning.deploy.sessions import Session, is_exported, open_session
 from pem_lightning.types import DatasetInfo, UserError
 
+SHIPPED = {"camvid": Path(__file__).resolve().parents[1] / "assets" / "pem_lite0_camvid.ckpt"}
+"""Trained networks that come with the package: their names, which stand for a path, and their files."""
+
 _NETWORK_PREFIX = "network."
+_SCALES = ".scales"
+_INT8_ABOVE = 4096
+"""Weights of no more elements stay float32, as all biases and normalisations do: together a twentieth of a file."""
+
+_PRIVATE_KEYS = frozenset(("root", "cache", "output_dir", "default_root_dir", "resume", "hydra", "logger", "callbacks"))
+"""Keys of a configuration that tell of the machine and the accounts of a training, besides absolute paths."""
+_ABSOLUTE_PATH = re.compile(r"""(^|[\s'"\[{,:])(~|/|[A-Za-z]:[\\/])""")
 
 
 class Checkpoint(NamedTuple):
@@ -47,18 +63,22 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint that train.py or scripts/convert_checkpoint.py wrote, or open a file that export.py wrote.
 
-    Only plain data is unpickled, so a foreign file can do no harm.
+    `path` may be a name of `SHIPPED`, unless there is a file of that name. Only plain data is unpickled, so a foreign
+    file can do no harm.
 
     Raises:
         UserError: the file is missing, damaged, or not ours.
     """
-    path = Path(path)
+    path = shipped_file(path)
     if is_exported(path):
         session = open_session(path)
         ours = session.metadata
         return Checkpoint(path, ours.step, ours.config, ours.overrides, ours.dataset_info, {}, None, False, session)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: train.py writes them to outputs/<experiment>/checkpoints")
+        raise UserError(
+            f"checkpoint {path} does not exist: train.py writes them to outputs/<experiment>/checkpoints; "
+            f"networks that ship: {', '.join(SHIPPED)}"
+        )
     try:
         if is_safetensors(path):
             return parse_checkpoint(path, read_safetensors(path))
@@ -67,6 +87,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise
     except Exception as error:  # torch.load has no common error for what is wrong with a file
         raise UserError(f"{path} is damaged or was not written by train.py: give one of its .ckpt files") from error
+
+
+def shipped_file(path: str | Path) -> Path:
+    """The path, or the file of the network of `SHIPPED` that it names if there is no file of that name."""
+    path = Path(path)
+    return path if path.is_file() else SHIPPED.get(str(path), path)
 
 
 def parse_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
@@ -85,15 +111,63 @@ def parse_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def slim_content(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint's content without what resuming needs: the network (averaged, if it is), classes, configuration."""
-    ours = {"config": checkpoint.config, "overrides": checkpoint.overrides, "dataset_info": checkpoint.info.to_dict()}
+def slim_content(checkpoint: Checkpoint, int8: bool = False) -> dict[str, Any]:
+    """A checkpoint's content without what resuming needs: the network (averaged, if it is), classes, configuration.
+
+    With `int8` it is for others: large weights in 8 bits, and a configuration without the paths of this machine.
+    """
+    config, overrides = checkpoint.config, checkpoint.overrides
     state = {f"{_NETWORK_PREFIX}{name}": value.clone() for name, value in checkpoint.network.items()}
+    if int8:
+        config, overrides = _public(config), [o for o in overrides if _is_public(o)]
+        for name, value in list(state.items()):
+            if value.is_floating_point() and value.dim() >= 2 and value.numel() > _INT8_ABOVE:
+                state[name], state[f"{name}{_SCALES}"] = _quantize(value)
+    ours = {"config": config, "overrides": overrides, "dataset_info": checkpoint.info.to_dict()}
     return {"state_dict": state, "global_step": checkpoint.step, CHECKPOINT_KEY: ours}
 
 
 def _network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(_NETWORK_PREFIX): v for k, v in state.items() if k.startswith(_NETWORK_PREFIX)}
+    """The network's weights by its own names; those of 8 bits in float32."""
+    network = {k.removeprefix(_NETWORK_PREFIX): v for k, v in state.items() if k.startswith(_NETWORK_PREFIX)}
+    for name in [name for name in network if name.endswith(_SCALES)]:
+        scales, weight = network.pop(name), name.removesuffix(_SCALES)
+        network[weight] = _dequantize(network[weight], scales)
+    return network
+
+
+def _quantize(weight: Float[Tensor, "*shape"]) -> tuple[Int8[Tensor, "*shape"], BFloat16[Tensor, " blocks"]]:
+    """Integers of -127 to 127, and what to multiply every block of 64 successive ones by."""
+    blocks = _blocks(weight.float())
+    scales = (blocks.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny).bfloat16()
+    whole = (blocks / scales[:, None].float()).round().clamp(-127, 127).to(torch.int8)
+    return whole.flatten()[: weight.numel()].view(weight.shape), scales
+
+
+def _dequantize(whole: Int8[Tensor, "*shape"], scales: BFloat16[Tensor, " blocks"]) -> Float[Tensor, "*shape"]:
+    """The inverse of `_quantize`, up to rounding."""
+    blocks = _blocks(whole) * scales[:, None].float()
+    return blocks.flatten()[: whole.numel()].view(whole.shape)
+
+
+def _blocks(weight: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "blocks 64"]:
+    """A weight's values in their order, in rows of 64; the last one is filled up with 0."""
+    values = weight.flatten()
+    return F.pad(values, (0, -len(values) % 64)).view(-1, 64)
+
+
+def _public(node: Any) -> Any:
+    """A configuration without what only this machine has."""
+    if isinstance(node, Mapping):
+        return {key: _public(value) for key, value in node.items() if key not in _PRIVATE_KEYS}
+    if isinstance(node, list):
+        return [_public(value) for value in node]
+    return None if isinstance(node, str) and _ABSOLUTE_PATH.search(node) else node
+
+
+def _is_public(override: str) -> bool:
+    key, _, value = override.partition("=")
+    return _PRIVATE_KEYS.isdisjoint(key.lstrip("+~").split(".")) and not _ABSOLUTE_PATH.search(value)
 
 
 def load_network(network: nn.Module, checkpoint: Checkpoint) -> None:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from pem_lightning.checkpoints.checkpoint import (
     CHECKPOINT_KEY,
+    SHIPPED,
     Checkpoint,
     parse_checkpoint,
     refuse_exported,
+    shipped_file,
     slim_content,
 )
 from pem_lightning.checkpoints.safe_load import as_tensor, read_content, safetensors_bytes
@@ -52,7 +54,7 @@ _COUNTER = "num_batches_tracked"
 
 
 def load_weights(network: nn.Module, source: str | Path, info: DatasetInfo | None = None) -> LoadReport:
-    """Start a freshly made network from a file, `DOWNLOADS` or `PACKAGES`; what that lacks stays as it is.
+    """Start a freshly made network from a file, `DOWNLOADS`, `PACKAGES` or `SHIPPED`; what that lacks stays as it is.
 
     A checkpoint of ours with other classes than `info` leaves the class head random.
 
@@ -69,18 +71,21 @@ def load_weights(network: nn.Module, source: str | Path, info: DatasetInfo | Non
     return report
 
 
-def convert_weights(source: str | Path, target: Path, backbone: str | None = None) -> LoadReport:
+def convert_weights(source: str | Path, target: Path, backbone: str | None = None, *, int8: bool = False) -> LoadReport:
     """Write weights under our names, if they cover the backbone, as a plain file of tensors that `load_weights` reads.
 
     A checkpoint of ours keeps classes and configuration, so that it still evaluates and predicts, and loses what only
-    resuming needs. A name that ends in .safetensors chooses that format.
+    resuming needs; with `int8` see `slim_content`. A name that ends in .safetensors chooses that format.
 
     Without `backbone` it is the one that they look like.
 
     Raises:
-        UserError: see `read_weights`; or the backbone is unknown, or the file cannot be written.
+        UserError: see `read_weights`; or the backbone is unknown, int8 is asked of something else than a checkpoint of
+            ours, or the file cannot be written.
     """
     weights = read_weights(source)
+    if int8 and weights.checkpoint is None:
+        raise UserError(f"--int8 is for checkpoints that train.py wrote, and {source} is none ({weights.kind})")
     name, wanted = backbone or _guess_backbone(weights.state), weights.state
     if name is not None:
         with torch.device("meta"):
@@ -93,7 +98,7 @@ def convert_weights(source: str | Path, target: Path, backbone: str | None = Non
     if not report.gaps():
         content: dict[str, Any] = {name: weights.state[name].contiguous().clone() for name in report.loaded}
         if weights.checkpoint is not None:
-            content = slim_content(weights.checkpoint)
+            content = slim_content(weights.checkpoint, int8)
         if target.suffix == ".safetensors":
             write_file(target, safetensors_bytes(target, content))
         else:
@@ -119,19 +124,19 @@ class Weights(NamedTuple):
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Read a file, or what a name of `DOWNLOADS` or `PACKAGES` means (see docs/training.md).
+    """Read a file, or what a name of `DOWNLOADS`, `PACKAGES` or `SHIPPED` means (see docs/training.md).
 
     Raises:
         UserError: it does not exist, cannot be had, is damaged, dangerous or of no known kind.
     """
-    if Path(source).is_file():
-        refuse_exported(source)
-        return _recognize(read_content(Path(source)), str(source))
+    if (path := shipped_file(source)).is_file():
+        refuse_exported(path)
+        return _recognize(read_content(path), str(source))
     if str(source) in DOWNLOADS:
         return _recognize(_download(str(source)), str(source))
     if str(source) in PACKAGES:
         return _recognize(read_content(_file_of_package(str(source))), str(source))
-    names = ", ".join((*DOWNLOADS, *PACKAGES))
+    names = ", ".join((*DOWNLOADS, *PACKAGES, *SHIPPED))
     raise UserError(f"weights={source} does not exist: give a file or one of the names {names}")
 
 

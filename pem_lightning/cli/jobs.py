@@ -172,7 +172,7 @@ def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = _take_network(cfg, checkpoint)
     refuse_exported(checkpoint.path)
-    options, output = build_export(cfg, checkpoint.path)
+    options, output = build_export(cfg, Path(str(cfg.checkpoint)))  # of a network that ships the name
     check_writable(output.parent)
     if cfg.evaluate not in ("auto", True, False):
         raise UserError(f"evaluate={cfg.evaluate}: choose auto, true or false")

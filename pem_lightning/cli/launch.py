@@ -30,7 +30,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pem_lightning.checkpoints import Checkpoint
+from pem_lightning.checkpoints import SHIPPED, Checkpoint
 from pem_lightning.cli.errors import CONF, compose, configs, explain, key_of, user_error_behind
 from pem_lightning.cli.overrides import literal_paths, parse, quote, sound_checkpoint, take_over
 from pem_lightning.files import check_writable, write_file
@@ -134,7 +134,10 @@ def _start(job: str, options: argparse.Namespace) -> None:
 
 def _check_checkpoint(job: str, checkpoint: Checkpoint | None) -> None:
     if job != "train" and checkpoint is None:
-        raise UserError("which checkpoint? say checkpoint=outputs/.../checkpoints/best.ckpt")
+        shipped = ", ".join(SHIPPED)
+        raise UserError(
+            f"which checkpoint? say checkpoint=outputs/.../checkpoints/best.ckpt, or one that ships: {shipped}"
+        )
 
 
 def _run_once(cfg: DictConfig, job: str, checkpoint: Checkpoint | None) -> float:

@@ -92,5 +92,5 @@ class CamVidDataModule(SemanticFolderDataModule):
         return CAMVID
 
     def default_transforms(self) -> tuple[SampleTransform, SampleTransform]:
-        """Crops of 288 x 384 for training, the native size for evaluation."""
-        return TrainTransform((288, 384), _SHORTEST_EDGES, max_size=1600, pad=True), EvalTransform()
+        """Crops of 288 x 384 for training; 360 pixels for evaluation, the frames' own height."""
+        return TrainTransform((288, 384), _SHORTEST_EDGES, max_size=1600, pad=True), EvalTransform(360, 1440)

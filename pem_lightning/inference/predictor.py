@@ -32,8 +32,9 @@ class Predictor:
     Results are on the CPU and at each image's own size.
 
     Args:
-        checkpoint: the path of a .ckpt that train.py wrote or of a file that export.py wrote, or one that is read
-            already. It knows the network, its classes and the size at which it was evaluated.
+        checkpoint: the path of a .ckpt that train.py wrote or of a file that export.py wrote, "camvid" for the network
+            that ships, or one that is read already. It knows the network, its classes and the size at which it was
+            evaluated.
         task: "panoptic", "semantic" or "instance"; by default the checkpoint's.
         device: see `choose_device`.
         classes: names of the classes to keep; None keeps all.

@@ -3,18 +3,21 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from PIL import Image
 
 from pem_lightning import build_pem
 from pem_lightning.checkpoints import convert_old, load_network, read_checkpoint
-from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY
+from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY, SHIPPED, slim_content
+from pem_lightning.checkpoints.pretrained import read_weights
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import UserError
 from tests.checkpoint_files import Calls, write_checkpoint
-from tests.jobs import call
+from tests.jobs import TINY, call
 
 OLD = Path(__file__).with_name("d805b9e.ckpt")
 """Written by train.py of d805b9e; its weights were then replaced by overlapping windows of a few random numbers."""
@@ -60,6 +63,93 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, path, capsys):
     with pytest.raises(UserError, match="not written by train"):
         read_checkpoint(path)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_8_bits_follow_the_size_of_their_neighbours(path):
+    """Rounding errors are small in every block of 64, also beside much larger values and zeros."""
+    weight = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 2, 5)[:, None]
+    weight[0, 100:300] = 0
+    ours = slim_content(read_checkpoint(path)._replace(network={"a": weight, "b": weight[:4]}), int8=True)
+    stored = ours["state_dict"]
+    assert {name: value.dtype for name, value in stored.items()} == {
+        "network.a": torch.int8,
+        "network.b": torch.float32,
+        "network.a.scales": torch.bfloat16,
+    }
+    torch.save(ours, path)
+    read = read_checkpoint(path).network
+    assert read.keys() == {"a", "b"}
+    assert torch.equal(read["b"], weight[:4])
+    for given, found in zip(weight.flatten().split(64), read["a"].flatten().split(64), strict=True):
+        assert (found - given).abs().max() <= given.abs().max() * 1.01 / 254
+
+
+def test_a_file_for_others_has_no_paths(path):
+    config = {
+        "dataset": {"root": "../mine", "datamodule": {"root": "/home/me", "task": "semantic"}, "names": ["/a", "b"]},
+        "task": {"monitor": "val/mIoU"},
+        "weights": "/home/me/w.pth",
+        "output_dir": "outputs/a",
+        "logger": {"wandb": {"entity": "me"}},
+    }
+    kept = ["dataset=camvid", "~recipe.ema", "weights=torchvision/resnet50", "recipe.lr=1e-3"]
+    private = [
+        "dataset.root=mine",
+        "hydra.run.dir=a",
+        "weights=/home/w.pth",
+        "+a.b='~/c'",
+        "a=[b,C:\\d]",
+        "logger.x.y=1",
+    ]
+    checkpoint = read_checkpoint(path)._replace(config=config, overrides=[*private, *kept])
+    ours = slim_content(checkpoint, int8=True)[CHECKPOINT_KEY]
+    assert ours["config"] == {
+        "dataset": {"datamodule": {"task": "semantic"}, "names": [None, "b"]},
+        "task": {"monitor": "val/mIoU"},
+        "weights": None,
+    }
+    assert ours["overrides"] == kept
+    assert slim_content(checkpoint)[CHECKPOINT_KEY]["config"] == config
+
+
+class TestShipped:
+    def test_its_file_is_small_and_of_nobody(self):
+        path = SHIPPED["camvid"]
+        assert path.stat().st_size <= 16_000_000
+        checkpoint = read_checkpoint("camvid")
+        assert (checkpoint.path, checkpoint.info.name, checkpoint.resumable) == (path, "camvid", False)
+        assert checkpoint.overrides[0] == "dataset=camvid"
+        assert '"root"' not in json.dumps([checkpoint.config, checkpoint.overrides])
+        assert path.with_suffix(".md").is_file()
+
+    def test_only_a_file_of_that_name_comes_first(self, tmp_path, monkeypatch, network):
+        monkeypatch.chdir(tmp_path)
+        Path("camvid").mkdir()
+        assert read_checkpoint("camvid").info.name == "camvid"
+        Path("camvid").rmdir()
+        write_checkpoint(Path("camvid"), network)
+        assert read_checkpoint("camvid").info.name == "toy"
+
+    def test_an_unknown_name_says_what_ships(self):
+        with pytest.raises(UserError, match=r"checkpoint camvit does not exist: .*; networks that ship: camvid$"):
+            read_checkpoint("camvit")
+        with pytest.raises(UserError, match=r"weights=camvit does not exist: .*, camvid$"):
+            read_weights("camvit")
+
+    @pytest.mark.slow
+    def test_it_segments_photographs_at_the_scale_of_its_training(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        street = np.zeros((900, 1200, 3), np.uint8)
+        street[:400], street[400:] = (150, 200, 250), (90, 90, 95)
+        Image.fromarray(street).save("street.png")
+        assert call("predict", "checkpoint=camvid", "input=street.png", "output=out") == 0
+        assert call("train", *TINY, "weights=camvid", "hydra.run.dir=run") == 2  # another backbone
+        assert "weights=camvid (PEM-Lightning, step " in capsys.readouterr().err
+        predictor = Predictor("camvid", device="cpu")
+        assert predictor.prepare(street).shape == (3, 360, 480)
+        found = predictor(street).semantic
+        assert np.array_equal(np.array(Image.open("out/street_semantic.png")), found)
+        assert found.shape == (900, 1200)
 
 
 @pytest.fixture(scope="module")

@@ -311,6 +311,37 @@ class TestConversion:
         report = load_weights(network_for("resnet18"), tmp_path / name)
         assert (report.kind, len(report.loaded)) == ("PEM-Lightning, step 12 on toy", len(own.state_dict()))
 
+    @pytest.mark.parametrize("name", ["small.ckpt", "small.safetensors"])
+    def test_a_checkpoint_in_8_bits(self, tmp_path, name):
+        if name.endswith("safetensors"):
+            pytest.importorskip("safetensors", reason="safetensors is not installed")
+        own = network_for("resnet18").to(memory_format=torch.channels_last)
+        path = write_checkpoint(tmp_path / "a.ckpt", own)
+        convert_weights(path, tmp_path / name, int8=True)
+        assert 3.7 < path.stat().st_size / (tmp_path / name).stat().st_size < 4
+        full, small = read_checkpoint(path), read_checkpoint(tmp_path / name)
+        assert small.network.keys() == full.network.keys()
+        assert (small.step, small.info, small.resumable) == (full.step, full.info, False)
+        changed = [key for key, value in full.network.items() if not torch.equal(value, small.network[key])]
+        assert changed
+        for key in changed:
+            value, read = full.network[key], small.network[key]
+            assert value.dim() >= 2
+            assert value.numel() > 4096
+            assert (read.dtype, read.shape) == (torch.float32, value.shape)
+            assert (read - value).norm() < 0.01 * value.norm()
+        report = load_weights(network_for("resnet18"), tmp_path / name)
+        assert (report.kind, len(report.loaded)) == ("PEM-Lightning, step 12 on toy", len(own.state_dict()))
+        convert_weights(tmp_path / name, tmp_path / f"again_{name}", int8=True)
+        once, again = small.network, read_checkpoint(tmp_path / f"again_{name}").network
+        for key in changed:
+            torch.testing.assert_close(again[key], once[key], rtol=0, atol=0.01 * float(once[key].abs().max()))
+
+    def test_8_bits_are_for_checkpoints_of_ours(self, tmp_path, resnet18):
+        with pytest.raises(UserError, match=r"--int8 is for checkpoints that train.py wrote.*timm ResNet"):
+            convert_weights(saved(tmp_path / "in", resnet18.state_dict()), tmp_path / "out", int8=True)
+        assert not (tmp_path / "out").exists()
+
     def test_safetensors_that_is_not_installed_is_named(self, tmp_path, resnet18, monkeypatch):
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
         with pytest.raises(UserError, match="pip install safetensors"):

@@ -137,6 +137,7 @@ def test_choices_that_other_choices_make():
     assert compose("train", "dataset=coco_panoptic", "recipe=ade20k_panoptic").recipe.max_steps == 160000
     camvid = compose("train", "dataset=camvid")
     assert (camvid.task.name, camvid.backbone.name, camvid.weights) == ("semantic", *["efficientnet_lite0"] * 2)
+    assert (camvid.recipe.eval_transform.shortest_edge, camvid.recipe.eval_transform.max_size) == (360, 1440)
     assert compose("train", "dataset=camvid", "task=panoptic", "backbone=stdc1").task.name == "panoptic"
     # What a checkpoint overrides for one task must exist when it is evaluated as another.
     settings = [set(compose("train", f"task={task}").task.inference) for task in TASKS]

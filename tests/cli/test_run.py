@@ -223,7 +223,7 @@ def test_training_for_instances(work):
         ("train", [*TINY, "weights=gone.pth"], "gone.pth does not exist"),
         ("train", [*TINY, "weights=torchvision/resnet5"], "torchvision/resnet50"),
         ("train", [*DRAWN, "weights={trained}/checkpoints/last.ckpt"], "does not cover the backbone"),
-        ("evaluate", [], "say checkpoint="),
+        ("evaluate", [], "or one that ships: camvid"),
         ("evaluate", ["checkpoint=nothing.ckpt"], "nothing.ckpt does not exist"),
         ("evaluate", ["{last}", "network.num_queries=7", "trainer=cpu"], "does not fit"),
         ("predict", ["{last}"], "input"),

@@ -105,4 +105,4 @@ def test_default_crops(tmp_path):
     (batch,) = data.train_dataloader()
     assert [image.shape for image in batch.images] == [(3, 288, 384)] * 2
     assert torch.equal(data.val_dataset[0].panoptic, torch.ones(36, 48, dtype=torch.int32))
-    assert data.val_dataset[0].image.shape == (3, 36, 48)
+    assert data.val_dataset[0].image.shape == (3, 360, 480)

@@ -45,6 +45,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(main, tmp_path, capsys):
         (tmp_path / "none.pth", [], "none.pth does not exist"),
         (tmp_path / "other.pth", [], "of no known kind"),
         (tmp_path / "broken.pth", [], "damaged or no file of weights"),
+        (path, ["--int8"], "--int8 is for checkpoints"),
     ):
         assert main([str(source), f"{tmp_path}/out.pth", *more]) == 2
         (line,) = capsys.readouterr().err.splitlines()
