@@ -10,13 +10,14 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from pem_lightning import build_pem
-from pem_lightning.checkpoints import convert_old, load_network, read_checkpoint
+from pem_lightning.checkpoints import convert_old, load_network, load_weights, read_checkpoint
 from pem_lightning.checkpoints.checkpoint import CHECKPOINT_KEY, SHIPPED, slim_content
 from pem_lightning.checkpoints.pretrained import read_weights
+from pem_lightning.cli import jobs
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.preprocess import normalize
-from pem_lightning.types import UserError
-from tests.checkpoint_files import Calls, write_checkpoint
+from pem_lightning.types import DatasetInfo, UserError
+from tests.checkpoint_files import CLASSES, Calls, write_checkpoint
 from tests.jobs import TINY, call
 
 OLD = Path(__file__).with_name("d805b9e.ckpt")
@@ -118,7 +119,7 @@ class TestShipped:
         assert path.stat().st_size <= 16_000_000
         checkpoint = read_checkpoint("camvid")
         assert (checkpoint.path, checkpoint.info.name, checkpoint.resumable) == (path, "camvid", False)
-        assert checkpoint.overrides[0] == "dataset=camvid"
+        assert "dataset=camvid" in checkpoint.overrides
         assert '"root"' not in json.dumps([checkpoint.config, checkpoint.overrides])
         assert path.with_suffix(".md").is_file()
 
@@ -135,6 +136,24 @@ class TestShipped:
             read_checkpoint("camvit")
         with pytest.raises(UserError, match=r"weights=camvit does not exist: .*, camvid$"):
             read_weights("camvit")
+
+    def test_a_training_starts_from_it(self):
+        network = build_pem("efficientnet_lite0", num_classes=1, num_layers=3, num_queries=50)
+        report = load_weights(network, "camvid", DatasetInfo.from_dict({"name": "toy", "classes": list(CLASSES)}))
+        assert len(report.loaded) > 400
+        assert all("class_head" in name for name in report.reinitialized)
+        assert (report.missing, report.mismatched) == ([], [])
+        state = read_checkpoint("camvid").network
+        assert all(torch.equal(network.state_dict()[name], state[name]) for name in report.loaded)
+
+    def test_it_is_exported_into_the_working_folder(self, tmp_path, monkeypatch, capsys):
+        def stop(checkpoint, output, options, **_):
+            raise UserError(f"{checkpoint.path.name} as {output}")
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(jobs, "export_checkpoint", stop)
+        assert call("export", "checkpoint=camvid") == 2
+        assert "error: pem_lite0_camvid.ckpt as camvid.onnx\n" in capsys.readouterr().err
 
     @pytest.mark.slow
     def test_it_segments_photographs_at_the_scale_of_its_training(self, tmp_path, monkeypatch, capsys):
