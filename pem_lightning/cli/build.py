@@ -209,8 +209,9 @@ def _crashes_in_channels_last(module: nn.Module) -> bool:
 
 def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
     """Make a predictor for a checkpoint, as the command line wants it."""
+    how = cfg.inference
     return Predictor.from_parts(
-        fast_network(checkpoint, cfg.network, cfg.inference.precision, cfg.inference.compile, cfg.device),
+        fast_network(checkpoint, cfg.network, how.precision, how.compile, cfg.device, how.decoder_layers),
         checkpoint.info,
         TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference),
         resize=instantiate(cfg.recipe.eval_transform),

@@ -1,8 +1,9 @@
 """A trained network made fast: the same answers up to rounding, and options that trade digits for time.
 
-Here: fused batch normalisations, memory format, precision, compilation. Without gradients other parts take shorter
-ways of their own: `TransformerDecoder.forward` (masks only at the size that the next layer needs), `deform_conv_torch`
-(strip by strip), `PrototypeSelection` (the most similar features chunk by chunk), and `fast_argmax` for the results.
+Here: early exit, fused batch normalisations, memory format, precision, compilation. Without gradients other parts take
+shorter ways of their own: `TransformerDecoder.forward` (masks only at the size that the next layer needs),
+`deform_conv_torch` (strip by strip), `PrototypeSelection` (the most similar features chunk by chunk), and `fast_argmax`
+for the results.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 from pem_lightning.models.layers import FrozenBatchNorm2d
+from pem_lightning.models.pem import PEM
 from pem_lightning.types import Predictions, UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -34,6 +36,36 @@ def check_compile(key: str, mode: str | None) -> None:
         raise UserError(f"{key}={mode}: choose null, {', '.join(get_args(CompileMode))}")
     if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
         raise UserError(f"{key} needs a C++ compiler: install g++, or use {key}=null")
+
+
+def shorten(network: nn.Module, decoder_layers: Any = None) -> nn.Module:
+    """Copy a trained PEM so that it ends early; without an option it is the network itself.
+
+    Deep supervision trains every layer, and the learned queries before them, to predict.
+
+    Args:
+        network: is copied.
+        decoder_layers: how many of the transformer decoder's layers run, a whole number; 0 for the queries as learned.
+
+    Raises:
+        UserError: the network has fewer layers, or it has not learned to predict after that one.
+    """
+    if decoder_layers is None:
+        return network
+    trained = cast(PEM, network).transformer_decoder
+    count = len(trained.layers)
+    if isinstance(decoder_layers, bool) or not isinstance(decoder_layers, int) or not 0 <= decoder_layers <= count:
+        raise UserError(f"inference.decoder_layers={decoder_layers}: choose 0 to {count}, the layers it was trained with")
+    if trained.auxiliary == "never" and decoder_layers < count:
+        raise UserError(
+            f"inference.decoder_layers={decoder_layers} needs deep supervision, without which this network was trained: "
+            "leave it out"
+        )
+    shortened = copy.deepcopy(network)
+    decoder = cast(PEM, shortened).transformer_decoder
+    decoder.layers = decoder.layers[:decoder_layers]
+    decoder.input_projections = decoder.input_projections[:decoder_layers]  # of the levels that are still visited
+    return shortened
 
 
 class OptimizedNetwork(nn.Module):
