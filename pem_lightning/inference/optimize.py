@@ -55,11 +55,13 @@ def shorten(network: nn.Module, decoder_layers: Any = None) -> nn.Module:
     trained = cast(PEM, network).transformer_decoder
     count = len(trained.layers)
     if isinstance(decoder_layers, bool) or not isinstance(decoder_layers, int) or not 0 <= decoder_layers <= count:
-        raise UserError(f"inference.decoder_layers={decoder_layers}: choose 0 to {count}, the layers it was trained with")
+        raise UserError(
+            f"inference.decoder_layers={decoder_layers}: choose 0 to {count}, the layers it was trained with"
+        )
     if trained.auxiliary == "never" and decoder_layers < count:
         raise UserError(
-            f"inference.decoder_layers={decoder_layers} needs deep supervision, without which this network was trained: "
-            "leave it out"
+            f"inference.decoder_layers={decoder_layers} needs deep supervision, without which this network was "
+            "trained: leave it out"
         )
     shortened = copy.deepcopy(network)
     decoder = cast(PEM, shortened).transformer_decoder

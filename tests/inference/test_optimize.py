@@ -167,7 +167,7 @@ def test_early_exit_after_a_layer_that_there_is_not(deep, layers):
 def test_early_exit_needs_deep_supervision(deep):
     alone = copy.deepcopy(deep)
     alone.transformer_decoder.auxiliary = "never"
-    with pytest.raises(UserError, match="inference.decoder_layers=3 needs deep supervision"):
+    with pytest.raises(UserError, match=r"inference\.decoder_layers=3 needs deep supervision"):
         shorten(alone, 3)
     assert len(shorten(alone, 4).transformer_decoder.layers) == 4
 
