@@ -311,13 +311,13 @@ def store_in_float16(proto: Any) -> Any:
 
 
 def load_trained(checkpoint: Checkpoint) -> PEM:
-    """The network of a checkpoint, in evaluation mode, as `inference.decoder_layers` of its configuration wants it."""
+    """The network of a checkpoint, in evaluation mode, with what its configuration's `inference` leaves out."""
     from hydra.utils import instantiate
 
     network = instantiate(checkpoint.config["network"], num_classes=checkpoint.info.num_classes)
     load_network(network, checkpoint)
-    inference = checkpoint.config.get("inference", {})  # which older checkpoints have without this key
-    return cast(PEM, shorten(network, inference.get("decoder_layers"))).eval()
+    inference = checkpoint.config.get("inference", {})  # which older checkpoints have without these keys
+    return cast(PEM, shorten(network, inference.get("decoder_layers"), inference.get("queries"))).eval()
 
 
 def describe(checkpoint: Checkpoint, options: ExportOptions, deform: str) -> Metadata:

@@ -43,7 +43,7 @@ class Predictor:
         scales, flip: see `TestTimeAugmentation`.
         tile, overlap: see `TiledInference`; larger images run through the network in parts.
         precision, compile: see `OptimizedNetwork`, and `ExportedNetwork` for exported files.
-        decoder_layers: see `shorten`.
+        decoder_layers, queries: see `shorten`; not for exported files.
 
     Raises:
         UserError: the checkpoint cannot be read, or an option is impossible.
@@ -59,6 +59,7 @@ class Predictor:
         precision: str = "float32",
         compile: str | None = None,
         decoder_layers: int | None = None,
+        queries: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         from hydra.utils import instantiate  # here, because `from_parts` needs no Hydra
@@ -67,7 +68,8 @@ class Predictor:
         task = trained.config["task"]["name"] if task is None else task
         check_task(task)
         device = options.get("device", "auto")
-        network = fast_network(trained, trained.config["network"], precision, compile, device, decoder_layers)
+        shorter = {"decoder_layers": decoder_layers, "queries": queries}
+        network = fast_network(trained, trained.config["network"], precision, compile, device, **shorter)
         thresholds = {"object_mask_threshold": object_mask_threshold, "overlap_threshold": overlap_threshold}
         chosen = {key: value for key, value in thresholds.items() if value is not None}
         settings = {**trained.config["task"]["inference"], **chosen}
@@ -199,19 +201,31 @@ def fast_network(
     precision: str = "float32",
     compile: str | None = None,
     device: str | torch.device = "auto",
-    decoder_layers: Any = None,
+    **shorter: Any,
 ) -> nn.Module:
-    """The network of a checkpoint, made fast, or that of an exported file; `config` is how the first is built."""
+    """The network of a checkpoint, made fast, or that of an exported file.
+
+    Args:
+        config: how the first is built.
+        precision, compile: see `OptimizedNetwork` and `ExportedNetwork`.
+        device: for the second.
+        shorter: arguments of `shorten`, for the first.
+
+    Raises:
+        UserError: it cannot be built so.
+    """
     from hydra.utils import instantiate  # here, because `from_parts` needs no Hydra
 
     if checkpoint.session is not None:
-        if decoder_layers is not None:
-            raise UserError(f"decoder_layers= cannot change {checkpoint.path}, which is exported: export with it")
+        if asked_for := [key for key, value in shorter.items() if value is not None]:
+            raise UserError(
+                f"{asked_for[0]}= cannot change {checkpoint.path}, which is exported: export the checkpoint with it"
+            )
         name = device if device == "auto" else choose_device(device)
         return ExportedNetwork(checkpoint.session, precision, compile, str(name))
     network = instantiate(config, num_classes=checkpoint.info.num_classes)
     load_network(network, checkpoint)
-    return OptimizedNetwork(shorten(network, decoder_layers), precision, compile)
+    return OptimizedNetwork(shorten(network, **shorter), precision, compile)
 
 
 def choose_device(name: str | torch.device) -> torch.device:

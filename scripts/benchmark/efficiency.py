@@ -34,6 +34,7 @@ from pem_lightning.cli.overrides import quote, take_over
 from pem_lightning.deploy.sessions import open_session
 from pem_lightning.files import write_file
 from pem_lightning.inference.optimize import OptimizedNetwork, shorten
+from pem_lightning.models.flops import count_gmacs
 from pem_lightning.models.pem import PEM
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import Predictions, UserError
@@ -216,6 +217,7 @@ class Study:
             log = self.folder / "evaluation"
             self.command("evaluate", f"checkpoint={path}", "callbacks.panels=null", "callbacks.worst=null", log=log)
             metrics = json.loads((log / "metrics.json").read_text())
+            self.row(variant)["gmacs"] = count_gmacs(load(path).network, *self.options.sizes[0])
         else:
             source = self.folder / variant._replace(runtime=PYTORCH).file
             precision = f"precision={variant.runtime[1]}"
@@ -243,13 +245,10 @@ class Study:
     def write_checkpoint(self, variant: Variant, path: Path) -> None:
         """Write a variant as train.py writes a checkpoint."""
         trained = self.trained(variant)
-        network: Any = copy.deepcopy(trained.network)
-        arguments = dict(trained.checkpoint.config["network"])
+        arguments, kept = dict(trained.checkpoint.config["network"]), None
         if variant.num_queries is not None:
-            kept = self.ranked(trained)[: variant.num_queries]
-            keep_queries(network, kept)
-            arguments["num_queries"] = variant.num_queries
-        network = shorten(network, variant.decoder_layers)
+            arguments["num_queries"], kept = variant.num_queries, self.ranked(trained)[: variant.num_queries]
+        network: Any = shorten(copy.deepcopy(trained.network), variant.decoder_layers, kept)
         network = CoarseMasks(network) if variant.mask_stride == 8 else network
         if (variant.decoder_layers, variant.mask_stride) != (None, 4):
             arguments |= {"_target_": f"{__name__}.build", "decoder_layers": variant.decoder_layers}
@@ -320,31 +319,28 @@ def rank_queries(network: PEM, images: Iterable[np.ndarray]) -> Int64[Tensor, " 
     return (total / total.sum(0)).amax(1).argsort(descending=True)
 
 
-def keep_queries(network: PEM, kept: Sequence[int]) -> None:
-    """Leave only some of the learned queries."""
-    decoder = network.transformer_decoder
-    for name in ("query_features", "query_positions"):
-        weight = getattr(decoder, name).weight.detach()[list(kept)]
-        setattr(decoder, name, nn.Embedding.from_pretrained(weight, freeze=False))
-
-
 def report(study: Study, whole: Variant, variants: Sequence[Variant]) -> str:
     """The table."""
     sizes = ["x".join(map(str, size)) for size in study.options.sizes]
     metric = study.trained(whole).checkpoint.config["task"]["monitor"].removeprefix("val/")
-    columns = ["", metric, "change"]
+    columns = ["", metric, "change", f"{sizes[0]}, GMACs"]
     for size in sizes:
         columns += [f"{size}, ms", "of as trained"]
     rows = []
     for variant in variants:
         quality = study.quality(variant)
-        cells = [variant.name, f"{quality:.2f}", f"{quality - study.quality(whole):+.2f}"]
+        gmacs = study.row(variant._replace(runtime=PYTORCH))["gmacs"]
+        cells = [variant.name, f"{quality:.2f}", f"{quality - study.quality(whole):+.2f}", common.number(gmacs)]
         for size in sizes:
             own, base = (study.row(one)["milliseconds"][size] for one in (variant, whole))
             cells += [common.quartiles(own), f"{np.median(np.divide(own, base)):.2f}"]
         rows.append(cells)
-    facts = f"{metric} of the validation images; latency of one image up to the logits, kept from earlier runs if there"
-    return f"{common.describe(facts, study.options)}\n\n{common.table(columns, rows)}\n"
+    facts = f"{metric} of the validation images; latency of one image up to the logits"
+    notes = []
+    if ranking := study.row(whole).get("ranking"):
+        numbers = ",".join(map(str, ranking))
+        notes.append(f"Queries by what they contribute, the most useful first: [{numbers}]")
+    return "\n\n".join([common.describe(facts, study.options), common.table(columns, rows), *notes]) + "\n"
 
 
 def draw(study: Study, whole: Variant, early: Sequence[Variant], variants: Sequence[Variant]) -> bytes:

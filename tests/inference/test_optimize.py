@@ -164,6 +164,30 @@ def test_early_exit_after_a_layer_that_there_is_not(deep, layers):
         shorten(deep, layers)
 
 
+@torch.no_grad()
+def test_queries_in_another_order_give_the_same_in_that_order(deep):
+    images, order = torch.randn(1, 3, 64, 96, dtype=torch.float64), torch.randperm(6).tolist()
+    expected, found = deep(images), shorten(deep, queries=order)(images)
+    torch.testing.assert_close(found.class_logits, expected.class_logits[:, order], rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.mask_logits, expected.mask_logits[:, order], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_queries_that_are_left_out_are_gone(deep):
+    """What is learned of the others is as it was: their predictions before the first layer."""
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected, found = shorten(deep, 0)(images), shorten(deep, 0, [4, 1])(images)
+    torch.testing.assert_close(found.mask_logits, expected.mask_logits[:, [4, 1]], rtol=0, atol=1e-9)
+    assert shorten(deep, queries=[4, 1])(images).class_logits.shape == (1, 2, 4)
+    assert deep.transformer_decoder.query_features.num_embeddings == 6
+
+
+@pytest.mark.parametrize("queries", [[], [6], [-1], [1, 1], [True], ["a"], "12", 3])
+def test_queries_that_there_are_not(deep, queries):
+    with pytest.raises(UserError, match="give different numbers from 0 to 5"):
+        shorten(deep, queries=queries)
+
+
 def test_early_exit_needs_deep_supervision(deep):
     alone = copy.deepcopy(deep)
     alone.transformer_decoder.auxiliary = "never"
