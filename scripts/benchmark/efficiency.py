@@ -31,7 +31,6 @@ from pem_lightning.checkpoints import CHECKPOINT_KEY, Checkpoint, load_network, 
 from pem_lightning.cli.build import calibration_images
 from pem_lightning.cli.errors import compose
 from pem_lightning.cli.overrides import quote, take_over
-from pem_lightning.deploy.sessions import open_session
 from pem_lightning.files import write_file
 from pem_lightning.inference.optimize import OptimizedNetwork, shorten
 from pem_lightning.models.flops import count_gmacs
@@ -214,22 +213,15 @@ class Study:
         common.say(f"quality of {variant.name}")
         if variant.runtime == PYTORCH:
             self.write_checkpoint(variant, path)
-            log = self.folder / "evaluation"
-            self.command("evaluate", f"checkpoint={path}", "callbacks.panels=null", "callbacks.worst=null", log=log)
-            metrics = json.loads((log / "metrics.json").read_text())
             self.row(variant)["gmacs"] = count_gmacs(load(path).network, *self.options.sizes[0])
         else:
             source = self.folder / variant._replace(runtime=PYTORCH).file
-            precision = f"precision={variant.runtime[1]}"
-            self.command(
-                "export",
-                f"checkpoint={source}",
-                f"output={path}",
-                precision,
-                "evaluate=true",
-                log=self.folder / "export",
-            )
-            metrics = open_session(path).metadata.quality or {}
+            how = (f"checkpoint={source}", f"output={path}", f"precision={variant.runtime[1]}", "evaluate=false")
+            self.command("export", *how, log=self.folder / "export")
+        log = self.folder / "evaluation"
+        pictures = (f"callbacks.{name}=null" for name in ("panels", "worst", "confusion"))
+        self.command("evaluate", f"checkpoint={path}", *pictures, log=log)
+        metrics = json.loads((log / "metrics.json").read_text())
         self.row(variant)["quality"] = metrics[monitor]
         self.save()
 
