@@ -13,6 +13,8 @@ from scripts.benchmark.efficiency import Study, Variant, load
 from scripts.benchmark.runtimes import Measurement
 from tests.deploy.conftest import write_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 QUALITY = {"as trained": 70.0, "1 layers": 69.8, "12 queries": 69.6, "1 layers, 12 queries": 69.0}
 
 
