@@ -209,8 +209,9 @@ def _crashes_in_channels_last(module: nn.Module) -> bool:
 
 def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
     """Make a predictor for a checkpoint, as the command line wants it."""
+    how = cfg.inference
     return Predictor.from_parts(
-        fast_network(checkpoint, cfg.network, cfg.inference.precision, cfg.inference.compile, cfg.device),
+        fast_network(checkpoint, cfg.network, how.precision, how.compile, cfg.device, **shorter(cfg)),
         checkpoint.info,
         TaskInference(cfg.task.name, checkpoint.info.thing_classes, **cfg.task.inference),
         resize=instantiate(cfg.recipe.eval_transform),
@@ -219,6 +220,16 @@ def build_predictor(cfg: DictConfig, checkpoint: Checkpoint) -> Predictor:
         batch_size=cfg.batch_size,
         **_views(cfg),
     )
+
+
+def shorter(cfg: DictConfig) -> dict[str, Any]:
+    """The arguments of `shorten`."""
+    given = OmegaConf.to_container(cfg.inference, resolve=True)
+    return {key: cast(dict, given).get(key) for key in SHORTER}
+
+
+SHORTER = ("decoder_layers", "queries")
+"""Keys of `inference` that an exported file has done already."""
 
 
 def build_export(cfg: DictConfig, checkpoint: Path) -> tuple[ExportOptions, Path]:

@@ -31,6 +31,7 @@ from pem_lightning.checkpoints import (
     show_report,
 )
 from pem_lightning.cli.build import (
+    SHORTER,
     build_datamodule,
     build_export,
     build_module,
@@ -38,6 +39,7 @@ from pem_lightning.cli.build import (
     build_trainer,
     calibration_images,
     command_line,
+    shorter,
 )
 from pem_lightning.cli.errors import key_of
 from pem_lightning.data.check import check_before_training
@@ -45,7 +47,7 @@ from pem_lightning.deploy.export import Calibration, Report, export_checkpoint
 from pem_lightning.deploy.network import ExportedNetwork, Run, UInt8Network
 from pem_lightning.deploy.sessions import Session
 from pem_lightning.files import check_writable, remove_leftovers, write_file
-from pem_lightning.inference.optimize import OptimizedNetwork
+from pem_lightning.inference.optimize import OptimizedNetwork, shorten
 from pem_lightning.inference.segment_files import segment_files
 from pem_lightning.models.backbones import Backbone
 from pem_lightning.models.flops import count_parameters
@@ -142,6 +144,7 @@ def _validate(cfg: DictConfig, checkpoint: Checkpoint, network: nn.Module | None
     module.evaluated_step = checkpoint.step
     if network is None:
         load_network(module.network, checkpoint)
+        module.network = shorten(module.network, **shorter(cfg))
         if speed != ("float32", None):  # else to the digits of training
             module.network = OptimizedNetwork(module.network, *speed)
     if signal.getsignal(signal.SIGTERM) is leave:  # Lightning's own handler would talk to the other processes
@@ -210,9 +213,10 @@ def _as_configured(cfg: DictConfig, checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the task's rules and the size of images that the command line wants."""
     config = cast(dict, OmegaConf.to_container(cfg, resolve=True))
     recipe = {**checkpoint.config["recipe"], "eval_transform": config["recipe"]["eval_transform"]}
-    ours = {key: config[key] for key in ("network", "backbone", "task")}
+    ours = {key: config[key] for key in ("network", "backbone", "task", "inference")}
     kept = checkpoint.config.keys() - {"trainer", "logger", "callbacks", "output_dir", "job"}
     overrides = [o for o in command_line() if o in checkpoint.overrides or key_of(o).split(".")[0] in kept]
+    overrides = [o for o in overrides if key_of(o).removeprefix("inference.") not in SHORTER]  # the file has done it
     return checkpoint._replace(config={**checkpoint.config, **ours, "recipe": recipe}, overrides=overrides)
 
 
@@ -270,8 +274,9 @@ def _take_network(cfg: DictConfig, checkpoint: Checkpoint | None) -> Checkpoint:
             checkpoint = checkpoint._replace(network=checkpoint.raw)
     asked_for = {key_of(o).split(".")[0] for o in set(command_line()) - set(checkpoint.overrides)}
     changed = asked_for & {"network", "backbone", "ablation", "decoder_layers", "num_queries"}
-    if checkpoint.session is not None and (changed or not cfg.ema):
-        key = min(changed, default="ema")
+    shortened = {f"inference.{key}" for key, value in shorter(cfg).items() if value is not None}
+    if checkpoint.session is not None and (changed or shortened or not cfg.ema):
+        key = min(changed | shortened, default="ema")
         raise UserError(f"{key}= cannot change {checkpoint.path}, which is exported: export the checkpoint with it")
     if not changed:
         with open_dict(cfg):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from pem_lightning.deploy.graph import ExportGraph
 from pem_lightning.deploy.metadata import ENTRY, KEY, Metadata
 from pem_lightning.deploy.network import Run
 from pem_lightning.deploy.sessions import Session, open_session, openvino_core
+from pem_lightning.inference.optimize import shorten
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.pem import PEM
@@ -310,12 +311,13 @@ def store_in_float16(proto: Any) -> Any:
 
 
 def load_trained(checkpoint: Checkpoint) -> PEM:
-    """The network of a checkpoint, in evaluation mode."""
+    """The network of a checkpoint, in evaluation mode, with what its configuration's `inference` leaves out."""
     from hydra.utils import instantiate
 
     network = instantiate(checkpoint.config["network"], num_classes=checkpoint.info.num_classes)
     load_network(network, checkpoint)
-    return network.eval()
+    inference = checkpoint.config.get("inference", {})  # which older checkpoints have without these keys
+    return cast(PEM, shorten(network, inference.get("decoder_layers"), inference.get("queries"))).eval()
 
 
 def describe(checkpoint: Checkpoint, options: ExportOptions, deform: str) -> Metadata:

@@ -1,8 +1,9 @@
 """A trained network made fast: the same answers up to rounding, and options that trade digits for time.
 
-Here: fused batch normalisations, memory format, precision, compilation. Without gradients other parts take shorter
-ways of their own: `TransformerDecoder.forward` (masks only at the size that the next layer needs), `deform_conv_torch`
-(strip by strip), `PrototypeSelection` (the most similar features chunk by chunk), and `fast_argmax` for the results.
+Here: fewer layers and queries, fused batch normalisations, memory format, precision, compilation. Without gradients
+other parts take shorter ways of their own: `TransformerDecoder.forward` (masks only at the size that the next layer
+needs), `deform_conv_torch` (strip by strip), `PrototypeSelection` (the most similar features chunk by chunk), and
+`fast_argmax` for the results.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, cast, get_args
 
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 from pem_lightning.models.layers import FrozenBatchNorm2d
+from pem_lightning.models.pem import PEM
+from pem_lightning.models.transformer_decoder import TransformerDecoder
 from pem_lightning.types import Predictions, UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -34,6 +38,56 @@ def check_compile(key: str, mode: str | None) -> None:
         raise UserError(f"{key}={mode}: choose null, {', '.join(get_args(CompileMode))}")
     if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
         raise UserError(f"{key} needs a C++ compiler: install g++, or use {key}=null")
+
+
+def shorten(network: nn.Module, decoder_layers: Any = None, queries: Any = None) -> nn.Module:
+    """Copy a trained PEM so that it computes less; without an option it is the network itself.
+
+    Args:
+        network: is copied.
+        decoder_layers: how many of the transformer decoder's layers run, a whole number; 0 for the queries as learned.
+            Deep supervision trains each of them to predict.
+        queries: numbers of the learned queries to keep, counted from 0.
+
+    Raises:
+        UserError: there is no such layer or query, or the network has not learned to predict after that layer.
+    """
+    if decoder_layers is None and queries is None:
+        return network
+    shortened = copy.deepcopy(network)
+    decoder = cast(PEM, shortened).transformer_decoder
+    if decoder_layers is not None:
+        _exit_after(decoder, decoder_layers)
+    if queries is not None:
+        _keep(decoder, queries)
+    return shortened
+
+
+def _exit_after(decoder: TransformerDecoder, layers: Any) -> None:
+    count = len(decoder.layers)
+    if not _is_index(layers, count + 1):
+        raise UserError(f"inference.decoder_layers={layers}: choose 0 to {count}, the layers it was trained with")
+    if decoder.auxiliary == "never" and layers < count:
+        raise UserError(
+            f"inference.decoder_layers={layers} needs deep supervision, without which this network was trained: "
+            "leave it out"
+        )
+    decoder.layers = decoder.layers[:layers]
+    decoder.input_projections = decoder.input_projections[:layers]  # of the levels that are still visited
+
+
+def _keep(decoder: TransformerDecoder, queries: Any) -> None:
+    count = decoder.query_features.num_embeddings
+    kept = list(queries) if isinstance(queries, Sequence) and not isinstance(queries, str) else []
+    if not kept or len(set(kept)) < len(kept) or not all(_is_index(query, count) for query in kept):
+        raise UserError(f"inference.queries={queries}: give different numbers from 0 to {count - 1}, e.g. [0,1,2]")
+    for embedding in (decoder.query_features, decoder.query_positions):
+        embedding.weight = nn.Parameter(embedding.weight.detach()[kept])
+        embedding.num_embeddings = len(kept)
+
+
+def _is_index(value: Any, count: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
 
 
 class OptimizedNetwork(nn.Module):

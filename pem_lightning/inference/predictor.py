@@ -17,7 +17,7 @@ from pem_lightning.deploy.network import ExportedNetwork
 from pem_lightning.images import ImageLike, Images
 from pem_lightning.images import Photo as Photo
 from pem_lightning.images import read_photo as read_photo
-from pem_lightning.inference.optimize import OptimizedNetwork
+from pem_lightning.inference.optimize import OptimizedNetwork, shorten
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.results import SegmentedImage, find_classes, only_classes
 from pem_lightning.inference.tiles import TiledInference
@@ -44,6 +44,7 @@ class Predictor:
         scales, flip: see `TestTimeAugmentation`.
         tile, overlap: see `TiledInference`; larger images run through the network in parts.
         precision, compile: see `OptimizedNetwork`, and `ExportedNetwork` for exported files.
+        decoder_layers, queries: see `shorten`; not for exported files.
 
     Raises:
         UserError: the checkpoint cannot be read, or an option is impossible.
@@ -58,6 +59,8 @@ class Predictor:
         overlap_threshold: int | float | None = None,
         precision: str = "float32",
         compile: str | None = None,
+        decoder_layers: int | None = None,
+        queries: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         from hydra.utils import instantiate  # here, because `from_parts` needs no Hydra
@@ -65,7 +68,9 @@ class Predictor:
         trained = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
         task = trained.config["task"]["name"] if task is None else task
         check_task(task)
-        network = fast_network(trained, trained.config["network"], precision, compile, options.get("device", "auto"))
+        device = options.get("device", "auto")
+        shorter = {"decoder_layers": decoder_layers, "queries": queries}
+        network = fast_network(trained, trained.config["network"], precision, compile, device, **shorter)
         thresholds = {"object_mask_threshold": object_mask_threshold, "overlap_threshold": overlap_threshold}
         chosen = {key: value for key, value in thresholds.items() if value is not None}
         settings = {**trained.config["task"]["inference"], **chosen}
@@ -197,16 +202,31 @@ def fast_network(
     precision: str = "float32",
     compile: str | None = None,
     device: str | torch.device = "auto",
+    **shorter: Any,
 ) -> nn.Module:
-    """The network of a checkpoint, made fast, or that of an exported file; `config` is how the first is built."""
+    """The network of a checkpoint, made fast, or that of an exported file.
+
+    Args:
+        config: how the first is built.
+        precision, compile: see `OptimizedNetwork` and `ExportedNetwork`.
+        device: for the second.
+        shorter: arguments of `shorten`, for the first.
+
+    Raises:
+        UserError: it cannot be built so.
+    """
     from hydra.utils import instantiate  # here, because `from_parts` needs no Hydra
 
     if checkpoint.session is not None:
+        if asked_for := [key for key, value in shorter.items() if value is not None]:
+            raise UserError(
+                f"{asked_for[0]}= cannot change {checkpoint.path}, which is exported: export the checkpoint with it"
+            )
         name = device if device == "auto" else choose_device(device)
         return ExportedNetwork(checkpoint.session, precision, compile, str(name))
     network = instantiate(config, num_classes=checkpoint.info.num_classes)
     load_network(network, checkpoint)
-    return OptimizedNetwork(network, precision, compile)
+    return OptimizedNetwork(shorten(network, **shorter), precision, compile)
 
 
 def choose_device(name: str | torch.device) -> torch.device:

@@ -1,9 +1,9 @@
 """Measures inference, a training step, data loading and kernels; see docs/benchmarks.md.
 
-    python -m scripts.benchmark inference|training|data|kernels|compare|runtimes|soak [options]
+    python -m scripts.benchmark inference|training|data|kernels|compare|runtimes|soak|efficiency [options]
 
-Prints tables in Markdown; with --output FOLDER they, and a picture of stages, are written too. Needs no data set and
-no trained weights. Exit code 0: done, 2: wrong usage.
+Prints tables in Markdown; with --output FOLDER they, and a picture of stages, are written too. Only efficiency needs a
+data set and trained weights. Exit code 0: done, 2: wrong usage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from pem_lightning.files import write_file
 from pem_lightning.processes import stop_in_order
 from pem_lightning.types import UserError
-from scripts.benchmark import common, compare, data, inference, kernels, runtimes, soak, training
+from scripts.benchmark import common, compare, data, efficiency, inference, kernels, runtimes, soak, training
 
 COMMANDS = {
     "inference": inference,
@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": compare,
     "runtimes": runtimes,
     "soak": soak,
+    "efficiency": efficiency,
 }
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
+from pem_lightning import Predictor
 from pem_lightning.checkpoints import convert_weights
 from pem_lightning.deploy.sessions import open_session
+from pem_lightning.preprocess import normalize
 from pem_lightning.types import UserError
 from tests.jobs import TINIEST, call, unchecked_shapes
 
@@ -70,6 +73,25 @@ def test_int8_is_measured_before_and_after(tiny_exports, evaluated, format, name
     assert f"{after:.2f}" in said
 
 
+def test_fewer_layers_and_queries_go_into_the_file(tiny_exports, evaluated):
+    """Evaluation, prediction and export agree on it, and the file says so without doing it twice."""
+    kept, checkpoint = [*range(3, 15)], f"checkpoint={tiny_exports.checkpoint}"
+    early = ("inference.decoder_layers=1", f"inference.queries={kept}")
+    assert call("evaluate", checkpoint, *QUIET, *early, "hydra.run.dir=early") == 0
+    with unchecked_shapes():
+        assert call("export", checkpoint, *early, "deform=gather", "output=early.onnx", "hydra.run.dir=export") == 0
+    assert call("evaluate", "checkpoint=early.onnx", *QUIET, "hydra.run.dir=early_onnx") == 0
+    found = metrics_of("early")["val/mIoU"]
+    assert metrics_of("early_onnx")["val/mIoU"] == pytest.approx(found, abs=0.01)
+    assert abs(found - evaluated["val/mIoU"]) > 0.02
+    assert open_session("early.onnx").metadata.config["inference"]["decoder_layers"] == 1
+    noise = torch.randint(256, (3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = normalize(noise)[None]
+    file = Predictor("early.onnx", device="cpu").model(images)
+    fast = Predictor(tiny_exports.checkpoint, device="cpu", decoder_layers=1, queries=kept).model(images)
+    assert (file.mask_logits - fast.mask_logits).abs().max() < 1e-3 * fast.mask_logits.abs().max()
+
+
 def damaged(folder, exports):
     """Files with one thing wrong each, by name."""
     bin_file = exports.openvino.with_suffix(".bin")
@@ -116,6 +138,11 @@ def files(tiny_exports, work):
         ("predict", ["checkpoint=half.onnx", "input=0"], "half.onnx cannot be opened"),
         ("evaluate", ["checkpoint={onnx}", "backbone=stdc2"], "backbone= cannot change"),
         ("evaluate", ["checkpoint={onnx}", "ema=false"], "ema= cannot change"),
+        ("predict", ["checkpoint={onnx}", "input=0", "inference.decoder_layers=1"], "decoder_layers= cannot change"),
+        ("predict", ["checkpoint={ckpt}", "input=0", "inference.decoder_layers=3"], "choose 0 to 2, the layers"),
+        ("export", ["checkpoint={ckpt}", "inference.decoder_layers=two"], "decoder_layers=two: choose 0 to 2"),
+        ("evaluate", ["checkpoint={onnx}", "inference.queries=[0]"], "inference.queries= cannot change"),
+        ("predict", ["checkpoint={ckpt}", "input=0", "inference.queries=[20]"], "numbers from 0 to 19"),
         ("evaluate", ["checkpoint={onnx}", "trainer=cpu", "inference.precision=bfloat16"], "is for OpenVINO's .xml"),
         ("predict", ["checkpoint={onnx}", "input=0", "inference.compile=default"], "has a runtime of its own"),
         ("predict", ["checkpoint={openvino}", "input=0", "device=cuda"], "device=c"),

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from pem_lightning import build_pem
-from pem_lightning.inference.optimize import OptimizedNetwork, fuse_batch_norms
+from pem_lightning.inference.optimize import OptimizedNetwork, fuse_batch_norms, shorten
 from pem_lightning.types import UserError
-from tests.models.randomize import randomize
+from tests.models.randomize import TinyBackbone, randomize
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,80 @@ expected, actual = network(images), OptimizedNetwork(network, compile="default")
 torch.testing.assert_close(actual.class_logits, expected.class_logits, rtol=0, atol=1e-4)
 torch.testing.assert_close(actual.mask_logits, expected.mask_logits, rtol=0, atol=1e-3)
 """
+
+
+@pytest.fixture(scope="module")
+def deep():
+    torch.manual_seed(0)
+    sizes = {"num_queries": 6, "num_layers": 4, "channels": 32, "hidden_channels": 32, "pyramid_channels": 32}
+    return randomize(build_pem(TinyBackbone(), num_classes=3, mask_channels=16, **sizes)).double().eval()
+
+
+@torch.no_grad()
+def test_early_exit_is_the_prediction_of_that_layer(deep):
+    """Of the learned queries for 0; the full depth is the network itself."""
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    full = deep(images)
+    deep.transformer_decoder.auxiliary = "always"
+    wanted = [*deep(images).auxiliary, full]
+    deep.transformer_decoder.auxiliary = "training"
+    before = len(deep.state_dict())
+    for layers, expected in enumerate(wanted):
+        found = shorten(deep, layers)(images)
+        torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found.mask_logits, expected.mask_logits, rtol=0, atol=1e-9)
+    assert torch.equal(found.mask_logits, full.mask_logits)
+    assert len(deep.state_dict()) == before
+    assert not torch.equal(wanted[2].mask_logits, wanted[3].mask_logits)
+    assert shorten(deep) is deep
+
+
+@torch.no_grad()
+def test_early_exit_computes_less(deep):
+    """Also of the levels that no layer looks at any more; fusing and other precisions come after it."""
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    one = shorten(deep, 1)
+    assert len(one.transformer_decoder.layers) == len(one.transformer_decoder.input_projections) == 1
+    expected, found = one(images), OptimizedNetwork(one.float())(images.float())
+    torch.testing.assert_close(found.mask_logits, expected.mask_logits.float(), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("layers", [-1, 5, 1.5, True, "two"])
+def test_early_exit_after_a_layer_that_there_is_not(deep, layers):
+    with pytest.raises(UserError, match=f"inference.decoder_layers={layers}: choose 0 to 4"):
+        shorten(deep, layers)
+
+
+@torch.no_grad()
+def test_queries_in_another_order_give_the_same_in_that_order(deep):
+    images, order = torch.randn(1, 3, 64, 96, dtype=torch.float64), torch.randperm(6).tolist()
+    expected, found = deep(images), shorten(deep, queries=order)(images)
+    torch.testing.assert_close(found.class_logits, expected.class_logits[:, order], rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.mask_logits, expected.mask_logits[:, order], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_queries_that_are_left_out_are_gone(deep):
+    """What is learned of the others is as it was: their predictions before the first layer."""
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected, found = shorten(deep, 0)(images), shorten(deep, 0, [4, 1])(images)
+    torch.testing.assert_close(found.mask_logits, expected.mask_logits[:, [4, 1]], rtol=0, atol=1e-9)
+    assert shorten(deep, queries=[4, 1])(images).class_logits.shape == (1, 2, 4)
+    assert deep.transformer_decoder.query_features.num_embeddings == 6
+
+
+@pytest.mark.parametrize("queries", [[], [6], [-1], [1, 1], [True], ["a"], "12", 3])
+def test_queries_that_there_are_not(deep, queries):
+    with pytest.raises(UserError, match="give different numbers from 0 to 5"):
+        shorten(deep, queries=queries)
+
+
+def test_early_exit_needs_deep_supervision(deep):
+    alone = copy.deepcopy(deep)
+    alone.transformer_decoder.auxiliary = "never"
+    with pytest.raises(UserError, match=r"inference\.decoder_layers=3 needs deep supervision"):
+        shorten(alone, 3)
+    assert len(shorten(alone, 4).transformer_decoder.layers) == 4
 
 
 @pytest.mark.slow
