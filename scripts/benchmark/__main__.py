@@ -1,6 +1,6 @@
 """Measures inference, a training step, data loading and kernels; see docs/benchmarks.md.
 
-    python -m scripts.benchmark inference|training|data|kernels|compare|runtimes|soak [options]
+    python -m scripts.benchmark inference|training|data|kernels|compare|runtimes|soak|camvid [options]
 
 Prints tables in Markdown; with --output FOLDER they, and a picture of stages, are written too. Needs no data set and
 no trained weights. Exit code 0: done, 2: wrong usage.
@@ -22,7 +22,7 @@ import torch
 from pem_lightning.files import write_file
 from pem_lightning.processes import stop_in_order
 from pem_lightning.types import UserError
-from scripts.benchmark import common, compare, data, inference, kernels, runtimes, soak, training
+from scripts.benchmark import camvid, common, compare, data, inference, kernels, runtimes, soak, training
 
 COMMANDS = {
     "inference": inference,
@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": compare,
     "runtimes": runtimes,
     "soak": soak,
+    "camvid": camvid,
 }
 
 
