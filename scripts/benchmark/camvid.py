@@ -58,11 +58,6 @@ class Run(NamedTuple):
     folder: Path
     overrides: tuple[str, ...]  # of PEM's experiment
 
-    @property
-    def name(self) -> str:
-        """Of its results."""
-        return f"{self.network}_{self.lr:g}"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=Path("data/CamVid"), help="of CamVid, see docs/data.md")
@@ -89,20 +84,20 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     check(options)
     folder, found = options.output, {}
     for number, network in enumerate(options.networks, 1):
+        title = f"network {number} of {len(options.networks)}, {network}"
         rates = dict.fromkeys(options.pem_lrs if network == PEM else options.lrs)
         trials = {}
         for lr in rates if len(rates) > 1 else ():
-            common.say(f"network {number} of {len(options.networks)}, {network}: trial of learning rate {lr:g}")
             trial = plan(options, network, lr, options.trial_images, "trial")
-            trials[lr] = stored(folder / f"trial_{trial.name}.json", partial(train, trial, options))["miou"]
+            work = partial(train, trial, options)
+            trials[lr] = stored(folder / f"{trial.folder.name}.json", work, f"{title}: trial of {lr:g}")["miou"]
         best = max(trials, key=lambda lr: trials[lr]) if trials else next(iter(rates))
-        common.say(f"network {number} of {len(options.networks)}, {network}: training with learning rate {best:g}")
         final = plan(options, network, best, options.images, "final")
-        numbers = stored(folder / f"final_{final.name}.json", partial(train, final, options))
-        tested = folder / f"test_{final.name}.json"
+        work = partial(train, final, options)
+        numbers = stored(folder / f"{final.folder.name}.json", work, f"{title}: training with {best:g}")
+        tested = folder / f"test_{network}_{best:g}.json"
         if options.test or tested.is_file():
-            common.say(f"{network}: the test frames")
-            numbers["test"] = stored(tested, partial(test, final, options))
+            numbers["test"] = stored(tested, partial(test, final, options), f"{title}: the test frames")
         found[final] = {"trials": trials, **numbers}
     size, measured = measure(list(found), options)
     for one in found:
@@ -125,7 +120,7 @@ def check(options: argparse.Namespace) -> None:
     experiment = camvid_baselines.compose_experiment(overrides(options, 1, 1.0))
     build_datamodule(experiment).setup("fit")
     now, kept = settings(options), options.output / "settings.json"
-    before = stored(kept, lambda: now)
+    before = stored(kept, lambda: now, f"all results go to {options.output}")
     if differ := [key for key in now if before.get(key) != now[key]]:
         raise UserError(f"{kept} has another {', '.join(differ)}: go on with that, or choose another --output")
 
@@ -163,9 +158,10 @@ def plan(options: argparse.Namespace, network: str, lr: float, images: int, kind
     return Run(network, lr, steps * options.batch, folder, overrides(options, steps, lr))
 
 
-def stored(path: Path, compute: Callable[[], Results]) -> Results:
+def stored(path: Path, compute: Callable[[], Results], title: str) -> Results:
     """What a file has from before, or else is computed and written."""
     if not path.is_file():
+        common.say(title)
         write_file(path, json.dumps(compute(), indent=2) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -244,7 +240,7 @@ def measure(runs: list[Run], options: argparse.Namespace) -> tuple[list[int], di
     data = build_datamodule(camvid_baselines.compose_experiment(runs[0].overrides))
     image = normalize(data.val_dataset[0].image)[None]
     size = list(image.shape[2:])
-    names = [one.name for one in runs]
+    names = [one.folder.name for one in runs]
     path = options.output / "latency.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))

@@ -179,8 +179,10 @@ def train(name: str, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if training.step < cfg.recipe.max_steps:
         signals = StopSignals()
         signals.install()
-        run_steps(name, training, cfg, path, signals)
-        signals.remove()
+        try:
+            run_steps(name, training, cfg, path, signals)
+        finally:
+            signals.remove()
     return {**evaluate(training.result, build_datamodule(cfg)), "minutes": training.seconds / 60}
 
 
@@ -208,10 +210,10 @@ def run_steps(name: str, training: Training, cfg: DictConfig, path: Path, signal
 
 
 def load_trained(name: str, folder: Path, overrides: Sequence[str]) -> nn.Module:
-    """The trained network, in evaluation mode."""
+    """The trained network, in evaluation mode and in PyTorch's own memory format."""
     training = Training(name, compose_experiment(overrides))
     training.load(folder / CHECKPOINT)
-    return training.result.eval()
+    return training.result.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def test(name: str, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
