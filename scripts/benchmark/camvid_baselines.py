@@ -9,6 +9,7 @@ of every labelled pixel, without clipping.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -24,6 +25,7 @@ from hydra.utils import instantiate
 from jaxtyping import Float, Int64
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
 from torch.optim.swa_utils import AveragedModel
 
 from pem_lightning.checkpoints.pretrained import read_weights
@@ -34,6 +36,7 @@ from pem_lightning.data import SegmentationDataModule
 from pem_lightning.data.sampler import EndlessSampler, SeededDataset
 from pem_lightning.files import replace_file, write_file
 from pem_lightning.metrics import MeanIoU
+from pem_lightning.models.backbones.efficientnet_lite import EfficientNetLite, InvertedResidual, SeparableBlock
 from pem_lightning.models.layers import IMAGE_MEAN, IMAGE_STD
 from pem_lightning.models.pem import padded_size
 from pem_lightning.preprocess import normalize
@@ -48,6 +51,12 @@ from scripts.benchmark import common
 ENCODER = "tu-tf_efficientnet_lite0"
 ARCHITECTURES = {"fpn": "FPN", "deeplabv3plus": "DeepLabV3Plus", "segformer": "Segformer", "upernet": "UPerNet"}
 """By the names of the command line."""
+FUSABLE = {
+    "EfficientNetFeatures": EfficientNetLite.fusable,
+    "DepthwiseSeparableConv": SeparableBlock.fusable,
+    "InvertedResidual": InvertedResidual.fusable,
+}
+"""timm's blocks -> their convolutions and normalisations, which have the names of ours."""
 CHECKPOINT = "last.pt"
 SAVE_SECONDS = 60.0
 SAY_SECONDS = 30.0
@@ -97,6 +106,18 @@ class EncoderDecoder(nn.Module):
         full_height, full_width = padded_size(height, width)
         padded = F.pad(images, (0, full_width - width, 0, full_height - height))
         return self.head(self.decoder(self.features(padded)))[..., :height, :width]
+
+
+def fuse_encoder(network: EncoderDecoder) -> EncoderDecoder:
+    """A copy for inference: timm's normalisations with activation, which `fuse_batch_norms` leaves, are fused."""
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    for block in network.backbone.modules():
+        for conv_name, norm_name in FUSABLE.get(type(block).__name__, ()):
+            conv, norm = getattr(block, conv_name), getattr(block, norm_name)
+            statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+            setattr(block, norm_name, norm.act)
+    return network
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Float[Tensor, "B 3 H W"], Int64[Tensor, "B H W"]]:

@@ -428,3 +428,14 @@ def test_real_networks_learn(root, name):
     logits = training.network.eval()(torch.randn(1, 3, 36, 50))
     assert logits.shape == (1, 11, 36, 50)
     assert count_gmacs(training.network, 36, 50) == count_gmacs(training.network, 64, 64)
+
+
+@needs_library
+@torch.no_grad()
+def test_the_fast_path_of_a_baseline_is_fused_and_exact():
+    network = EncoderDecoder("fpn", 11, "efficientnet_lite0").eval()
+    fused, images = camvid.fuse(network), torch.randn(1, 3, 64, 96)
+    kinds = {type(module).__name__ for module in fused.backbone.modules()}
+    assert not {kind for kind in kinds if "Norm" in kind}
+    expected = network(images)
+    torch.testing.assert_close(fused(images), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
