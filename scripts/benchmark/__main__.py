@@ -2,8 +2,8 @@
 
     python -m scripts.benchmark inference|training|data|kernels|compare|runtimes|soak|camvid [options]
 
-Prints tables in Markdown; with --output FOLDER they, and a picture of stages, are written too. Needs no data set and
-no trained weights. Exit code 0: done, 2: wrong usage.
+Prints tables in Markdown; with --output FOLDER they, and a picture of stages, are written too. Needs no trained
+weights, and a data set for camvid only. Exit code 0: done, 2: wrong usage.
 """
 
 from __future__ import annotations

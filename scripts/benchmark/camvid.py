@@ -342,12 +342,14 @@ def draw(networks: Mapping[str, Results]) -> bytes:
     split = "test" if all("test" in one for one in networks.values()) else "val"
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for kind, marker in zip(PATHS, "os", strict=True):
-        x = [float(np.median(one["milliseconds"][kind])) for one in networks.values()]
-        y = [(one["test"] if split == "test" else one)["miou"] for one in networks.values()]
-        axes.scatter(x, y, marker=marker, label=kind)
-        for name, place in zip(networks, zip(x, y, strict=True), strict=True):
-            axes.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    quality = {name: (one["test"] if split == "test" else one)["miou"] for name, one in networks.items()}
+    times = [[float(np.median(one["milliseconds"][kind])) for one in networks.values()] for kind in PATHS]
+    axes.hlines(list(quality.values()), *times, colors="lightgrey", zorder=0)
+    for kind, marker, x in zip(PATHS, "os", times, strict=True):
+        axes.scatter(x, list(quality.values()), marker=marker, label=kind)
+    for (name, y), x in zip(quality.items(), times[-1], strict=True):
+        axes.annotate(name, (x, y), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+    axes.margins(0.12)
     axes.set_xlabel("milliseconds of a frame, medians")
     axes.set_ylabel(f"mIoU, {'test' if split == 'test' else 'validation'} frames")
     axes.grid(alpha=0.3)
