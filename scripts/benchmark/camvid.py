@@ -344,11 +344,11 @@ def draw(networks: Mapping[str, Results]) -> bytes:
     axes = figure.subplots()
     quality = {name: (one["test"] if split == "test" else one)["miou"] for name, one in networks.items()}
     times = [[float(np.median(one["milliseconds"][kind])) for one in networks.values()] for kind in PATHS]
-    axes.hlines(list(quality.values()), *times, colors="lightgrey", zorder=0)
+    axes.hlines(list(quality.values()), times[0], times[1], colors="lightgrey", zorder=0)
     for kind, marker, x in zip(PATHS, "os", times, strict=True):
         axes.scatter(x, list(quality.values()), marker=marker, label=kind)
-    for (name, y), x in zip(quality.items(), times[-1], strict=True):
-        axes.annotate(name, (x, y), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+    for (name, y), fast in zip(quality.items(), times[1], strict=True):
+        axes.annotate(name, (fast, y), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
     axes.margins(0.12)
     axes.set_xlabel("milliseconds of a frame, medians")
     axes.set_ylabel(f"mIoU, {'test' if split == 'test' else 'validation'} frames")
