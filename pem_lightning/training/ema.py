@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pem_lightning.types import UserError
@@ -45,22 +46,26 @@ class EMA(WeightAveraging):
         average: Any = self._average_model
         average.module.to(pl_module.device)
 
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follow a step of the optimiser. (`AveragedModel.update_parameters` makes the host wait for the device.)"""
+        """Follow a step of the optimiser."""
         if trainer.global_step <= self._latest_update_step:
             return
         self._latest_update_step = trainer.global_step
-        average: Any = self._average_model
-        count = int(average.n_averaged)
-        decay = min(self.decay, (1 + count) / (10 + count))
-        tensors = (chain(module.parameters(), module.buffers()) for module in (average.module, pl_module))
-        pairs = list(zip(*tensors, strict=True))
-        averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
-        get_ema_multi_avg_fn(decay)(averages, values, count)
-        for target, value in pairs:
-            if not target.is_floating_point():
-                target.copy_(value)
-        average.n_averaged += 1
+        update_average(self._average_model, pl_module, self.decay)
+
+
+@torch.no_grad()
+def update_average(average: Any, module: nn.Module, decay: float) -> None:
+    """Let an `AveragedModel` follow its module. (Its own `update_parameters` makes the host wait for the device.)"""
+    count = int(average.n_averaged)
+    decay = min(decay, (1 + count) / (10 + count))
+    tensors = (chain(module.parameters(), module.buffers()) for module in (average.module, module))
+    pairs = list(zip(*tensors, strict=True))
+    averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
+    get_ema_multi_avg_fn(decay)(averages, values, count)
+    for target, value in pairs:
+        if not target.is_floating_point():
+            target.copy_(value)
+    average.n_averaged += 1
