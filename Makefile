@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target that runs Python first makes .venv from the requirements if it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboard ablations notebook mmcv test test-fast lint types check format clean
+.PHONY: help setup demo dashboard ablations notebook mmcv test test-fast lint types check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +11,8 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.core ## Make the environment .venv for the commands of the README, and nothing else
 
 demo: $(VENV)/.core ## Train PEM on drawn street scenes: minutes on two CPU cores, no download (ARGS="key=value ..." to change it)
 	$(BIN)/python train.py $(ARGS)

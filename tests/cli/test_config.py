@@ -131,9 +131,12 @@ def test_choices_that_other_choices_make():
     assert compose().backbone.name == "stdc1"
     assert compose("train", "backbone=efficientnet_lite0", "weights=null").weights is None
     assert compose("train", "dataset=cityscapes", "backbone=stdc2").network.backbone == "stdc2"
-    custom = compose("train", "dataset=coco_panoptic").recipe
-    assert (custom.max_steps, custom.global_batch_size, custom.optimizer.lr) == (20000, 16, 2e-4)
-    assert compose("train", "dataset=coco_instances").recipe == custom
+    own = compose("train", "dataset=coco_panoptic")
+    assert (own.backbone.name, own.weights) == ("efficientnet_lite0",) * 2
+    assert (own.recipe.max_steps, own.recipe.global_batch_size, own.recipe.ema_decay) == (2000, 4, 0.98)
+    for dataset in ("coco_instances", "semantic_folder"):
+        other = compose("train", f"dataset={dataset}")
+        assert (other.recipe, other.backbone) == (own.recipe, own.backbone)
     assert compose("train", "dataset=coco_panoptic", "recipe=ade20k_panoptic").recipe.max_steps == 160000
     camvid = compose("train", "dataset=camvid")
     assert (camvid.task.name, camvid.backbone.name, camvid.weights) == ("semantic", *["efficientnet_lite0"] * 2)
