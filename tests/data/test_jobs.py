@@ -27,6 +27,7 @@ TINY = (
     "recipe.train_transform.shortest_edges=[32]",
     "recipe.eval_transform.shortest_edge=32",
     "backbone.module={_target_:tests.models.randomize.TinyBackbone}",
+    "weights=null",
     "network.num_layers=1",
     "network.num_queries=10",
     "network.hidden_channels=64",
