@@ -354,6 +354,6 @@ def draw(study: Study, whole: Variant, early: Sequence[Variant], variants: Seque
     axes.set_ylabel(f"{study.trained(whole).checkpoint.config['task']['monitor'].removeprefix('val/')}, validation")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(picture := io.BytesIO(), format="png")
     return picture.getvalue()
