@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 # otherwise spent in page faults. 0 in the environment switches it off.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from pem_lightning import checkpoints
     from pem_lightning.inference.predictor import Predictor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,9 +14,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pem_lightning.installation import CONF, install_command
 from pem_lightning.types import UserError, did_you_mean
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 _BACKBONES: dict[str, dict[str, str]] = {
     **{f"resnet{depth}": {"norm": "${recipe.resnet_norm}"} for depth in (18, 34, 50, 101)},
@@ -31,7 +29,7 @@ for _name, _choice in _BACKBONES.items():
     ConfigStore.instance().store(group="backbone", name=_name, node=_node)
 
 _PLUGINS = ("hydra/launcher/joblib", "hydra/launcher/submitit", "hydra/sweeper/optuna")
-"""Choices that requirements-sweep.txt installs."""
+"""Choices that need the extra `sweep`."""
 
 
 def folder_name(text: object) -> str:
@@ -87,7 +85,7 @@ def explain(error: Exception, job: str) -> str:
         return " ".join(text.split())
     wrong = match[1]
     if wrong.startswith(_PLUGINS):
-        return f"{wrong} needs an optional package: pip install -r requirements-sweep.txt"
+        return f"{wrong} needs an optional package: {install_command('sweep')}"
     if options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text):
         choices = options[1].split()
         hint = did_you_mean(wrong.split("/")[-1], choices)

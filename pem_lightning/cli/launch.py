@@ -31,9 +31,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pem_lightning.checkpoints import SHIPPED, Checkpoint
-from pem_lightning.cli.errors import CONF, compose, configs, explain, key_of, user_error_behind
+from pem_lightning.cli.errors import compose, configs, explain, key_of, user_error_behind
 from pem_lightning.cli.overrides import literal_paths, parse, quote, sound_checkpoint, take_over
 from pem_lightning.files import check_writable, write_file
+from pem_lightning.installation import CONF, PACKAGE
 from pem_lightning.processes import Interrupted, StopJobs, stop_in_order, when_orphaned
 from pem_lightning.types import UserError
 
@@ -55,28 +56,35 @@ class SweepFolder(Callback):
         Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
 
 
-def main(job: str) -> None:
-    """Run train, evaluate or predict with the command line's overrides, once or as a sweep.
+def main(job: str, arguments: Sequence[str] | None = None) -> None:
+    """Run a job with overrides, once or as a sweep.
+
+    Args:
+        job: train, evaluate, predict or export.
+        arguments: overrides and Hydra's options; None for the program's own.
 
     A user's mistake ends in one line and exit code 2, a sweep with a failed job in exit code 1, a signal in 128 + it.
     """
     with stop_in_order():
-        _main(job)
+        _main(job, sys.argv[1:] if arguments is None else list(arguments))
 
 
-def _main(job: str) -> None:
+def _main(job: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
     parser.add_argument("-p", "--package")
     parser.add_argument("--resolve", action="store_true")
-    options, others = parser.parse_known_intermixed_args()
-    if others:  # --help, --info, --config-dir, ...: Hydra's own business
+    options, others = parser.parse_known_intermixed_args(arguments)
+    if others:  # --help, --info, --config-dir, ...: Hydra's own business, which it reads from the program's arguments
+        program = sys.argv
 
         def task(cfg: DictConfig) -> None:
+            sys.argv = program  # Lightning starts it again for more devices
             _run_once(cfg, job, None)
 
+        sys.argv = [program[0], *arguments]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(task)()
         return
     try:
@@ -195,7 +203,7 @@ def _sweep(job: str, overrides: Sequence[str]) -> None:
     added = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(repr, fixed))}]", "hydra.mode=MULTIRUN"]
     if "hydra/launcher=joblib" in overrides and "hydra.launcher.n_jobs" not in given:
         added.append(f"hydra.launcher.n_jobs={torch.cuda.device_count() or 2}")
-    packages = [str(CONF.parent), os.environ.get("PYTHONPATH", "")]  # where launchers' processes find ours
+    packages = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]  # where launchers' processes find ours
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, packages))
     app: Any = GlobalHydra.instance().hydra
     run, parts = partial(run_in_sweep, job=job), [*overrides, *added]

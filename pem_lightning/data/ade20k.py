@@ -24,6 +24,7 @@ from pem_lightning.data.dataset import (
     read_pair,
 )
 from pem_lightning.data.transforms import square_transforms
+from pem_lightning.installation import tool_command
 from pem_lightning.types import VOID_ID, ClassInfo, DatasetInfo, Sample, Segment, UserError
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -91,7 +92,7 @@ class ADE20KDataModule(SegmentationDataModule):
         if self.task == "semantic":
             return ADE20KDataset(self.root, split, transform, self.on_error)
         annotation = self.root / f"{PANOPTIC[split]}.json"
-        command = f"run `python scripts/prepare_ade20k.py {self.root}`"
+        command = f"run `{tool_command('prepare_ade20k')} {self.root}`"
         if not self.root.is_dir():
             raise UserError(f"{self.root} does not exist: {DOWNLOAD}, then {command}")
         if not annotation.is_file():

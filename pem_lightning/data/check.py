@@ -22,6 +22,7 @@ from pem_lightning.data.cityscapes import CityscapesDataset
 from pem_lightning.data.datamodule import SegmentationDataModule
 from pem_lightning.data.dataset import SegmentationDataset, exif_orientation, first_problem, map_parallel, read_map
 from pem_lightning.data.semantic_folder import SemanticFolderDataset
+from pem_lightning.installation import tool_command
 from pem_lightning.types import IGNORE_INDEX, VOID_ID, DatasetInfo, Sample, Task, UserError
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def _log(result: SplitCheck) -> None:
     for finding in findings[:_SHOWN]:
         log.warning("%s", finding)
     if len(findings) > _SHOWN:
-        log.warning("%s: %d more such findings, scripts/check_data.py lists all", result.split, len(findings) - _SHOWN)
+        log.warning("%s: %d more such findings, %s lists all", result.split, len(findings) - _SHOWN, tool_command("check_data"))
 
 
 def _check_sample(

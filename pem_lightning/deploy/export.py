@@ -31,6 +31,7 @@ from pem_lightning.deploy.network import Run
 from pem_lightning.deploy.sessions import Session, open_session, openvino_core
 from pem_lightning.inference.optimize import shorten
 from pem_lightning.inference.postprocess import TaskInference
+from pem_lightning.installation import install_command
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.pem import PEM
 from pem_lightning.types import UserError
@@ -160,8 +161,8 @@ def export_checkpoint(
             the checkpoint's network. An earlier file then stays as it is.
     """
     if missing := [name for name in MODULES[options.format] if importlib.util.find_spec(name) is None]:
-        hint = "see the end of" if options.format == "litert" else "pip install -r"
-        raise UserError(f"format={options.format} needs {missing[0]}: {hint} requirements-export.txt")
+        hint = "see docs/deploy.md" if options.format == "litert" else install_command("export")
+        raise UserError(f"format={options.format} needs {missing[0]}: {hint}")
     network = load_trained(checkpoint)
     metadata = describe(checkpoint, options, options.how_to_sample(network))
     program = trace(build_graph(network, metadata), options.size, one_image=options.results == "panoptic")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pem_lightning.basic_types import UserError
+from pem_lightning.installation import install_command
 
 OFFSET_CHANNELS = 27
 """Outputs of the convolution before a deformable one: two offsets and one modulation for each of 9 taps."""
@@ -40,7 +41,7 @@ def quantize_openvino(
     try:
         import nncf
     except ImportError as error:
-        raise UserError("precision=int8 needs NNCF: pip install -r requirements-export.txt") from error
+        raise UserError(f"precision=int8 needs NNCF: {install_command('export')}") from error
     logging.getLogger("nncf").setLevel(logging.WARNING)
     listed = _not_empty(images)
     dataset = nncf.Dataset(listed)
@@ -103,7 +104,7 @@ def quantize_onnx(proto: Any, images: Iterable[np.ndarray]) -> Any:
         import onnx
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     except ImportError as error:
-        raise UserError("precision=int8 needs ONNX Runtime: pip install -r requirements-export.txt") from error
+        raise UserError(f"precision=int8 needs ONNX Runtime: {install_command('export')}") from error
 
     class Images(CalibrationDataReader):
         def __init__(self) -> None:

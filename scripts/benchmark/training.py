@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from pem_lightning.cli.build import prefers_channels_last
-from pem_lightning.cli.errors import CONF
+from pem_lightning.installation import CONF
 from pem_lightning.losses import UniformSource
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.types import Target, UserError

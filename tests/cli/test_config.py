@@ -15,9 +15,10 @@ from torch import nn
 from pem_lightning.callbacks import ConfusionMatrix, PredictionPanels, Results, SavePredictions, WorstImages
 from pem_lightning.cli import errors
 from pem_lightning.cli.build import build_datamodule, build_module, build_trainer, wants_channels_last
-from pem_lightning.cli.errors import CONF, explain, folder_name, user_error_behind
+from pem_lightning.cli.errors import explain, folder_name, user_error_behind
 from pem_lightning.cli.jobs import micro_batch_limit
 from pem_lightning.data import CITYSCAPES
+from pem_lightning.installation import CONF
 from pem_lightning.models.backbones import BACKBONES
 from pem_lightning.models.pem import PEM
 from pem_lightning.types import UserError

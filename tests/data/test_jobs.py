@@ -12,7 +12,7 @@ from PIL import Image
 
 from pem_lightning.data import check
 from pem_lightning.files import id_to_rgb
-from scripts.prepare_ade20k import prepare_split
+from pem_lightning.tools.prepare_ade20k import prepare_split
 from tests.data.damage import save
 from tests.jobs import call
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pem_lightning.cli.errors import CONF
 from pem_lightning.deploy.graph import DEFORMABLE_CONVOLUTIONS, ExportGraph
+from pem_lightning.installation import CONF
 from pem_lightning.models.deformable_conv import DeformableConv, deform_conv_torch
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import UserError

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pem_lightning.cli.errors import CONF
 from pem_lightning.inference.optimize import OptimizedNetwork
+from pem_lightning.installation import CONF
 from pem_lightning.losses import SetCriterion
 from pem_lightning.models.ablations import (
     MaskedCrossAttention,

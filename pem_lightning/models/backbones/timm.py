@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pem_lightning.installation import install_command
 from pem_lightning.models.layers import Backbone
 from pem_lightning.types import UserError
 
@@ -155,8 +156,8 @@ def import_timm() -> ModuleType:
         import timm
         import timm.data
     except Exception as error:  # a torchvision built for another torch raises RuntimeError on import
-        message = f"backbone=timm needs a working timm ({_first_line(error)}): pip install -r requirements-timm.txt"
-        raise UserError(message) from error
+        cause = _first_line(error)
+        raise UserError(f"backbone=timm needs a working timm ({cause}): {install_command('timm')}") from error
     return timm
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from pem_lightning.data.coco_instances import CocoInstancesDataModule
 from pem_lightning.data.semantic_folder import SemanticFolderDataset
-from scripts import import_data
-from scripts.import_data import main
+from pem_lightning.tools import import_data
+from pem_lightning.tools.import_data import main
 
 HEIGHT, WIDTH = 20, 30
 needs_datumaro = pytest.mark.skipif(

@@ -16,9 +16,9 @@ from pem_lightning.data.ade20k import ADE20K, ADE20KDataModule
 from pem_lightning.data.targets import build_target
 from pem_lightning.files import replace_file, rgb_to_id
 from pem_lightning.processes import stop_in_order
+from pem_lightning.tools import prepare_ade20k
+from pem_lightning.tools.prepare_ade20k import main, merge, prepare_split
 from pem_lightning.types import UserError
-from scripts import prepare_ade20k
-from scripts.prepare_ade20k import main, merge, prepare_split
 from tests.jobs import exit_code, in_group
 from tests.training.killing import signal_group
 

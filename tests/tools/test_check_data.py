@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pem_lightning.data.synthetic import generate_synthetic
-from scripts.check_data import main
+from pem_lightning.tools.check_data import main
 
 
 @pytest.fixture(scope="module")

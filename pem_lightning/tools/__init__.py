@@ -1,0 +1,1 @@
+"""Commands about data and checkpoints: `pem check-data`, in a checkout `python scripts/check_data.py`."""
