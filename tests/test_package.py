@@ -1,11 +1,8 @@
 """What importing the package brings along."""
 
 import pickle
-import shutil
 import subprocess
 import sys
-import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -52,25 +49,6 @@ def test_submodules_need_no_import():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stdout.startswith("build_pem Segment <module")
-
-
-@pytest.mark.slow
-def test_the_wheel_has_the_trained_network_and_all_tables(tmp_path):
-    """Built from a copy, because setuptools leaves files beside its sources."""
-    pytest.importorskip("setuptools")
-    root = Path(pem_lightning.__file__).parents[1]
-    shutil.copytree(root / "pem_lightning", tmp_path / "pem_lightning", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "requirements.txt"):
-        shutil.copy(root / name, tmp_path)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "."]
-    subprocess.run(build, cwd=tmp_path, capture_output=True, timeout=120, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-    expected = {f"pem_lightning/assets/pem_lite0_camvid.{ending}" for ending in ("ckpt", "md")}
-    assert expected | {"pem_lightning/data/ade20k_classes.csv"} <= sizes.keys()
-    for name in expected:
-        assert sizes[name] == (root / name).stat().st_size
 
 
 def test_types_pickle():
