@@ -167,22 +167,23 @@ def export_checkpoint(
     metadata = describe(checkpoint, options, options.how_to_sample(network))
     program = trace(build_graph(network, metadata), options.size, one_image=options.results == "panoptic")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
-        written = Path(folder) / output.name
+    # Windows deletes no file that is open, so the checked one lies apart and is left to its session.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-", ignore_cleanup_errors=True) as folder:
+        written, checked = Path(folder) / "written", Path(folder) / "checked"
+        written.mkdir()
+        checked.mkdir()
         model, run_empty = convert(program, metadata, calibration)
-        save(model, written, metadata)
-        session = open_session(written)
+        save(model, checked / output.name, metadata)
+        session = open_session(checked / output.name)
         difference = check(network, session, run_empty, _inference(metadata))
         checks: dict[str, Any] = difference._asdict()
         if options.results is None:
             checks |= measure_times(network, session)._asdict()
         metadata = replace(metadata, checks=checks, quality=measure(session) if measure else None)
-        for part in Path(folder).iterdir():
-            part.unlink()  # the open session may still look into the old file
-        save(model, written, metadata)
-        files = [output.with_suffix(part.suffix) for part in sorted(Path(folder).iterdir(), reverse=True)]
-        for file in files:
-            written.with_suffix(file.suffix).replace(file)
+        save(model, written / output.name, metadata)
+        files = []
+        for part in sorted(written.iterdir(), reverse=True):
+            files.append(part.replace(output.with_suffix(part.suffix)))
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     return Report(metadata, files, megabytes, **{key: value for key, value in checks.items() if key != "size"})
 
