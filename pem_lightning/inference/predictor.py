@@ -181,7 +181,7 @@ class Predictor:
             if self.classes is not None:
                 kept = only_classes(result.convert(Tensor.numpy), self.classes).convert(torch.from_numpy)
             kept = kept._replace(instances=tuple(i for i in kept.instances if i.score >= self.score_threshold))
-            segmented.append(SegmentedImage(photo.name, photo.image, self.info, kept, self.inference.task))
+            segmented.append(SegmentedImage(photo.name, photo.image, self.info, kept, self.inference.task, photo.file))
         return segmented
 
     def prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:
