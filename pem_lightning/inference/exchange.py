@@ -289,8 +289,8 @@ class ExchangeFiles:
                 content = to_labelme(result, _way(path.parent, result.file))
                 write_file(path, json.dumps(content, ensure_ascii=False))
             yield result
-        for name, content in self.collected.items():
-            write_file(self.directory / _ONE_FILE[name][0], str(content))
+        for name, collected in self.collected.items():
+            write_file(self.directory / _ONE_FILE[name][0], str(collected))
 
 
 def _way(folder: Path, file: Path | None) -> str | None:
