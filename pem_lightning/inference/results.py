@@ -143,26 +143,26 @@ class SegmentedImage:
 
     def polygons(self, tolerance: int | float = 0) -> list[Outline]:
         """The outlines of every segment or instance, or of every class of a class map. See `exchange.polygons`."""
-        return exchange().polygons(self, tolerance)
+        return _exchange().polygons(self, tolerance)
 
     def to_supervision(self) -> Any:
         """As `supervision.Detections`. See `exchange.to_supervision`."""
-        return exchange().to_supervision(self)
+        return _exchange().to_supervision(self)
 
     def to_coco(self, *, polygons: bool = False, tolerance: int | float = 0) -> dict[str, Any]:
         """As COCO's annotations of a data set with this image. See `exchange.Coco`."""
-        return exchange().to_coco(self, polygons, tolerance)
+        return _exchange().to_coco(self, polygons, tolerance)
 
     def to_labelme(self, image_path: str | None = None, *, tolerance: int | float = 0) -> dict[str, Any]:
         """As a LabelMe file's content. See `exchange.to_labelme`."""
-        return exchange().to_labelme(self, image_path, tolerance)
+        return _exchange().to_labelme(self, image_path, tolerance)
 
     def to_cvat(self, *, polygons: bool = False, tolerance: int | float = 0) -> str:
         """As XML that CVAT imports. See `exchange.Cvat`."""
-        return exchange().to_cvat(self, polygons, tolerance)
+        return _exchange().to_cvat(self, polygons, tolerance)
 
 
-def exchange() -> Any:
+def _exchange() -> Any:
     """The module `exchange`, imported when it is asked for."""
     from pem_lightning.inference import exchange
 

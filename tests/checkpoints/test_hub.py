@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from pem_lightning.checkpoints import CHECKPOINT_KEY, read_checkpoint
 from pem_lightning.checkpoints.checkpoint import slim_content
 from pem_lightning.checkpoints.hub import load_pretrained, save_pretrained
+from pem_lightning.checkpoints.pretrained import read_weights
 from pem_lightning.data.cityscapes import CITYSCAPES
 from pem_lightning.inference.predictor import Predictor
 from pem_lightning.metrics.evaluator import Evaluator, to_plain
 from pem_lightning.types import Result, Sample, Segment, UserError
 from tests.deploy.tiny import tiny_checkpoint
 from tests.inference.toy import predictor as toy_predictor
+from tests.jobs import call
 
 TRUST = ["tests"]
 """The network has a backbone of the tests."""
@@ -64,6 +67,11 @@ def run(tmp_path):
     return folder / "best.ckpt"
 
 
+def weights_of(source):
+    """As `weights=` reads them."""
+    return list(read_weights(source).state.values())
+
+
 def front_matter(folder):
     return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
 
@@ -96,6 +104,17 @@ class TestFolder:
         assert "| started from | efficientnet_lite0 |" in card or "| started from |" not in card
         assert "No numbers are stored" in card
         assert front_matter(folder)["license"] == "apache-2.0"
+
+    @pytest.mark.slow
+    def test_it_stands_where_a_checkpoint_does(self, tmp_path):
+        folder = save_pretrained("camvid", tmp_path / "mine")
+        Image.effect_noise((64, 48), 80).save(tmp_path / "a.png")
+        for name, checkpoint in (("one", "camvid"), ("two", str(folder))):
+            out = (f"output={tmp_path / name}", f"hydra.run.dir={tmp_path}/run")
+            assert call("predict", f"checkpoint={checkpoint}", f"input={tmp_path}/a.png", "device=cpu", *out) == 0
+        results = [(tmp_path / name / "a_semantic.png").read_bytes() for name in ("one", "two")]
+        assert results[0] == results[1]
+        assert all(torch.equal(a, b) for a, b in zip(*map(weights_of, ("camvid", folder)), strict=True))
 
     def test_nothing_of_the_machine(self, tmp_path, run):
         folder = Predictor(run, device="cpu").save_pretrained(tmp_path / "mine")
