@@ -88,6 +88,12 @@ class TestOutlines:
         signed = sum(np.sum(p[:, 0] * np.roll(p[:, 1], -1) - p[:, 1] * np.roll(p[:, 0], -1)) / 2 for p in polygons)
         assert signed == mask.sum()  # by the non-zero rule, too: holes are walked in the other direction
 
+    def test_a_large_region_with_many_holes(self):
+        mask = np.random.default_rng(0).random((150, 200)) < 0.6
+        polygons = [p.ravel().tolist() for p in outlines(mask)]
+        assert max(map(len, polygons)) > 10_000
+        assert (decoded(polygons, mask.shape) == mask).all()
+
     def test_a_hole_and_an_island_in_it(self):
         mask = np.ones((9, 12), bool)
         mask[2:7, 3:9] = False
