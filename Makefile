@@ -72,7 +72,7 @@ $(VENV)/.core: requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core requirements-dev.txt requirements-eval.txt requirements-export.txt requirements-sweep.txt
+$(VENV)/.dev: $(VENV)/.core requirements-dev.txt requirements-eval.txt requirements-export.txt requirements-hub.txt requirements-sweep.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

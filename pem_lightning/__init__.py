@@ -12,16 +12,29 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from pem_lightning import checkpoints
+    from pem_lightning.cli.notebook import train
     from pem_lightning.inference.predictor import Predictor
     from pem_lightning.models.pem import PEM, build_pem
     from pem_lightning.types import DatasetInfo, Predictions, Sample, Segment, Target
 
-__all__ = ["PEM", "DatasetInfo", "Predictions", "Predictor", "Sample", "Segment", "Target", "build_pem", "checkpoints"]
+__all__ = [
+    "PEM",
+    "DatasetInfo",
+    "Predictions",
+    "Predictor",
+    "Sample",
+    "Segment",
+    "Target",
+    "build_pem",
+    "checkpoints",
+    "train",
+]
 
 _HOMES = {
     **dict.fromkeys(("PEM", "build_pem"), "pem_lightning.models.pem"),
     **dict.fromkeys(("DatasetInfo", "Predictions", "Sample", "Segment", "Target"), "pem_lightning.types"),
     "Predictor": "pem_lightning.inference.predictor",
+    "train": "pem_lightning.cli.notebook",
 }
 _SUBMODULES = ("checkpoints", "files", "models", "types")
 

@@ -43,10 +43,11 @@ _JPEG_END = b"\xff\xd9"
 
 
 class Photo(NamedTuple):
-    """An RGB image in memory, and the name of its result."""
+    """An RGB image in memory, the name of its result, and the image's file if it is from one."""
 
     name: str
     image: UInt8[np.ndarray, "height width 3"]
+    file: Path | None = None
 
 
 def find_images(source: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
@@ -160,9 +161,10 @@ def _to_bytes(array: np.ndarray) -> UInt8[np.ndarray, "*shape"]:
 
 def read_photo(image: ImageLike, name: str | None = None) -> Photo:
     """Read an image and name it, by default after its file."""
+    file = Path(image) if isinstance(image, str | Path) else None
     if name is None:
-        name = Path(image).stem if isinstance(image, str | Path) else "image"
-    return Photo(name, read_image(image))
+        name = "image" if file is None else file.stem
+    return Photo(name, read_image(image), file)
 
 
 def resized_size(height: int, width: int, shortest_edge: int, max_size: int | None = None) -> tuple[int, int]:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-__all__ = ["Bool", "Float32", "Int32", "Int64", "Integer", "UInt", "UInt8", "UInt16"]
+__all__ = ["Bool", "Float32", "Float64", "Int32", "Int64", "Integer", "UInt", "UInt8", "UInt16"]
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt, UInt8, UInt16
+    from jaxtyping import Bool, Float32, Float64, Int32, Int64, Integer, UInt, UInt8, UInt16
 else:
 
     class _Array:
         def __class_getitem__(cls, array_and_shape: Any) -> type[np.ndarray]:
             return np.ndarray
 
-    Bool = Float32 = Int32 = Int64 = Integer = UInt = UInt8 = UInt16 = _Array
+    Bool = Float32 = Float64 = Int32 = Int64 = Integer = UInt = UInt8 = UInt16 = _Array

@@ -23,7 +23,7 @@ from rich.table import Table
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.files import check_writable, id_to_rgb, write_file
 from pem_lightning.inference.results import coco_instance, encode_png, official_class_map, segments_info
-from pem_lightning.metrics.evaluator import Evaluation
+from pem_lightning.metrics.evaluator import Evaluation, without_nan
 from pem_lightning.training.distributed import all_gather
 from pem_lightning.training.module import PEMModule
 from pem_lightning.types import Batch, DatasetInfo
@@ -64,7 +64,7 @@ class Results(Callback):
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module)
         elif module.evaluation is not None:
-            rows = _without_nan(module.evaluation.per_class(module.info))
+            rows = without_nan(module.evaluation.per_class(module.info))
             data = [list(row.values()) for row in rows]
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
@@ -86,8 +86,8 @@ class Results(Callback):
         console = Console()
         if evaluation is not None:  # None if training stopped before the first validation
             rows = evaluation.per_class(info)
-            metrics = {"step": module.evaluated_step, **evaluation.scalars(), "per_class": rows}
-            write_file(self.directory / "metrics.json", json.dumps(_without_nan(metrics), indent=2) + "\n")
+            metrics = evaluation.report(info, module.evaluated_step)
+            write_file(self.directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             table = io.StringIO()
             writer = csv.DictWriter(table, rows[0].keys())
             writer.writeheader()
@@ -146,15 +146,6 @@ def summary(evaluation: Evaluation) -> str:
 
 def _cell(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; null says the same."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def readable(path: Path) -> str:

@@ -31,14 +31,18 @@ from pem_lightning.types import DatasetInfo, UserError
 SHIPPED = {"camvid": Path(__file__).resolve().parents[1] / "assets" / "pem_lite0_camvid.ckpt"}
 """Trained networks that come with the package: their names, which stand for a path, and their files."""
 
+WEIGHTS = "model.safetensors"
+"""The file with the network in a folder to give away, see `hub`."""
+
 _NETWORK_PREFIX = "network."
 _SCALES = ".scales"
 _INT8_ABOVE = 4096
 """Weights of no more elements stay float32, as all biases and normalisations do: together a twentieth of a file."""
 
 _PRIVATE_KEYS = frozenset(("root", "cache", "output_dir", "default_root_dir", "resume", "hydra", "logger", "callbacks"))
-"""Keys of a configuration that tell of the machine and the accounts of a training, besides absolute paths."""
-_ABSOLUTE_PATH = re.compile(r"""(^|[\s'"\[{,:])(~|/|[A-Za-z]:[\\/])""")
+"""Keys of a configuration that tell of the machine and the accounts of a training, besides `_A_PATH`."""
+_A_PATH = re.compile(r"""(^|[\s'"\[{,:])(~|/|\\\\|[A-Za-z]:[\\/])|\.(ckpt|pth?|pkl|tar|safetensors)\b""", re.IGNORECASE)
+"""An absolute path, or a file of weights."""
 
 
 class Checkpoint(NamedTuple):
@@ -63,8 +67,8 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint that train.py or scripts/convert_checkpoint.py wrote, or open a file that export.py wrote.
 
-    `path` may be a name of `SHIPPED`, unless there is a file of that name. Only plain data is unpickled, so a foreign
-    file can do no harm.
+    `path` may be a name of `SHIPPED`, unless there is a file of that name, or a folder with `WEIGHTS`. Only plain data
+    is unpickled.
 
     Raises:
         UserError: the file is missing, damaged, or not ours.
@@ -90,8 +94,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def shipped_file(path: str | Path) -> Path:
-    """The path, or the file of the network of `SHIPPED` that it names if there is no file of that name."""
+    """The path; of a folder with `WEIGHTS` that file; of a name of `SHIPPED` its file if there is none of that name."""
     path = Path(path)
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
     return path if path.is_file() else SHIPPED.get(str(path), path)
 
 
@@ -111,15 +117,17 @@ def parse_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def slim_content(checkpoint: Checkpoint, int8: bool = False) -> dict[str, Any]:
+def slim_content(checkpoint: Checkpoint, int8: bool = False, public: bool = False) -> dict[str, Any]:
     """A checkpoint's content without what resuming needs: the network (averaged, if it is), classes, configuration.
 
-    With `int8` it is for others: large weights in 8 bits, and a configuration without the paths of this machine.
+    With `public` it is for others: with a configuration without the paths of this machine. With `int8` it is so, too,
+    and has large weights in 8 bits.
     """
     config, overrides = checkpoint.config, checkpoint.overrides
     state = {f"{_NETWORK_PREFIX}{name}": value.clone() for name, value in checkpoint.network.items()}
-    if int8:
+    if int8 or public:
         config, overrides = _public(config), [o for o in overrides if _is_public(o)]
+    if int8:
         for name, value in list(state.items()):
             if value.is_floating_point() and value.dim() >= 2 and value.numel() > _INT8_ABOVE:
                 state[name], state[f"{name}{_SCALES}"] = _quantize(value)
@@ -162,12 +170,12 @@ def _public(node: Any) -> Any:
         return {key: _public(value) for key, value in node.items() if key not in _PRIVATE_KEYS}
     if isinstance(node, list):
         return [_public(value) for value in node]
-    return None if isinstance(node, str) and _ABSOLUTE_PATH.search(node) else node
+    return None if isinstance(node, str) and _A_PATH.search(node) else node
 
 
 def _is_public(override: str) -> bool:
     key, _, value = override.partition("=")
-    return _PRIVATE_KEYS.isdisjoint(key.lstrip("+~").split(".")) and not _ABSOLUTE_PATH.search(value)
+    return _PRIVATE_KEYS.isdisjoint(key.lstrip("+~").split(".")) and not _A_PATH.search(value)
 
 
 def load_network(network: nn.Module, checkpoint: Checkpoint) -> None:

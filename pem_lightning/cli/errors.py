@@ -10,7 +10,9 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException, OverrideParseException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -55,6 +57,22 @@ def configs() -> Iterator[None]:
         return
     with hydra.initialize_config_dir(str(CONF), job_name="run", version_base="1.3"):
         yield
+
+
+@contextmanager
+def own_configs() -> Iterator[None]:
+    """The same inside of somebody else's Hydra app, whose state is put back."""
+    app, runtime, base = GlobalHydra.instance(), JobRuntime.instance(), VersionBase.instance()
+    theirs, name, version_base = app.hydra, runtime.get("name"), base.getbase()
+    app.clear()
+    try:
+        with configs():
+            yield
+    finally:
+        GlobalHydra.set_instance(app)
+        app.hydra = theirs
+        runtime.set("name", name)
+        base.version_base = version_base
 
 
 def compose(job: str, overrides: Iterable[str]) -> DictConfig:

@@ -166,6 +166,7 @@ def predict(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
         every=cfg.every,
         max_frames=cfg.max_frames,
         show_fps=cfg.show_fps,
+        formats=list(cfg.formats) if OmegaConf.is_list(cfg.formats) else cfg.formats,
     )
     return 0.0
 

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -123,21 +123,42 @@ def _start(job: str, options: argparse.Namespace) -> None:
         return
     _check_checkpoint(job, checkpoint)
     cfg = compose(job, overrides)
-    if job == "train" and checkpoint is not None and checkpoint.step >= cfg.trainer.max_steps > 0:
+    if job == "train" and checkpoint is not None and is_finished(cfg, checkpoint):
         done = f"{checkpoint.path} is trained to step {checkpoint.step} of {cfg.trainer.max_steps} already"
         if "resume=auto" not in options.overrides:
             raise UserError(f"{done}: raise recipe.max_steps to train on")
         print(f"{done}: nothing to do")
         return
+    run_in_folder(_run_once, cfg, job, checkpoint)
+
+
+def is_finished(cfg: DictConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a training has nothing left to do."""
+    return checkpoint.step >= cfg.trainer.max_steps > 0
+
+
+def run_in_folder(
+    task: Callable[..., Any],
+    cfg: DictConfig,
+    job: str,
+    checkpoint: Checkpoint | None,
+    configure_logging: bool = True,
+) -> Any:
+    """Call `task(cfg, job=, checkpoint=)` in a run's folder with .hydra/; returns what it returns.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     check_writable(Path(cfg.hydra.run.dir))
     result = run_job(
-        partial(_run_once, job=job, checkpoint=checkpoint),
+        partial(task, job=job, checkpoint=checkpoint),
         cfg,
         job_dir_key="hydra.run.dir",
         job_subdir_key=None,
+        configure_logging=configure_logging,
         hydra_context=HydraContext(GlobalHydra.instance().config_loader(), cast(Any, Callback())),
     )
-    _ = result.return_value  # raises what the job raised
+    return result.return_value  # raises what the job raised
 
 
 def _check_checkpoint(job: str, checkpoint: Checkpoint | None) -> None:
@@ -150,13 +171,21 @@ def _check_checkpoint(job: str, checkpoint: Checkpoint | None) -> None:
 
 def _run_once(cfg: DictConfig, job: str, checkpoint: Checkpoint | None) -> float:
     try:
+        return attempt(cfg, job, checkpoint)
+    except UserError as error:
+        _fail(str(error))
+
+
+def attempt(cfg: DictConfig, job: str, checkpoint: Checkpoint | None) -> float:
+    """Run a job; a user's mistake, wherever it was noticed, is raised as a UserError."""
+    try:
         with _environment(cfg):
             return _run(cfg, job, checkpoint)
     except Exception as error:
         message = user_error_behind(error)
         if message is None:
             raise
-        _fail(message)
+        raise UserError(message) from error
 
 
 def _run(cfg: DictConfig, job: str, checkpoint: Checkpoint | None) -> float:

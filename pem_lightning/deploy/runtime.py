@@ -123,7 +123,7 @@ class Runtime:
         if self.classes is not None:
             result = only_classes(result, self.classes)
         result = result._replace(instances=tuple(i for i in result.instances if i.score >= self.score_threshold))
-        return SegmentedImage(photo.name, photo.image, self.info, result, self.task)
+        return SegmentedImage(photo.name, photo.image, self.info, result, self.task, photo.file)
 
     def _resized(self, image: UInt8[np.ndarray, "_ _ 3"]) -> UInt8[np.ndarray, "_ _ 3"]:
         """As in evaluation."""

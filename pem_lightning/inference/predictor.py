@@ -33,8 +33,8 @@ class Predictor:
 
     Args:
         checkpoint: the path of a .ckpt that train.py wrote or of a file that export.py wrote, "camvid" for the network
-            that ships, or one that is read already. It knows the network, its classes and the size at which it was
-            evaluated.
+            that ships, a folder of `save_pretrained`, or one that is read already. It knows the network, its classes
+            and the size at which it was evaluated.
         task: "panoptic", "semantic" or "instance"; by default the checkpoint's.
         device: see `choose_device`.
         classes: names of the classes to keep; None keeps all.
@@ -49,6 +49,9 @@ class Predictor:
     Raises:
         UserError: the checkpoint cannot be read, or an option is impossible.
     """
+
+    trained: Checkpoint | None = None
+    """What it was made from, without the weights; None after `from_parts`."""
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class Predictor:
         from hydra.utils import instantiate  # here, because `from_parts` needs no Hydra
 
         trained = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
+        self.trained = trained._replace(network={}, raw=None, session=None)
         task = trained.config["task"]["name"] if task is None else task
         check_task(task)
         device = options.get("device", "auto")
@@ -81,6 +85,35 @@ class Predictor:
             resize=instantiate(trained.config["recipe"]["eval_transform"]),
             **options,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, trust: Sequence[str] = (), **options: Any
+    ) -> Predictor:
+        """Make a predictor from a folder, or a repository "user/name" of the Hugging Face Hub.
+
+        `options` are those of the class, the others those of `hub.load_pretrained`.
+        """
+        from pem_lightning.checkpoints.hub import load_pretrained
+
+        return cls(load_pretrained(name, revision, trust), **options)
+
+    def save_pretrained(self, folder: str | Path, **card: Any) -> Path:
+        """Write the network as it was trained as a folder with a model card. See `hub.save_pretrained`."""
+        from pem_lightning.checkpoints.hub import save_pretrained
+
+        return save_pretrained(self._checkpoint(), folder, **card)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload that folder to "user/name" of the Hugging Face Hub; returns the address. See `hub.push_to_hub`."""
+        from pem_lightning.checkpoints.hub import push_to_hub
+
+        return push_to_hub(self._checkpoint(), repository, **options)
+
+    def _checkpoint(self) -> Checkpoint:
+        if self.trained is None:
+            raise UserError("a predictor of from_parts() has no checkpoint to save: make it by Predictor(PATH)")
+        return self.trained
 
     @classmethod
     def from_parts(cls, model: nn.Module, info: DatasetInfo, inference: TaskInference, **options: Any) -> Predictor:
@@ -181,7 +214,7 @@ class Predictor:
             if self.classes is not None:
                 kept = only_classes(result.convert(Tensor.numpy), self.classes).convert(torch.from_numpy)
             kept = kept._replace(instances=tuple(i for i in kept.instances if i.score >= self.score_threshold))
-            segmented.append(SegmentedImage(photo.name, photo.image, self.info, kept, self.inference.task))
+            segmented.append(SegmentedImage(photo.name, photo.image, self.info, kept, self.inference.task, photo.file))
         return segmented
 
     def prepare(self, photo: UInt8[np.ndarray, "_ _ 3"]) -> Float[Tensor, "3 height width"]:

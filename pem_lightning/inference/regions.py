@@ -1,4 +1,4 @@
-"""The regions of an id map in NumPy: areas, boxes, run lengths, the lines between them and their innermost points."""
+"""The regions of an id map in NumPy: areas, boxes, run lengths, outlines, lines between them, innermost points."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pem_lightning.basic_types import UserError
 from pem_lightning.shapes import Bool, Float32, Int32, Int64, Integer
 
 Box = tuple[int, int, int, int]
@@ -113,6 +114,112 @@ def encode_rle(mask: Bool[np.ndarray, "height width"]) -> str:
         kept.append(going)
         going = going & more
     return np.stack(groups, 1)[np.stack(kept, 1)].astype(np.uint8).tobytes().decode()
+
+
+def outlines(mask: Bool[np.ndarray, "height width"], tolerance: int | float = 0) -> list[Int64[np.ndarray, "points 2"]]:
+    """Closed polygons (x, y) around the regions of a mask, along the edges of its pixels.
+
+    Pixels that touch at a corner are one region. A hole is joined to its region's outline by a seam without width,
+    which is walked there and back, and around it the way goes in the other direction. So filling gives the mask to the
+    pixel, by the even-odd rule, as in pycocotools, and by the non-zero rule.
+
+    Args:
+        mask: of one object or class.
+        tolerance: how far in pixels a simplified outline may be from the exact one (Douglas and Peucker, 1973). No
+            region is lost, but holes may be. Needs OpenCV if it is above 0.
+
+    Raises:
+        UserError: OpenCV is missing, or the tolerance is below 0.
+    """
+    if tolerance < 0:
+        raise UserError(f"tolerance={tolerance}: give 0 for exact outlines, or a distance in pixels")
+    simplify = _simplifier(tolerance) if tolerance else None
+    polygons = []
+    for outer, holes in _rings(mask):
+        if simplify is not None:
+            outer, holes = simplify(outer, outer), [s for hole in holes if len(s := simplify(hole, hole[:0]))]
+        polygons.append(_with_seams(outer, holes))
+    return polygons
+
+
+def _simplifier(tolerance: int | float) -> Any:
+    """A function of a ring, and of what to take where fewer than three points are left of it."""
+    cv2 = opencv()
+    if cv2 is None:
+        raise UserError("a tolerance above 0 needs OpenCV: pip install opencv-python-headless, or leave it out")
+
+    def simplify(ring: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+        points = cv2.approxPolyDP(ring.astype(np.int32)[:, None], float(tolerance), True)[:, 0].astype(np.int64)
+        return points if len(points) >= 3 else otherwise
+
+    return simplify
+
+
+def _rings(mask: Bool[np.ndarray, "height width"]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """The corners of every region's outer ring and of the rings around its holes.
+
+    Corners in the order of rows are in pairs the ends of horizontal edges, in the order of columns those of vertical
+    edges. Walking along them in turn gives the rings; each begins at its topmost edge, on the left. Outer rings are
+    clockwise, holes are not.
+    """
+    padded = np.pad(mask, 1)
+    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    touching = (nw == se) & (ne == sw) & (nw != ne)  # two pixels at their corners: two corners in one place
+    rows, columns = np.nonzero((nw ^ ne ^ sw ^ se) | touching)
+    copies = 1 + touching[rows, columns]
+    second = np.arange(copies.sum()) != np.repeat(np.cumsum(copies) - copies, copies)
+    rows, columns = np.repeat(rows, copies), np.repeat(columns, copies)
+    # The first copy ends the edge from the left. Its vertical edge is the one with which the pixels are joined.
+    swapped = second ^ (nw & touching)[rows, columns]
+    order = np.lexsort((swapped, rows, columns))
+    vertical = np.empty(len(rows), np.int64)
+    vertical[order[0::2]], vertical[order[1::2]] = order[1::2], order[0::2]
+    partners, ring_of = vertical.tolist(), [-1] * len(rows)
+    found: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
+    region_of_ring: list[int] = []
+    keys = rows * padded.shape[1] + columns
+    for start in range(0, len(rows), 2):
+        if ring_of[start] >= 0:
+            continue
+        number, walk, corner = len(region_of_ring), [], start
+        while ring_of[corner] < 0:
+            ring_of[corner] = ring_of[corner ^ 1] = number
+            walk += [corner, corner ^ 1]
+            corner = partners[corner ^ 1]
+        ring = np.stack([columns[walk], rows[walk]], axis=1)
+        column, row = ring[0].tolist()
+        if padded[row + 1, column + 1]:
+            found[number] = ring, []
+            region_of_ring.append(number)
+            continue
+        # A hole: the region's edge above it is of a ring that is known already.
+        above = row - int(np.argmin(padded[row::-1, column + 1]))
+        edge = int(np.searchsorted(keys, above * padded.shape[1] + column, side="right")) - 1
+        region_of_ring.append(region_of_ring[ring_of[edge]])
+        found[region_of_ring[number]][1].append(np.roll(ring[::-1], 1, axis=0))
+    return list(found.values())
+
+
+def _with_seams(outer: np.ndarray, holes: Sequence[np.ndarray]) -> np.ndarray:
+    """One polygon: at a corner that is near to a hole's first one the way goes to the hole, around it and back.
+
+    It is the nearest one of the 512 corners that are nearest in the order of rows.
+    """
+    if not holes:
+        return outer
+    detours: dict[int, list[np.ndarray]] = {}
+    order = np.lexsort((outer[:, 0], outer[:, 1]))
+    rows = outer[order, 1]
+    for hole in holes:
+        place = int(np.searchsorted(rows, hole[0, 1]))
+        candidates = order[max(place - 256, 0) : place + 256]
+        nearest = int(candidates[np.square(outer[candidates] - hole[0]).sum(1).argmin()])
+        detours.setdefault(nearest, []).extend([hole, hole[:1], outer[nearest : nearest + 1]])
+    parts, done = [], 0
+    for corner in sorted(detours):
+        parts += [outer[done : corner + 1], *detours[corner]]
+        done = corner + 1
+    return np.concatenate([*parts, outer[done:]])
 
 
 def contours(index: IndexMap) -> tuple[Int64[np.ndarray, " pixels"], Float32[np.ndarray, " pixels"]]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,9 @@ from pem_lightning.files import id_to_rgb, write_file
 from pem_lightning.inference.regions import Box, Region, encode_rle, find_regions, index_map, opencv, region_of
 from pem_lightning.inference.visualize import Picture, as_array, class_segments, overlay_panoptic
 from pem_lightning.shapes import Bool, Int32, Integer, UInt8, UInt16
+
+if TYPE_CHECKING:
+    from pem_lightning.inference.exchange import Outline
 
 SHOWN_SCORE = 0.5
 """Instances with a lower score are not drawn."""
@@ -63,12 +66,16 @@ class SegmentedImage:
         info: the classes.
         panoptic: segment id of every pixel, `VOID_ID` where no segment is; None for other tasks.
         semantic: class index of every pixel, `IGNORE_INDEX` where there is none; None for other tasks.
+        file: the image's, None if it is from none.
 
     Maps and masks are tensors from `Predictor`, and arrays from `deploy.Runtime`.
     """
 
-    def __init__(self, name: str, image: Picture, info: DatasetInfo, result: Result, task: str) -> None:
+    def __init__(
+        self, name: str, image: Picture, info: DatasetInfo, result: Result, task: str, file: Path | None = None
+    ) -> None:
         self.name = name
+        self.file = file
         self.image = image
         self.info = info
         self.panoptic = result.panoptic
@@ -132,6 +139,35 @@ class SegmentedImage:
             files["_instances.json"] = _json([coco_instance(i, self.name, self.info) for i in self.instances])
         return [write_file(stem.with_name(stem.name + ending), content) for ending, content in files.items()]
 
+    # For other tools. `tolerance` simplifies polygons, see `exchange.polygons`.
+
+    def polygons(self, tolerance: int | float = 0) -> list[Outline]:
+        """The outlines of every segment or instance, or of every class of a class map. See `exchange.polygons`."""
+        return _exchange().polygons(self, tolerance)
+
+    def to_supervision(self) -> Any:
+        """As `supervision.Detections`. See `exchange.to_supervision`."""
+        return _exchange().to_supervision(self)
+
+    def to_coco(self, *, polygons: bool = False, tolerance: int | float = 0) -> dict[str, Any]:
+        """As COCO's annotations of a data set with this image. See `exchange.Coco`."""
+        return _exchange().to_coco(self, polygons, tolerance)
+
+    def to_labelme(self, image_path: str | None = None, *, tolerance: int | float = 0) -> dict[str, Any]:
+        """As a LabelMe file's content. See `exchange.to_labelme`."""
+        return _exchange().to_labelme(self, image_path, tolerance)
+
+    def to_cvat(self, *, polygons: bool = False, tolerance: int | float = 0) -> str:
+        """As XML that CVAT imports. See `exchange.Cvat`."""
+        return _exchange().to_cvat(self, polygons, tolerance)
+
+
+def _exchange() -> Any:
+    """The module `exchange`, imported when it is asked for."""
+    from pem_lightning.inference import exchange
+
+    return exchange
+
 
 def write_coco_panoptic(
     results: Iterable[SegmentedImage], directory: str | Path, info: DatasetInfo, *, overlays: bool = False
@@ -153,11 +189,15 @@ def write_coco_panoptic(
         images.append({"id": result.name, "file_name": file_name, "height": height, "width": width})
         described = segments_info(result.panoptic, result._segments, info)
         annotations.append({"image_id": result.name, "file_name": file_name, "segments_info": described})
-    categories = [
+    content = {"images": images, "annotations": annotations, "categories": coco_categories(info)}
+    return write_file(directory / "panoptic.json", _json(content))
+
+
+def coco_categories(info: DatasetInfo) -> list[dict[str, Any]]:
+    """COCO's description of every class."""
+    return [
         {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in info.classes
     ]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    return write_file(directory / "panoptic.json", _json(content))
 
 
 def write_results(

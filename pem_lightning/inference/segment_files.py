@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from pem_lightning.inference.exchange import ExchangeFiles
 from pem_lightning.inference.predictor import Photo, Predictor, read_photo
 from pem_lightning.inference.results import SegmentedImage, write_results
 from pem_lightning.inference.sources import (
@@ -41,6 +42,7 @@ def segment_files(
     every: int = 1,
     max_frames: int | None = None,
     show_fps: bool = False,
+    formats: str | Sequence[str] | None = None,
 ) -> None:
     """Segment images, videos or a stream.
 
@@ -55,6 +57,7 @@ def segment_files(
         every: segment only every n-th frame of a video; the result has the same duration.
         max_frames: stop a video after so many results.
         show_fps: write onto a video how many frames per second are segmented.
+        formats: of images for other tools, besides the results: see `ExchangeFiles`.
 
     Raises:
         UserError: there is nothing to segment, two results would have the same name, an option is impossible, or some
@@ -66,6 +69,7 @@ def segment_files(
         if number is not None and number < 1:
             raise UserError(f"{name}={number}: choose 1 or more")
     output = Path(output)
+    exchange = ExchangeFiles(output, [formats] if isinstance(formats, str) else list(formats or ()))
     files: list[Path] = []
     videos: list[str] = []
     for one in source if isinstance(source, list) else [source]:
@@ -76,9 +80,11 @@ def segment_files(
         files += [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
         videos += [str(path) for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     _check_names(files, videos, output, source)
+    if videos and exchange.formats:
+        raise UserError(f"formats= is for images, and {videos[0]} is a video: leave it out, or give single frames")
     failed: list[str] = []
     if files:
-        _segment_images(predictor, files, output, save or "all", failed)
+        _segment_images(predictor, files, output, save or "all", exchange, failed)
     for video in videos:
         try:
             _segment_video(predictor, video, output, save or "overlays", every, max_frames, show_fps)
@@ -120,7 +126,14 @@ def _skip(path: str | Path, error: UserError, failed: list[str]) -> None:
     print(f"skipped: {error}", file=sys.stderr)
 
 
-def _segment_images(predictor: Predictor, files: Sequence[Path], output: Path, save: str, failed: list[str]) -> None:
+def _segment_images(
+    predictor: Predictor,
+    files: Sequence[Path],
+    output: Path,
+    save: str,
+    exchange: ExchangeFiles,
+    failed: list[str],
+) -> None:
     def photos() -> Iterator[Photo]:
         for path in track(files, f"Segmenting {len(files)} images", disable=len(files) == 1):
             try:
@@ -128,7 +141,8 @@ def _segment_images(predictor: Predictor, files: Sequence[Path], output: Path, s
             except UserError as error:
                 _skip(path, error, failed)
 
-    _write(predictor.stream(photos()), predictor, output, masks=save != "overlays", overlays=save != "masks")
+    results = exchange.passing(predictor.stream(photos()))
+    _write(results, predictor, output, masks=save != "overlays", overlays=save != "masks")
     print(f"{len(files) - len(failed)} of {len(files)} images segmented, results in {output}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -64,6 +65,19 @@ class Evaluation(NamedTuple):
                 row["objects"] = int(self.instance.num_objects[k])
             rows.append(row)
         return rows
+
+    def report(self, info: DatasetInfo, step: int) -> dict[str, Any]:
+        """The content of metrics.json; null for what there is not."""
+        return without_nan({"step": step, **self.scalars(), "per_class": self.per_class(info)})
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN; null says the same."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 _RESULTS: dict[str, Any] = {
