@@ -87,7 +87,7 @@ export class Model {
       return new Model(ort, session, metadata, maxPixels);
     } catch (error) {
       const reason = firstLine(error);
-      throw new UserError(`${name} cannot be opened (${reason}): it is damaged, or too large for this device`);
+      throw new UserError(`${name} cannot be opened (${reason}): it is damaged, or this device cannot run it`);
     }
   }
 
