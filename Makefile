@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target that runs Python first makes .venv from the requirements if it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboard ablations notebook mmcv test test-fast lint types check format clean
+.PHONY: help setup demo dashboard ablations notebook web mmcv test test-fast lint types check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,6 +35,10 @@ ablations: $(VENV)/.dev ## Train all variants of the network on drawn street sce
 
 notebook: $(VENV)/.notebooks ## Open the notebooks in the browser: look inside a network, compare ablations
 	$(BIN)/jupyter lab notebooks
+
+web: $(VENV)/.export ## Segment photographs in the browser alone, on a local page (PORT=8000 MODEL=best.onnx; needs npm)
+	@$(BIN)/python web/build.py $(MODEL)
+	@$(BIN)/python web/serve.py web/dist $(or $(PORT),8000)
 
 mmcv: $(VENV)/.core ## Build mmcv's deformable operators for the installed torch, an option for GPUs (10 to 40 minutes)
 	@$(BIN)/python scripts/build_mmcv.py
@@ -72,8 +76,12 @@ $(VENV)/.core: requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core requirements-dev.txt requirements-eval.txt requirements-export.txt requirements-hub.txt requirements-sweep.txt
+$(VENV)/.dev: $(VENV)/.core $(addprefix requirements-,dev.txt eval.txt export.txt hub.txt sweep.txt)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.export: $(VENV)/.core requirements-export.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
 	@touch $@
 
 $(VENV)/.notebooks: $(VENV)/.core requirements-notebooks.txt

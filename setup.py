@@ -4,11 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EXTRAS = ("export", "sweep", "timm", "eval", "import", "notebooks", "bench", "dev")
+EXTRAS = ("export", "hub", "sweep", "timm", "eval", "import", "notebooks", "bench", "dev")
 
 
 def requirements(extra: str) -> list[str]:
-    """The lines of a requirement file and of those that it includes, without requirements.txt, which is the package's."""
+    """The lines of a requirement file and of those it includes, but for requirements.txt, which every extra adds to."""
     found: list[str] = []
     for line in Path(f"requirements-{extra}.txt").read_text(encoding="utf-8").splitlines():
         requirement = line.partition("#")[0].strip()
@@ -23,7 +23,11 @@ setup(
     packages=[*find_packages(include=["pem_lightning*"]), "pem_lightning.conf"],
     package_dir={"pem_lightning.conf": "conf"},
     extras_require={
-        "runtime": ["numpy", "pillow", "onnxruntime"],  # of pem-run: docs/deploy.md says how to install no more than that
+        "runtime": [
+            "numpy",
+            "pillow",
+            "onnxruntime",
+        ],  # of pem-run: docs/deploy.md says how to install no more than that
         **{extra: requirements(extra) for extra in EXTRAS},
     },
 )

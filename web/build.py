@@ -26,6 +26,7 @@ EXPORT = ("checkpoint=camvid", "format=onnx", "precision=float16")
 
 
 def main() -> int:
+    """Run the command; returns its exit code."""
     given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     if given and not given.is_file():
         print(f"error: {given} does not exist: export.py writes exported files", file=sys.stderr)

@@ -42,6 +42,7 @@ def make_server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
 
 
 def main() -> int:
+    """Run the command; returns its exit code."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("dist")
     port = int(sys.argv[2]) if len(sys.argv) > 2 else 8000
     try:

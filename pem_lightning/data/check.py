@@ -167,7 +167,9 @@ def _log(result: SplitCheck) -> None:
     for finding in findings[:_SHOWN]:
         log.warning("%s", finding)
     if len(findings) > _SHOWN:
-        log.warning("%s: %d more such findings, %s lists all", result.split, len(findings) - _SHOWN, tool_command("check_data"))
+        log.warning(
+            "%s: %d more such findings, %s lists all", result.split, len(findings) - _SHOWN, tool_command("check_data")
+        )
 
 
 def _check_sample(

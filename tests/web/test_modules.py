@@ -92,7 +92,7 @@ def assert_same_file(file, other):
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
 def test_postprocessing(task, tmp_path):
-    """Files with the same pixels, ids, classes, areas, boxes and run lengths, also at other sizes than the network's."""
+    """Files with the same pixels, ids, classes, areas, boxes, run lengths, also at other sizes than the network's."""
     comparison = Comparison(tmp_path)
     for (image_size, output_size), resize_first in product(SIZES, (True, False)):
         size = quarter(image_size)
@@ -161,7 +161,10 @@ def test_metadata_and_files_that_are_not_ours(tmp_path):
     (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:-9])
     (tmp_path / "photo.onnx").write_bytes(b"\xff\xd8\xff\xe0 no model at all")
     (tmp_path / "empty.onnx").write_bytes(b"")
-    for name, value in {"newer.onnx": text.replace('"format_version": 1', '"format_version": 2'), "odd.onnx": "{"}.items():
+    for name, value in {
+        "newer.onnx": text.replace('"format_version": 1', '"format_version": 2'),
+        "odd.onnx": "{",
+    }.items():
         model.metadata_props[0].value = value
         onnx.save(model, tmp_path / name)
     del model.metadata_props[:]
