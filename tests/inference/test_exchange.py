@@ -19,7 +19,7 @@ from pem_lightning.inference.regions import outlines
 from pem_lightning.inference.results import SegmentedImage
 from pem_lightning.types import ClassInfo, DatasetInfo, Instance, Result, Segment, UserError
 from scripts import import_data
-from tests.jobs import call
+from tests.jobs import in_child
 from tests.test_package import run_hidden
 
 INFO = DatasetInfo(
@@ -311,23 +311,23 @@ def test_files_of_several_images(tmp_path, example):
 class TestPredict:
     """`predict.py formats=...`."""
 
-    def test_files(self, tmp_path, capsys):
+    def test_files(self, tmp_path):
         for name in ("a", "b"):
             Image.effect_noise((90, 60), 80).save(tmp_path / f"{name}.png")
         out = tmp_path / "out"
         arguments = (f"input={tmp_path}/*.png", f"output={out}", "save=overlays", f"hydra.run.dir={tmp_path}/run")
-        assert call("predict", "checkpoint=camvid", *arguments, "formats=[coco,labelme]") == 0
+        assert in_child("checkpoint=camvid", *arguments, "formats=[coco,labelme]", job="predict") == 0
         assert sorted(p.name for p in out.iterdir()) == ["a_overlay.png", "b_overlay.png", "coco.json", "labelme"]
         coco = COCO(out / "coco.json")
         for image in coco.loadImgs(coco.getImgIds()):
             found = coco.loadAnns(coco.getAnnIds(imgIds=[image["id"]]))
             assert sum(a["area"] for a in found) == sum(coco.annToMask(a).sum() for a in found) == 90 * 60
 
-    def test_mistakes(self, tmp_path, capsys):
+    def test_mistakes(self, tmp_path, capfd):
         Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
         (tmp_path / "b.mp4").touch()
         arguments = ("checkpoint=camvid", f"output={tmp_path}/out", f"hydra.run.dir={tmp_path}/run")
-        assert call("predict", *arguments, f"input={tmp_path}/a.png", "formats=labelm") == 2
-        assert "there is no formats=labelm (did you mean labelme?); choose some of: coco," in capsys.readouterr().err
-        assert call("predict", *arguments, f"input={tmp_path}", "formats=coco") == 2
-        assert "b.mp4 is a video: leave it out" in capsys.readouterr().err
+        assert in_child(*arguments, f"input={tmp_path}/a.png", "formats=labelm", job="predict") == 2
+        assert "there is no formats=labelm (did you mean labelme?); choose some of: coco," in capfd.readouterr().err
+        assert in_child(*arguments, f"input={tmp_path}", "formats=coco", job="predict") == 2
+        assert "b.mp4 is a video: leave it out" in capfd.readouterr().err
