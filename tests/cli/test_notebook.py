@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobRuntime
 from PIL import Image
 
@@ -127,7 +126,6 @@ class TestTraining:
         assert (dict(os.environ), Path.cwd()) == (environment, folder)
         assert {n: signal.getsignal(n) for n in handlers} == handlers
         assert not GlobalHydra.instance().is_initialized()
-        assert not HydraConfig.initialized()
 
     def test_in_another_thread_and_while_an_own_hydra_app_runs(self, work, data, tmp_path):
         (tmp_path / "conf").mkdir()
