@@ -256,14 +256,14 @@ function writeChosen() {
 function writeFacts() {
   const milliseconds = (stage) => `${integer.format(Math.round(result.times[stage]))} ms`;
   const [height, width] = result.networkSize;
-  const threads = network.backend === "wasm" ? `, ${network.threads} thread${network.threads > 1 ? "s" : ""}` : "";
   const facts = {
     Photo: `${result.width} × ${result.height}`,
     "Network saw": `${width} × ${height}`,
     Resizing: milliseconds("resize"),
     Network: milliseconds("network"),
     Merging: milliseconds("merge"),
-    "Ran on": `${NAMES[network.backend]}${threads}`,
+    "Ran on": NAMES[network.backend],
+    ...(network.backend === "wasm" && { Threads: network.threads }),
   };
   const rows = Object.entries(facts).flatMap(([name, value]) => [text("dt", name), text("dd", value)]);
   $("facts").replaceChildren(...rows);
