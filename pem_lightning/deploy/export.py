@@ -181,9 +181,8 @@ def export_checkpoint(
             checks |= measure_times(network, session)._asdict()
         metadata = replace(metadata, checks=checks, quality=measure(session) if measure else None)
         save(model, written / output.name, metadata)
-        files = []
-        for part in sorted(written.iterdir(), reverse=True):
-            files.append(part.replace(output.with_suffix(part.suffix)))
+        parts = sorted(written.iterdir(), reverse=True)
+        files = [part.replace(output.with_suffix(part.suffix)) for part in parts]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     return Report(metadata, files, megabytes, **{key: value for key, value in checks.items() if key != "size"})
 
