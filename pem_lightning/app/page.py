@@ -32,9 +32,8 @@ from pem_lightning.app.handlers import (
     write_downloads,
     write_overlay,
 )
-from pem_lightning.images import IMAGE_SUFFIXES, Photo
+from pem_lightning.images import Photo
 from pem_lightning.inference.results import SegmentedImage
-from pem_lightning.inference.sources import VIDEO_SUFFIXES
 from pem_lightning.types import UserError
 
 FORGET_AFTER = 600
@@ -109,14 +108,17 @@ def _forget(shown: _Shown | None) -> None:
 
 def legend_html(rows: Iterable[LegendRow]) -> str:
     """A table with a row for each class."""
-    lines = [
-        f'<tr><td><span class="swatch" style="background: rgb{row.color}"></span>{html.escape(row.name)}</td>'
-        f"<td>{100 * row.share:.1f}&nbsp;%</td><td>{'' if row.count is None else row.count}</td></tr>"
-        for row in rows
-    ]
+    rows = list(rows)
+    counted = any(row.count is not None for row in rows)
+    lines = []
+    for row in rows:
+        count = f"<td>{'' if row.count is None else row.count}</td>" if counted else ""
+        swatch = f'<span class="swatch" style="background: rgb{row.color}"></span>'
+        lines.append(f"<tr><td>{swatch}{html.escape(row.name)}</td><td>{100 * row.share:.1f}&nbsp;%</td>{count}</tr>")
     if not lines:
         return '<p class="note">Nothing was found. Lower the thresholds, or choose other classes or another task.</p>'
-    return f'<table class="legend"><tr><th>class</th><th>pixels</th><th>objects</th></tr>{"".join(lines)}</table>'
+    head = f"<tr><th>Class</th><th>Pixels</th>{'<th>Objects</th>' if counted else ''}</tr>"
+    return f'<table class="legend">{head}{"".join(lines)}</table>'
 
 
 def found_html(found: Any) -> str:
@@ -187,35 +189,44 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
         shown = _Shown(None, path.parent)
         return [shown, gr.Image(None, visible=False), gr.Video(str(path), visible=True), "", "", *buttons, _note(speed)]
 
-    def chosen(*values: Any) -> Settings:
-        task, objects, overlap, score, classes, precision = values
-        return Settings(task, objects, overlap, score, tuple(classes or ()), precision)
-
     @_one_line
-    def segment(path: str | None, before: Any, alpha: float, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
-        """A file that was handed in; without one, what is shown."""
-        settings = chosen(*values)
-        if path is None:
+    def segment(
+        file: str | None,
+        before: _Shown | None,
+        opacity: float,
+        task: str,
+        object_mask_threshold: float,
+        overlap_threshold: float,
+        score_threshold: float,
+        classes: list[str],
+        precision: str,
+        progress: Any = gr.Progress(),  # noqa: B008  # Gradio recognises it by this default
+    ) -> list[Any]:
+        """A file that was handed in; without one, the photograph that is shown, with other settings."""
+        settings = Settings(
+            task, object_mask_threshold, overlap_threshold, score_threshold, tuple(classes or ()), precision
+        )
+        if file is None:
             if before is None or before.result is None:
                 raise UserError("drop a photograph or a video first")
-            return again(before, alpha, *values)
-        if not is_video(path):
-            return show(segmenter.photo(path, settings), alpha, before)
-        target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(path).stem}.mp4"
+            old = before.result
+            return show(segmenter.again(Photo(old.name, old.image, old.file), settings), opacity, before)
+        if not is_video(file):
+            return show(segmenter.photo(file, settings), opacity, before)
+        target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(file).stem}.mp4"
         try:
-            video = segmenter.video(path, settings, target, alpha, lambda part: progress(part, desc="segmenting"))
+            video = segmenter.video(file, settings, target, opacity, lambda part: progress(part, desc="segmenting"))
         except BaseException:
             shutil.rmtree(target.parent, ignore_errors=True)
             raise
         return show_video(target, video, before)
 
     @_one_line
-    def again(before: _Shown | None, alpha: float, *values: Any) -> list[Any]:
-        """The photograph that is shown, with other settings."""
+    def change(before: _Shown | None, *settings: Any) -> list[Any]:
+        """Other settings for the photograph that is shown, if there is one."""
         if before is None or before.result is None:
-            return [gr.skip()] * 9
-        old = before.result
-        return show(segmenter.again(Photo(old.name, old.image, old.file), chosen(*values)), alpha, before)
+            return [gr.skip()] * len(outputs)
+        return segment(None, before, *settings)
 
     @_one_line
     def repaint(shown: _Shown | None, alpha: float) -> list[Any]:
@@ -243,8 +254,7 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
                 with gr.Tabs():
                     with gr.Tab("File"):
                         file = gr.File(
-                            label=f"Photograph, or a video of up to {limits.seconds:g} s; up to {limits.megabytes:g} MB",
-                            file_types=sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES),
+                            label=f"Photograph, or video up to {limits.seconds:g} s; {limits.megabytes:g} MB at most",
                             height=160,
                         )
                     with gr.Tab("Camera"):
@@ -293,7 +303,7 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
         camera.input(segment, api_name=False, **{**start, "inputs": [camera, shown, opacity, *settings]})
         gr.on(
             [task.input, objects.release, overlap.release, score.release, classes.input, precision.input],
-            again,
+            change,
             api_name=False,
             trigger_mode="always_last",
             **{**start, "inputs": start["inputs"][1:]},

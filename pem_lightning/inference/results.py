@@ -96,7 +96,7 @@ class SegmentedImage:
 
     @cached_property
     def drawn(self) -> tuple[Int32[Any, "height width"], tuple[Segment, ...]]:
-        """What overlays show, whatever the task, as an id map and its segments: see `class_segments`, `stack_instances`."""
+        """What overlays show, whatever the task: id map and segments. See `class_segments`, `stack_instances`."""
         if self.semantic is not None:
             return class_segments(self.semantic, self.info)
         if self.panoptic is not None:
