@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -305,3 +308,37 @@ def write_downloads(result: SegmentedImage, folder: Path) -> tuple[Path, Path]:
         write_file(folder / f"{result.name}_ids.png", encode_png(ids)),
         write_file(folder / f"{result.name}_coco.json", json.dumps(result.to_coco())),
     )
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder for all temporary files of this process, which is removed at the end.
+
+    Gradio makes files in its folder when it is imported, so this has to come first.
+    """
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="pem_app_", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before
+
+
+def find_port(host: Any, port: Any) -> int:
+    """The port to listen on; any free one for 0.
+
+    Raises:
+        UserError: it is taken, or host or port is impossible.
+    """
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
+        raise UserError(f"port={port}: give a number from 0 to 65535; 0 takes any free one")
+    try:
+        with socket.create_server((str(host), port)) as server:
+            return server.getsockname()[1]
+    except PermissionError as error:
+        raise UserError(f"port={port} needs an administrator's rights: choose one above 1023") from error
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or "assign" in str(error):
+            raise UserError(f"host={host} is no address of this machine: choose 127.0.0.1 or 0.0.0.0") from error
+        raise UserError(f"port={port} is taken: choose another, e.g. port={port % 65535 + 1}, or 0 for any") from error

@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 import html
 import logging
-import os
 import shutil
-import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,25 +70,6 @@ _CSS = """
 _HINT = "Click on the picture to learn what is there."
 
 log = logging.getLogger(__name__)
-
-
-def find_port(host: Any, port: Any) -> int:
-    """The port to listen on; any free one for 0.
-
-    Raises:
-        UserError: it is taken, or host or port is impossible.
-    """
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
-        raise UserError(f"port={port}: give a number from 0 to 65535; 0 takes any free one")
-    try:
-        with socket.create_server((str(host), port)) as server:
-            return server.getsockname()[1]
-    except PermissionError as error:
-        raise UserError(f"port={port} needs an administrator's rights: choose one above 1023") from error
-    except OSError as error:
-        if isinstance(error, socket.gaierror) or "assign" in str(error):
-            raise UserError(f"host={host} is no address of this machine: choose 127.0.0.1 or 0.0.0.0") from error
-        raise UserError(f"port={port} is taken: choose another, e.g. port={port % 65535 + 1}, or 0 for any") from error
 
 
 class _Shown(NamedTuple):
@@ -336,46 +314,39 @@ class _Headers:
         await self.app(scope, receive, with_headers)
 
 
-@contextmanager
-def _own_folder() -> Iterator[Path]:
-    """A folder for all temporary files of this process, which is removed at the end."""
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="pem_app_", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = folder
-        try:
-            yield Path(folder)
-        finally:
-            tempfile.tempdir = before
+def serve(segmenter: Segmenter, host: str, port: int, folder: Path) -> None:
+    """Show the page until a signal ends it.
 
-
-def serve(segmenter: Segmenter, host: str, port: int) -> None:
-    """Show the page until a signal ends it; then nothing of what visitors brought is left."""
+    Args:
+        segmenter: does the work.
+        host, port: where to listen.
+        folder: of this process's temporary files, see `own_folder`.
+    """
     logging.getLogger("httpx").setLevel(logging.WARNING)
     Image.MAX_IMAGE_PIXELS = -(-int(segmenter.limits.pixels) // 2)  # Pillow refuses twice as many
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    with _own_folder() as folder:
-        page = build_page(segmenter, folder)
-        try:
-            page.launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                inbrowser=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                max_file_size=int(segmenter.limits.megabytes * 1e6),
-                state_session_capacity=SESSIONS,
-                ssr_mode=False,
-                enable_monitoring=False,
-                run_history=False,
-                footer_links=[],
-                app_kwargs={"middleware": [Middleware(_Headers)]},
-                theme=gr.themes.Default(**fonts),
-                css=_CSS,
-            )
-            shown = f"[{host}]" if ":" in host else host
-            print(f"the page is at http://{shown}:{port}; Ctrl-C ends it", flush=True)
-            threading.Event().wait()
-        finally:
-            segmenter.stopped.set()
-            page.close(verbose=False)
+    page = build_page(segmenter, folder)
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=int(segmenter.limits.megabytes * 1e6),
+            state_session_capacity=SESSIONS,
+            ssr_mode=False,
+            enable_monitoring=False,
+            run_history=False,
+            footer_links=[],
+            app_kwargs={"middleware": [Middleware(_Headers)]},
+            theme=gr.themes.Default(**fonts),
+            css=_CSS,
+        )
+        shown = f"[{host}]" if ":" in host else host
+        print(f"the page is at http://{shown}:{port}; Ctrl-C ends it", flush=True)
+        threading.Event().wait()
+    finally:
+        segmenter.stopped.set()
+        page.close(verbose=False)

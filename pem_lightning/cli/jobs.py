@@ -9,6 +9,7 @@ import shlex
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +20,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from pem_lightning.app.handlers import Limits, Segmenter
+from pem_lightning.app.handlers import Limits, Segmenter, find_port, own_folder
 from pem_lightning.callbacks.results import readable
 from pem_lightning.callbacks.visualization import log_files
 from pem_lightning.checkpoints import (
@@ -215,12 +216,8 @@ def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
 
 def app(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     """Serve a page that segments photographs and videos, until a signal ends it."""
-    try:
-        from pem_lightning.app.page import find_port, serve
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UserError(f"the page needs the package gradio: {install_command('app')}") from error
+    if find_spec("gradio") is None:
+        raise UserError(f"the page needs the package gradio: {install_command('app')}")
     port = find_port(cfg.host, cfg.port)
     trained = _take_network(cfg, checkpoint)
     how = cfg.inference
@@ -229,7 +226,11 @@ def app(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
         return fast_network(trained, cfg.network, precision, how.compile, cfg.device, **shorter(cfg))
 
     limits = Limits(cfg.max_megabytes, cfg.max_pixels, cfg.max_seconds)
-    serve(Segmenter(build_predictor(cfg, trained), make_network, how.precision, limits), cfg.host, port)
+    segmenter = Segmenter(build_predictor(cfg, trained), make_network, how.precision, limits)
+    with own_folder() as folder:
+        from pem_lightning.app.page import serve
+
+        serve(segmenter, cfg.host, port, folder)
     return 0.0
 
 
