@@ -178,7 +178,7 @@ class Segmenter:
         path: str | Path,
         settings: Settings,
         target: Path,
-        alpha: float,
+        alpha: int | float,
         progress: Callable[[float], object] = lambda fraction: None,
     ) -> SegmentedVideo:
         """Segment a video and write it with overlays.
@@ -293,7 +293,7 @@ def found_at(result: SegmentedImage, x: int, y: int) -> SegmentInfo | InstanceIn
     return next((s for s in result.described if s.id == here), None)
 
 
-def write_overlay(result: SegmentedImage, folder: Path, alpha: float) -> Path:
+def write_overlay(result: SegmentedImage, folder: Path, alpha: int | float) -> Path:
     """`<name>_overlay.png`."""
     return write_file(folder / f"{result.name}_overlay.png", encode_png(result.overlay(alpha)))
 

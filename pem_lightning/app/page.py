@@ -59,13 +59,14 @@ _HEADERS = {
 }
 _CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto }
-.legend { width: 100%; border-collapse: collapse; font-size: 0.95em }
-.legend th, .legend td { padding: 4px 8px; text-align: right; border-bottom: 1px solid var(--border-color-primary) }
+.legend { width: 100%; border: 0 !important; border-collapse: collapse }
+.legend tr, .legend th, .legend td { border: 0 !important; padding: 4px 8px; text-align: right }
+.legend tr { border-bottom: 1px solid var(--border-color-primary) !important }
 .legend th:first-child, .legend td:first-child { text-align: left; width: 100% }
-.legend th { font-weight: 600; color: var(--body-text-color-subdued) }
+.legend th { font-weight: 600; color: var(--body-text-color) }
 .swatch { display: inline-block; width: 0.9em; height: 0.9em; margin-right: 0.6em; border-radius: 3px;
   vertical-align: -0.1em; border: 1px solid var(--border-color-primary) }
-.note { color: var(--body-text-color-subdued); font-size: 0.95em; min-height: 1.5em }
+.note { min-height: 1.5em }
 """
 _HINT = "Click on the picture to learn what is there."
 
@@ -226,13 +227,18 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
         delete_cache=(60, FORGET_AFTER),
     ) as page:
         shown = gr.State(None, time_to_live=FORGET_AFTER, delete_callback=_forget)
-        gr.Markdown(f"# PEM segmentation\nThe {segmenter.base.info.num_classes} classes of {segmenter.base.info.name}.")
+        info = segmenter.base.info
+        gr.Markdown(
+            f"# PEM segmentation\n{info.num_classes} classes of {info.name}. Photographs, and videos of up to "
+            f"{limits.seconds:g} seconds; files of up to {limits.megabytes:g} MB. They are deleted after "
+            f"{FORGET_AFTER // 60} minutes."
+        )
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 with gr.Tabs():
                     with gr.Tab("File"):
                         file = gr.File(
-                            label=f"Photograph, or video up to {limits.seconds:g} s; {limits.megabytes:g} MB at most",
+                            label="Photograph or video",
                             height=160,
                         )
                     with gr.Tab("Camera"):
@@ -254,7 +260,7 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
                         label="Instance: lowest score",
                     )
                     classes = gr.Dropdown(
-                        list(segmenter.base.info.class_names), value=[], multiselect=True, label="Classes (none: all)"
+                        list(info.class_names), value=[], multiselect=True, label="Classes (none: all)"
                     )
                     precision = gr.Radio(list(PRECISIONS), value=default.precision, label="Precision")
                 run = gr.Button("Segment again")
@@ -274,7 +280,7 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
 
         settings = [task, objects, overlap, score, classes, precision]
         outputs = [shown, picture, video, where, table, *downloads, times]
-        network = {"concurrency_id": "network", "concurrency_limit": 1}
+        network = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress_on": [picture, video]}
         start: dict[str, Any] = {"inputs": [file, shown, opacity, *settings], "outputs": outputs, **network}
         file.upload(segment, api_name="segment", **start)
         run.click(segment, api_name=False, **start)
