@@ -24,7 +24,8 @@ QUIET = (*QUIET, "disable-component-update", "disable-sync")
 def start(folder, *arguments):
     """A server on a free port; returns its process and address."""
     (folder / "tmp").mkdir()
-    environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+    places = {"TMPDIR": str(folder / "tmp"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "log")}  # made by importing torch
+    environment = {**os.environ, **places, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "app.py"), "port=0", "hydra.run.dir=log", *arguments]
     child = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
