@@ -72,7 +72,7 @@ class LegendRow(NamedTuple):
     name: str
     color: RGB
     share: float  # of the image's pixels, 0 to 1
-    count: int | None  # of objects; None for classes that are not counted
+    objects: int | None  # how many; None for classes that are not counted
 
 
 class Segmented(NamedTuple):
@@ -276,8 +276,8 @@ def legend(result: SegmentedImage) -> list[LegendRow]:
         row = rows.get(s.class_id) or LegendRow(
             info.name, colors[s.class_id], 0.0, 0 if counted and s.is_thing else None
         )
-        count = None if row.count is None else row.count + 1
-        rows[s.class_id] = row._replace(share=row.share + area / id_map.shape[0] / id_map.shape[1], count=count)
+        count = None if row.objects is None else row.objects + 1
+        rows[s.class_id] = row._replace(share=row.share + area / id_map.shape[0] / id_map.shape[1], objects=count)
     return sorted(rows.values(), key=lambda row: -row.share)
 
 

@@ -88,10 +88,10 @@ def _forget(shown: _Shown | None) -> None:
 def legend_html(rows: Iterable[LegendRow]) -> str:
     """A table with a row for each class."""
     rows = list(rows)
-    counted = any(row.count is not None for row in rows)
+    counted = any(row.objects is not None for row in rows)
     lines = []
     for row in rows:
-        count = f"<td>{'' if row.count is None else row.count}</td>" if counted else ""
+        count = f"<td>{'' if row.objects is None else row.objects}</td>" if counted else ""
         swatch = f'<span class="swatch" style="background: rgb{row.color}"></span>'
         lines.append(f"<tr><td>{swatch}{html.escape(row.name)}</td><td>{100 * row.share:.1f}&nbsp;%</td>{count}</tr>")
     if not lines:

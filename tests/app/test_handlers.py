@@ -83,11 +83,11 @@ def test_precisions_share_one_network_each(photo):
 
 def test_the_legend_counts_objects_and_shares_of_pixels(segmenter, photo):
     car, sky = sorted(legend(segmenter.photo(photo, segmenter.default).result))
-    assert (car.name, car.color, car.count) == ("car", (0, 0, 142), 1)
-    assert (sky.name, sky.count) == ("sky", None)
+    assert (car.name, car.color, car.objects) == ("car", (0, 0, 142), 1)
+    assert (sky.name, sky.objects) == ("sky", None)
     assert car.share + sky.share == pytest.approx(1)
     semantic = legend(segmenter.photo(photo, segmenter.default._replace(task="semantic")).result)
-    assert {row.count for row in semantic} == {None}
+    assert {row.objects for row in semantic} == {None}
 
 
 @pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
