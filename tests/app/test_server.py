@@ -30,7 +30,9 @@ def start(folder, *arguments):
     child = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    threading.Timer(300, child.kill).start()
+    watchdog = threading.Timer(300, child.kill)
+    watchdog.daemon = True  # else pytest would wait for it
+    watchdog.start()
     lines = []
     for line in child.stdout:
         lines.append(line)
