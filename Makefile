@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target that runs Python first makes .venv from the requirements if it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboard ablations notebook web mmcv test test-fast lint types check format clean
+.PHONY: help setup demo dashboard ablations notebook web app mmcv test test-fast lint types check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,6 +39,9 @@ notebook: $(VENV)/.notebooks ## Open the notebooks in the browser: look inside a
 web: $(VENV)/.export ## Segment photographs in the browser alone, on a local page (PORT=8000 MODEL=best.onnx; needs npm)
 	@$(BIN)/python web/build.py $(MODEL)
 	@$(BIN)/python web/serve.py web/dist $(or $(PORT),8000)
+
+app: $(VENV)/.app ## Segment photographs and short videos on a local page (ARGS="checkpoint=best.ckpt port=7861")
+	@$(BIN)/python app.py $(ARGS)
 
 mmcv: $(VENV)/.core ## Build mmcv's deformable operators for the installed torch, an option for GPUs (10 to 40 minutes)
 	@$(BIN)/python scripts/build_mmcv.py
@@ -86,4 +89,8 @@ $(VENV)/.export: $(VENV)/.core requirements-export.txt
 
 $(VENV)/.notebooks: $(VENV)/.core requirements-notebooks.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-notebooks.txt
+	@touch $@
+
+$(VENV)/.app: $(VENV)/.core requirements-app.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-app.txt
 	@touch $@

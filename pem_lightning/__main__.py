@@ -12,6 +12,7 @@ JOBS = {
     "evaluate": "its metrics: checkpoint=",
     "predict": "segment images, videos, a camera: checkpoint=, input=, output=",
     "export": "a file for other runtimes: checkpoint=, format=, precision=",
+    "app": "a local page for photographs and short videos: checkpoint=, port=",
 }
 """Hydra's jobs: what comes after the name are overrides and Hydra's options."""
 TOOLS = {

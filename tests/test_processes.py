@@ -105,7 +105,7 @@ def test_a_command_is_tidied_up_and_two_signals_at_once_are_one(number, capfd):
     assert capfd.readouterr().err == f"\n{number.name}: stopping\n"
 
 
-@pytest.mark.parametrize("job", ["train", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("job", ["train", "evaluate", "predict", "export", "app"])
 def test_an_interrupt_during_the_imports_leaves_no_traceback(job):
     pipe = subprocess.PIPE
     child = subprocess.Popen([sys.executable, "-v", str(ROOT / f"{job}.py")], stderr=pipe, text=True)

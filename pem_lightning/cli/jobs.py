@@ -1,4 +1,4 @@
-"""What the commands do with a composed experiment: train, evaluate, predict, export."""
+"""What the commands do with a composed experiment: train, evaluate, predict, export, app."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from pem_lightning.app.handlers import Limits, Segmenter, find_port, own_folder
 from pem_lightning.callbacks.results import readable
 from pem_lightning.callbacks.visualization import log_files
 from pem_lightning.checkpoints import (
@@ -48,7 +50,9 @@ from pem_lightning.deploy.network import ExportedNetwork, Run, UInt8Network
 from pem_lightning.deploy.sessions import Session
 from pem_lightning.files import check_writable, remove_leftovers, write_file
 from pem_lightning.inference.optimize import OptimizedNetwork, shorten
+from pem_lightning.inference.predictor import fast_network
 from pem_lightning.inference.segment_files import segment_files
+from pem_lightning.installation import install_command
 from pem_lightning.models.backbones import Backbone
 from pem_lightning.models.flops import count_parameters
 from pem_lightning.processes import Interrupted, leave
@@ -208,6 +212,26 @@ def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
             cfg.max_drop,
         )
     return after[cfg.task.monitor]
+
+
+def app(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
+    """Serve a page that segments photographs and videos, until a signal ends it."""
+    if find_spec("gradio") is None:
+        raise UserError(f"the page needs the package gradio: {install_command('app')}")
+    port = find_port(cfg.host, cfg.port)
+    trained = _take_network(cfg, checkpoint)
+    how = cfg.inference
+
+    def make_network(precision: str) -> nn.Module:
+        return fast_network(trained, cfg.network, precision, how.compile, cfg.device, **shorter(cfg))
+
+    limits = Limits(cfg.max_megabytes, cfg.max_pixels, cfg.max_seconds)
+    segmenter = Segmenter(build_predictor(cfg, trained), make_network, how.precision, limits)
+    with own_folder() as folder:
+        from pem_lightning.app.page import serve
+
+        serve(segmenter, cfg.host, port, folder)
+    return 0.0
 
 
 def _as_configured(cfg: DictConfig, checkpoint: Checkpoint) -> Checkpoint:

@@ -60,7 +60,7 @@ def main(job: str, arguments: Sequence[str] | None = None) -> None:
     """Run a job with overrides, once or as a sweep.
 
     Args:
-        job: train, evaluate, predict or export.
+        job: train, evaluate, predict, export or app.
         arguments: overrides and Hydra's options; None for the program's own.
 
     A user's mistake ends in one line and exit code 2, a sweep with a failed job in exit code 1, a signal in 128 + it.
@@ -113,6 +113,8 @@ def _start(job: str, options: argparse.Namespace) -> None:
         when_orphaned(lambda: None, grace=5.0)  # after that time the first process is not ending, it was killed
     else:
         overrides = literal_paths(overrides, sweep)
+        if job == "app" and not any(key_of(o) == "checkpoint" for o in overrides):
+            overrides.insert(0, f"checkpoint={next(iter(SHIPPED))}")
     if sweep and not options.cfg:
         _sweep(job, overrides)
         return

@@ -95,6 +95,20 @@ class SegmentedImage:
         return () if self.panoptic is None else tuple(_describe(self.panoptic, self._segments, self.info))
 
     @cached_property
+    def drawn(self) -> tuple[Int32[Any, "height width"], tuple[Segment, ...]]:
+        """What overlays show, whatever the task: id map and segments. See `class_segments`, `stack_instances`."""
+        if self.semantic is not None:
+            return class_segments(self.semantic, self.info)
+        if self.panoptic is not None:
+            return self.panoptic, self._segments
+        return stack_instances(self._instances or (), self.image.shape[:2])
+
+    @property
+    def described(self) -> tuple[SegmentInfo, ...]:
+        """The segments of `drawn`, without those that no pixel has."""
+        return tuple(_describe(*self.drawn, self.info))
+
+    @cached_property
     def instances(self) -> tuple[InstanceInfo, ...] | None:
         """Objects by falling score, without empty ones; None for the other tasks."""
         if self._instances is None:
@@ -107,13 +121,7 @@ class SegmentedImage:
 
     def overlay(self, alpha: int | float = 0.55, draw_names: bool = True, shade_things: bool = True) -> Picture:
         """The segmentation drawn over the image. See `overlay_panoptic`."""
-        if self.semantic is not None:
-            id_map, segments = class_segments(self.semantic, self.info)
-        elif self.panoptic is not None:
-            id_map, segments = self.panoptic, self._segments
-        else:
-            id_map, segments = stack_instances(self._instances or (), self.image.shape[:2])
-        return overlay_panoptic(self.image, id_map, segments, self.info, alpha, draw_names, shade_things)
+        return overlay_panoptic(self.image, *self.drawn, self.info, alpha, draw_names, shade_things)
 
     def save(
         self, directory: str | Path, name: str | None = None, *, masks: bool = True, overlay: bool = True

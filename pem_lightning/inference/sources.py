@@ -82,6 +82,13 @@ class VideoReader:
         self.dropped = 0
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the frames, by the source's own account."""
+        sides = (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
+        width, height = (round(self._capture.get(side)) for side in sides)
+        return width, height
+
+    @property
     def is_live(self) -> bool:
         """Whether frames come by themselves, as from a camera, and would pile up if each of them waited."""
         return self._is_stream and self.num_frames is None

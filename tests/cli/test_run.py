@@ -255,7 +255,7 @@ def test_the_experiment_is_shown_with_what_the_checkpoint_brings(work, last, cap
     assert done.stderr.startswith("error: checkpoint gone.ckpt does not exist")
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "app"])
 def test_entry_points_are_thin(name):
     assert len((ROOT / f"{name}.py").read_text().splitlines()) < 10
 
