@@ -80,7 +80,7 @@ def measure_inference(options: argparse.Namespace) -> Iterator[Row | str]:
     precisions = PRECISIONS if cuda else PRECISIONS[:2]
     pipelines = {name: PEMPipeline(BACKBONE, name, image_options(options)) for name in precisions}
     floors = {name: Floor(pipeline, name, images, ceilings) for name, pipeline in pipelines.items()}
-    memory = {name: added_memory(lambda p=p: segment(p, images)) for name, p in pipelines.items()}
+    memory = {name: added_memory(lambda p=p: segment(p, images)) if cuda else {} for name, p in pipelines.items()}
     tasks = {name: lambda lap, p=p: segment(p, images, lap) for name, p in pipelines.items()}
     times = common.time_in_turns(tasks, rounds(options), 2, options.device)
     with torch.no_grad():
@@ -136,12 +136,11 @@ def measure_step(options: argparse.Namespace) -> Iterator[Row | str]:
         torch.manual_seed(0)  # the same points in all precisions
         with torch.no_grad():
             losses[name] = float(step.forward(batch)[1])
-        step.run(batch)
-        step.run(batch)
+        step.run(batch)  # brings constants to the device, and makes the optimiser's state
         waits[name] = host_waits(lambda step=step: step.run(batch)) if cuda else []
-        memory[name] = added_memory(lambda step=step: step.run(batch))
+        memory[name] = added_memory(lambda step=step: step.run(batch)) if cuda else {}
     tasks = {name: lambda lap, step=step: step.run(batch, lap) for name, step in steps.items()}
-    times = common.time_in_turns(tasks, rounds(options), 1, options.device)
+    times = common.time_in_turns(tasks, rounds(options), int(cuda), options.device)
     for name, found in times.items():
         deviation = abs(losses[name] / losses["float32"] - 1)
         row: Row = {"step": name, "ms": milliseconds(found[TOTAL])}
@@ -272,9 +271,6 @@ def host_waits(work: Callable[[], object]) -> list[str]:
 
 def added_memory(work: Callable[[], object]) -> Row:
     """The most MiB of a GPU that some work takes beside what lies there already."""
-    if not torch.cuda.is_available():
-        work()
-        return {}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     work()
