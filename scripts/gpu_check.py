@@ -39,7 +39,7 @@ Line = dict[str, Any] | str
 
 
 class Part(NamedTuple):
-    """A program and the seconds that it may take. It prints `Line`s as JSON, or `read` makes them of what it printed."""
+    """A program and the seconds that it may take; it prints `Line`s as JSON, or `read` makes them of its text."""
 
     name: str
     command: list[str]
@@ -52,7 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     cuda = torch.cuda.is_available()
     deadline = time.monotonic() + 60 * options.minutes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` ends the running part, too
     report: dict[str, Any] = {"machine": describe(cuda), "parts": {}}
     for part in parts(options, cuda):
         if options.only and part.name not in options.only:
@@ -151,6 +150,7 @@ def run(part: Part, found: dict[str, Any], output: Path, save: Callable[[], None
         timer = threading.Timer(part.seconds, lambda: (late.set(), kill(process)))
         timer.start()
         try:
+            save()
             for line in process.stdout or ():
                 print(line, end="", file=file, flush=True)
                 text += line
@@ -241,4 +241,6 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # which end the running part as well
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     sys.exit(main())
