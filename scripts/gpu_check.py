@@ -98,7 +98,7 @@ def parts(options: argparse.Namespace, cuda: bool) -> Iterator[Part]:
 
     def measure(name: str, seconds: float, *more: str, needs_gpu: bool = False) -> Part:
         command = [sys.executable, "-m", "scripts.benchmark.gpu", name, *(["--small"] if small else []), *more]
-        return Part(name, command, seconds, needs_gpu)
+        return Part(name, command, seconds if cuda else 2 * seconds, needs_gpu)
 
     def train(name: str, seconds: int, *overrides: str, bar: tuple[str, float] | None = None) -> Part:
         folder = options.output / f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -147,7 +147,12 @@ def run(part: Part, found: dict[str, Any], output: Path, save: Callable[[], None
         process = subprocess.Popen(
             part.command, cwd=ROOT, env=environment, stderr=file, start_new_session=True, **pipes
         )
-        timer = threading.Timer(part.seconds, lambda: (late.set(), kill(process)))
+
+        def stop() -> None:
+            late.set()
+            kill(process)
+
+        timer = threading.Timer(part.seconds, stop)
         timer.start()
         try:
             save()
