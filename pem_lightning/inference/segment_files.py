@@ -63,10 +63,7 @@ def segment_files(
         UserError: there is nothing to segment, two results would have the same name, an option is impossible, or some
             files could not be read. These are named and skipped, and raise when all others are done.
     """
-    check_save(save)
-    for name, number in (("every", every), ("max_frames", max_frames)):
-        if number is not None and number < 1:
-            raise UserError(f"{name}={number}: choose 1 or more")
+    check_options(save, every=every, max_frames=max_frames)
     output = Path(output)
     exchange = ExchangeFiles(output, [formats] if isinstance(formats, str) else list(formats or ()))
     files, videos = _find(source)
@@ -88,10 +85,13 @@ def segment_files(
         raise UserError(f"{len(failed)} of {count} files could not be read: repair or remove those named above")
 
 
-def check_save(save: str | None) -> None:
-    """Raise a UserError if there is no such choice of what to save."""
+def check_options(save: str | None, **numbers: int | None) -> None:
+    """Raise a UserError if there is no such choice of what to save, or a number is below 1."""
     if save is not None and save not in SAVE:
         raise UserError(f"there is no save={save}{did_you_mean(str(save), SAVE)}; choose one of: {', '.join(SAVE)}")
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f"{name}={number}: choose 1 or more")
 
 
 def _find(source: str | Path | int | list[str | Path | int]) -> tuple[list[Path], list[str]]:
