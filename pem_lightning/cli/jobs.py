@@ -6,6 +6,7 @@ import csv
 import glob
 import hashlib
 import io
+import json
 import logging
 import shlex
 import signal
@@ -23,6 +24,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from pem_lightning import __version__
 from pem_lightning.app.handlers import Limits, Segmenter, find_port, own_folder
 from pem_lightning.callbacks.results import readable
 from pem_lightning.callbacks.visualization import log_files
@@ -191,10 +193,9 @@ def _predict_with_ray(cfg: DictConfig, checkpoint: Checkpoint, source: Any, form
     cluster = Cluster(where.address, where.workers, where.cpus, gpus)
     files = [checkpoint.path, *checkpoint.path.parent.glob(f"{glob.escape(checkpoint.path.stem)}.bin")]  # OpenVINO's
     keys = ("network", "task", "inference", "classes", "batch_size", "ema", "save", "formats")
-    decisive = OmegaConf.create(
-        {"version": __version__, "resize": cfg.recipe.eval_transform, **{k: cfg[k] for k in keys}}
-    )
-    parts = [OmegaConf.to_yaml(decisive, resolve=True).encode(), *(path.read_bytes() for path in files)]
+    config = cast(dict, OmegaConf.to_container(cfg, resolve=True))
+    decisive = [__version__, config["recipe"]["eval_transform"], *(config[key] for key in keys)]
+    parts = [json.dumps(decisive).encode(), *(path.read_bytes() for path in files)]
     if checkpoint.session is not None:
         session = open_session(checkpoint.path.absolute(), threads=cluster.cpus)
         checkpoint = checkpoint._replace(session=session)

@@ -34,8 +34,8 @@ FINISHED = ".finished"
 """In the output folder: records of finished images, one file each; with .jsonl, when a run has ended, all in one."""
 _BLOCK = 32
 """Images that a worker gets at once, at most."""
-_RETRIES = 3
-"""How many workers a block may lose before it stops the run: an image may be what kills them."""
+_DEATHS = 3
+"""How many workers may die at a block before its images are given up: one of them may be what kills them."""
 
 
 class Cluster(NamedTuple):
@@ -114,13 +114,12 @@ def segment_with_ray(
     print(f"{len(done)} of {len(addresses)} images segmented{again}, results in {output}")
     if failed:
         where = f"{str(output).rstrip('/')}/{FAILED}"
-        raise UserError(
-            f"{len(failed)} of {len(addresses)} files could not be read: repair or remove those in {where}, and start again"
-        )
+        raise UserError(f"{len(failed)} of {len(addresses)} files could not be read: repair or remove those in {where}")
 
 
 def _check_installed() -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it is imported
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads both when it is imported
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray.data  # noqa: F401
     except ImportError as error:
@@ -158,7 +157,7 @@ class _Writer:
 
     def write(self, result: SegmentedImage, address: str) -> str:
         """Write an image's files, and then its record, which is returned: their sizes, and its parts of other files."""
-        beside = open_address(address)[0] == self.folder.fs
+        beside = type(open_address(address)[0]) is type(self.folder.fs)
         files = image_files(result, masks=self.masks, overlays=self.overlays)
         files |= self.exchange.image_files(result, None if beside else address)
         for name, content in files.items():
@@ -194,14 +193,15 @@ def _finished(folder: Folder, settings: str) -> dict[str, str]:
     """The records of images, by name, that were finished with these settings and are whole; others are removed."""
     sizes = folder.sizes()
     texts = (folder.read(f"{FINISHED}.jsonl") or "").splitlines()
-    texts += [folder.read(name) or "{}" for name in sizes if name.startswith(f"{FINISHED}/")]
+    inside = [name for name in sizes if name.startswith(f"{FINISHED}/")]
+    texts += [folder.read(name) or "{}" for name in inside if name.endswith(".json")]
     records = {}
     for text in texts:
         record = json.loads(text)
         whole = all(sizes.get(name) == size for name, size in record.get("files", {}).items())
         if whole and record.get("settings") == settings:
             records[record["name"]] = text
-    if texts:
+    if texts or inside:
         _keep(folder, records)
     return records
 
@@ -255,8 +255,8 @@ def _rows(
     """What `_Worker` says of every image, as it comes."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
-    from ray.exceptions import RayActorError
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     workers, gpus = _room(cluster)
@@ -273,16 +273,8 @@ def _rows(
         compute=ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
         num_cpus=cluster.cpus,
         num_gpus=gpus,
-        max_restarts=-1,
-        max_task_retries=_RETRIES,
     )
-    try:
-        yield from outcomes.iter_rows()
-    except RayActorError as error:
-        raise UserError(
-            f"workers died {_RETRIES + 1} times at the same images, perhaps for lack of memory: give fewer workers, "
-            "inference.tile=[1024,1024] or smaller images, and start again"
-        ) from error
+    yield from outcomes.iter_rows()
 
 
 def _room(cluster: Cluster) -> tuple[int, float]:
@@ -321,12 +313,28 @@ class _Worker:
         try:
             if self.problem:
                 raise UserError(self.problem)
-            rows += self._segment([str(address) for address in block["address"]])
+            addresses = [str(address) for address in block["address"]]
+            rows += self._give_up(addresses) if self._deaths(addresses[0]) >= _DEATHS else self._segment(addresses)
         except UserError as error:
             rows = [("", "stop", str(error))]
-        return {
-            key: list(column) for key, column in zip(("name", "kind", "text"), zip(*rows, strict=True), strict=True)
-        }
+        names, kinds, texts = zip(*rows, strict=True)
+        return {"name": list(names), "kind": list(kinds), "text": list(texts)}
+
+    def _deaths(self, first: str) -> int:
+        """How often a block was begun before, and ended with its worker."""
+        mark = f"{FINISHED}/{Path(first).stem}.begun"
+        before = int(self.writer.folder.read(mark) or 0)
+        self.writer.folder.write(mark, str(before + 1).encode())
+        return before
+
+    def _give_up(self, addresses: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+        for address in addresses:
+            record = self.writer.folder.read(_record(name := Path(address).stem))
+            why = (
+                f"cannot segment {address}: {_DEATHS} workers died at it or its neighbours, perhaps for lack of "
+                "memory; start again with fewer workers, or inference.tile=[1024,1024]"
+            )
+            yield (name, "finished", record) if record else (name, "failed", why)
 
     def _segment(self, addresses: Sequence[str]) -> Iterator[tuple[str, str, str]]:
         with prefetch(map(self._read, addresses)) as read:
