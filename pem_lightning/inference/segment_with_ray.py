@@ -1,11 +1,13 @@
-"""The work of predict.py on images for which one process, or one machine, is too slow: Ray Data shares them out."""
+"""The work of predict.py on more images than one process, or one machine, can take: Ray Data shares them out."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -94,22 +96,14 @@ def segment_with_ray(
     records = _finished(writer.folder, settings)
     waiting = [name for name in addresses if name not in records]
     failed: dict[str, str] = {}
-    before = len(addresses) - len(waiting)
     if waiting:
         with _connected(cluster.address):
-            rows = _rows(make, writer, [addresses[name] for name in waiting], cluster)
-            for row in track(rows, f"Segmenting {len(waiting)} images", len(waiting), disable=len(waiting) == 1):
-                if row["kind"] == "stop":
-                    raise UserError(row["text"])
-                if row["kind"] == "failed":
-                    failed[row["name"]] = row["text"]
-                    print(f"skipped: {row['text']}", file=sys.stderr)
-                else:
-                    records[row["name"]] = row["text"]
+            _sort(_rows(make, writer, [addresses[name] for name in waiting], cluster), len(waiting), records, failed)
     done = [records[name] for name in addresses if name in records]
     writer.write_collected(done)
     _keep(writer.folder, records)
     _list_failed(writer.folder, {addresses[name]: text for name, text in sorted(failed.items())})
+    before = len(addresses) - len(waiting)
     again = f" ({before} of them before)" if before else ""
     print(f"{len(done)} of {len(addresses)} images segmented{again}, results in {output}")
     if failed:
@@ -117,9 +111,23 @@ def segment_with_ray(
         raise UserError(f"{len(failed)} of {len(addresses)} files could not be read: repair or remove those in {where}")
 
 
+def _sort(rows: Iterator[Mapping[str, str]], count: int, records: dict[str, str], failed: dict[str, str]) -> None:
+    """Bring what the workers say, as it comes, into the two dictionaries."""
+    for row in track(rows, f"Segmenting {count} images", count, disable=count == 1):
+        if row["kind"] == "stop":
+            raise UserError(row["text"])
+        if row["kind"] == "failed":
+            failed[row["name"]] = row["text"]
+            print(f"skipped: {row['text']}", file=sys.stderr)
+        else:
+            records[row["name"]] = row["text"]
+
+
 def _check_installed() -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads both when it is imported
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray reads these when it is imported.
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_NUM_REDIS_GET_RETRIES": "3"}
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
     try:
         import ray.data  # noqa: F401
     except ImportError as error:
@@ -234,8 +242,10 @@ def _connected(address: str | None) -> Iterator[None]:
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if machine := re.fullmatch(r"([\w.-]+):(\d+)", address or ""):  # Ray itself would try for minutes
+            socket.create_connection((machine[1], int(machine[2])), timeout=5).close()
         ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         where = "Ray" if address is None else f"Ray at launcher.address={address}"
         raise UserError(
