@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import glob
+import hashlib
 import io
+import json
 import logging
 import shlex
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning
 from lightning import Trainer
@@ -20,6 +24,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from pem_lightning import __version__
 from pem_lightning.app.handlers import Limits, Segmenter, find_port, own_folder
 from pem_lightning.callbacks.results import readable
 from pem_lightning.callbacks.visualization import log_files
@@ -47,11 +52,12 @@ from pem_lightning.cli.errors import key_of
 from pem_lightning.data.check import check_before_training
 from pem_lightning.deploy.export import Calibration, Report, export_checkpoint
 from pem_lightning.deploy.network import ExportedNetwork, Run, UInt8Network
-from pem_lightning.deploy.sessions import Session
+from pem_lightning.deploy.sessions import Session, open_session
 from pem_lightning.files import check_writable, remove_leftovers, write_file
 from pem_lightning.inference.optimize import OptimizedNetwork, shorten
 from pem_lightning.inference.predictor import fast_network
 from pem_lightning.inference.segment_files import segment_files
+from pem_lightning.inference.segment_with_ray import Cluster, segment_with_ray
 from pem_lightning.installation import install_command, job_command
 from pem_lightning.models.backbones import Backbone
 from pem_lightning.models.flops import count_parameters
@@ -161,18 +167,49 @@ def _validate(cfg: DictConfig, checkpoint: Checkpoint, network: nn.Module | None
 
 def predict(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
     """Segment images, videos or a stream and write the results."""
-    predictor = build_predictor(cfg, _take_network(cfg, checkpoint))
+    checkpoint = _take_network(cfg, checkpoint)
+    source = list(cfg.input) if OmegaConf.is_list(cfg.input) else cfg.input
+    formats = list(cfg.formats) if OmegaConf.is_list(cfg.formats) else cfg.formats
+    if cfg.launcher.name == "ray":
+        _predict_with_ray(cfg, checkpoint, source, formats)
+        return 0.0
     segment_files(
-        predictor,
-        list(cfg.input) if OmegaConf.is_list(cfg.input) else cfg.input,
+        build_predictor(cfg, checkpoint),
+        source,
         cfg.output,
         save=cfg.save,
         every=cfg.every,
         max_frames=cfg.max_frames,
         show_fps=cfg.show_fps,
-        formats=list(cfg.formats) if OmegaConf.is_list(cfg.formats) else cfg.formats,
+        formats=formats,
     )
     return 0.0
+
+
+def _predict_with_ray(cfg: DictConfig, checkpoint: Checkpoint, source: Any, formats: Any) -> None:
+    """Segment images on a Ray cluster; the network travels to the workers, of an exported file its path does."""
+    where = cfg.launcher
+    gpus = 0.0 if str(cfg.device) == "cpu" and where.gpus is None else where.gpus
+    cluster = Cluster(where.address, where.workers, where.cpus, gpus)
+    files = [checkpoint.path, *checkpoint.path.parent.glob(f"{glob.escape(checkpoint.path.stem)}.bin")]  # OpenVINO's
+    keys = ("network", "task", "inference", "classes", "batch_size", "ema", "save", "formats")
+    config = cast(dict, OmegaConf.to_container(cfg, resolve=True))
+    decisive = [__version__, config["recipe"]["eval_transform"], *(config[key] for key in keys)]
+    parts = [json.dumps(decisive).encode(), *(path.read_bytes() for path in files)]
+    if checkpoint.session is not None:
+        session = open_session(checkpoint.path.absolute(), threads=cluster.cpus)
+        checkpoint = checkpoint._replace(session=session)
+    segment_with_ray(
+        partial(build_predictor, cfg, checkpoint),
+        source,
+        cfg.output,
+        cfg.task.name,
+        checkpoint.info,
+        save=cfg.save,
+        formats=formats,
+        settings=hashlib.sha256(b"".join(parts)).hexdigest(),
+        cluster=cluster,
+    )
 
 
 def export(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:

@@ -140,6 +140,16 @@ class Coco:
             }
             annotations.append(annotation if found.score is None else {**annotation, "score": found.score})
 
+    def merge(self, text: str) -> None:
+        """Add what another one has collected; its ids go on from those that are here."""
+        content = json.loads(text)
+        images, annotations = self.content["images"], self.content["annotations"]
+        before, first = len(images), len(annotations)
+        images += [{**image, "id": image["id"] + before} for image in content["images"]]
+        for one in content["annotations"]:
+            annotations.append({**one, "id": one["id"] + first, "image_id": one["image_id"] + before})
+        self.content["categories"] = content["categories"]
+
     def __str__(self) -> str:
         return json.dumps(self.content)
 
@@ -214,6 +224,16 @@ class Cvat:
                 points = ";".join(f"{x:.2f},{y:.2f}" for x, y in part.tolist())
                 ElementTree.SubElement(image, "polygon", {**common, **group, "points": points})
 
+    def merge(self, text: str) -> None:
+        """Add what another one has collected."""
+        other = ElementTree.fromstring(text)
+        if self.count == 0:
+            self.root.extend(other.iterfind("meta"))
+        for image in other.iterfind("image"):
+            image.set("id", str(self.count))
+            self.root.append(image)
+            self.count += 1
+
     def __str__(self) -> str:
         ElementTree.indent(self.root)
         return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(self.root, encoding="unicode") + "\n"
@@ -261,7 +281,10 @@ FORMATS = (*_ONE_FILE, "labelme")
 
 
 class ExchangeFiles:
-    """Writes results in `FORMATS`: `labelme/<name>.json` for each, and a file with all of them in the other formats.
+    """Results in `FORMATS`: `labelme/<name>.json` for each, and a file with all of them in the other formats.
+
+    Attributes:
+        collected: what collects the latter, by the file's name.
 
     Raises:
         UserError: there is no such format.
@@ -273,7 +296,21 @@ class ExchangeFiles:
                 hint = did_you_mean(str(name), FORMATS)
                 raise UserError(f"there is no formats={name}{hint}; choose some of: {', '.join(FORMATS)}")
         self.directory, self.formats = directory, formats
-        self.collected = {name: _ONE_FILE[name][1]() for name in formats if name in _ONE_FILE}
+        self.collected = self.collectors()
+
+    def collectors(self) -> dict[str, Coco | Cvat]:
+        """New ones, by the file's name."""
+        return {file: make() for file, make in (_ONE_FILE[name] for name in self.formats if name in _ONE_FILE)}
+
+    def image_files(self, result: SegmentedImage, image_path: str | None = None) -> dict[str, bytes]:
+        """The files of one image: paths, seen from the directory, and contents.
+
+        `image_path` is where the image lies, seen from there; by default the way to its file.
+        """
+        if "labelme" not in self.formats:
+            return {}
+        content = to_labelme(result, image_path or _way(self.directory / "labelme", result.file))
+        return {f"labelme/{result.name}.json": json.dumps(content, ensure_ascii=False).encode()}
 
     def passing(self, results: Iterable[SegmentedImage]) -> Iterator[SegmentedImage]:
         """The same results, each noted before it is passed on; the files with all of them are written at the end.
@@ -284,13 +321,11 @@ class ExchangeFiles:
         for result in results:
             for collected in self.collected.values():
                 collected.add(result)
-            if "labelme" in self.formats:
-                path = self.directory / "labelme" / f"{result.name}.json"
-                content = to_labelme(result, _way(path.parent, result.file))
-                write_file(path, json.dumps(content, ensure_ascii=False))
+            for name, content in self.image_files(result).items():
+                write_file(self.directory / name, content)
             yield result
         for name, collected in self.collected.items():
-            write_file(self.directory / _ONE_FILE[name][0], str(collected))
+            write_file(self.directory / name, str(collected))
 
 
 def _way(folder: Path, file: Path | None) -> str | None:

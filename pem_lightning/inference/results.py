@@ -135,6 +135,11 @@ class SegmentedImage:
             UserError: a file cannot be written.
         """
         stem = Path(directory) / (name or self.name)
+        files = self._files(masks, overlay)
+        return [write_file(stem.with_name(stem.name + ending), content) for ending, content in files.items()]
+
+    def _files(self, masks: bool, overlay: bool) -> dict[str, bytes]:
+        """The ends of the names and the contents of what `save` writes."""
         files: dict[str, bytes] = {}
         if overlay:
             files["_overlay.png"] = encode_png(self.overlay())
@@ -145,7 +150,7 @@ class SegmentedImage:
             files["_semantic.png"] = encode_png(official_class_map(self.semantic, self.info))
         if masks and self.instances is not None:
             files["_instances.json"] = _json([coco_instance(i, self.name, self.info) for i in self.instances])
-        return [write_file(stem.with_name(stem.name + ending), content) for ending, content in files.items()]
+        return files
 
     # For other tools. `tolerance` simplifies polygons, see `exchange.polygons`.
 
@@ -177,6 +182,43 @@ def _exchange() -> Any:
     return exchange
 
 
+class CocoPanoptic:
+    """Collects panoptic results of unique names as COCO's `panoptic.json` has them."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        self.info = info
+        self.content: dict[str, Any] = {"images": [], "annotations": [], "categories": coco_categories(info)}
+
+    def add(self, result: SegmentedImage) -> None:
+        """Add an image."""
+        assert result.panoptic is not None
+        file_name = f"{result.name}.png"
+        height, width = result.panoptic.shape
+        image = {"id": result.name, "file_name": file_name, "height": height, "width": width}
+        described = segments_info(result.panoptic, result._segments, self.info)
+        annotation = {"image_id": result.name, "file_name": file_name, "segments_info": described}
+        self.content["images"].append(image)
+        self.content["annotations"].append(annotation)
+
+    def merge(self, text: str) -> None:
+        """Add what another one has collected, of the same classes."""
+        content = json.loads(text)
+        for key in ("images", "annotations"):
+            self.content[key] += content[key]
+
+    def __str__(self) -> str:
+        return json.dumps(self.content)
+
+
+def image_files(result: SegmentedImage, *, masks: bool = True, overlays: bool = True) -> dict[str, bytes]:
+    """What `write_results` writes of one image: paths, seen from its folder, and contents."""
+    files = {}
+    if masks and result.panoptic is not None:
+        files[f"panoptic/{result.name}.png"] = encode_png(id_to_rgb(as_array(result.panoptic)))
+        masks = False
+    return files | {f"{result.name}{ending}": content for ending, content in result._files(masks, overlays).items()}
+
+
 def write_coco_panoptic(
     results: Iterable[SegmentedImage], directory: str | Path, info: DatasetInfo, *, overlays: bool = False
 ) -> Path:
@@ -186,19 +228,12 @@ def write_coco_panoptic(
         UserError: a file cannot be written.
     """
     directory = Path(directory)
-    images, annotations = [], []
+    collected = CocoPanoptic(info)
     for result in results:
-        assert result.panoptic is not None
-        file_name = f"{result.name}.png"
-        write_file(directory / "panoptic" / file_name, encode_png(id_to_rgb(as_array(result.panoptic))))
-        if overlays:
-            result.save(directory, masks=False)
-        height, width = result.panoptic.shape
-        images.append({"id": result.name, "file_name": file_name, "height": height, "width": width})
-        described = segments_info(result.panoptic, result._segments, info)
-        annotations.append({"image_id": result.name, "file_name": file_name, "segments_info": described})
-    content = {"images": images, "annotations": annotations, "categories": coco_categories(info)}
-    return write_file(directory / "panoptic.json", _json(content))
+        for name, content in image_files(result, overlays=overlays).items():
+            write_file(directory / name, content)
+        collected.add(result)
+    return write_file(directory / "panoptic.json", str(collected))
 
 
 def coco_categories(info: DatasetInfo) -> list[dict[str, Any]]:
@@ -222,7 +257,8 @@ def write_results(
         write_coco_panoptic(results, directory, info, overlays=overlays)
         return
     for result in results:
-        result.save(directory, masks=masks, overlay=overlays)
+        for name, content in image_files(result, masks=masks, overlays=overlays).items():
+            write_file(Path(directory) / name, content)
 
 
 def segments_info(

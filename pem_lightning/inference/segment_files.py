@@ -63,23 +63,11 @@ def segment_files(
         UserError: there is nothing to segment, two results would have the same name, an option is impossible, or some
             files could not be read. These are named and skipped, and raise when all others are done.
     """
-    if save is not None and save not in SAVE:
-        raise UserError(f"there is no save={save}{did_you_mean(str(save), SAVE)}; choose one of: {', '.join(SAVE)}")
-    for name, number in (("every", every), ("max_frames", max_frames)):
-        if number is not None and number < 1:
-            raise UserError(f"{name}={number}: choose 1 or more")
+    check_options(save, every=every, max_frames=max_frames)
     output = Path(output)
     exchange = ExchangeFiles(output, [formats] if isinstance(formats, str) else list(formats or ()))
-    files: list[Path] = []
-    videos: list[str] = []
-    for one in source if isinstance(source, list) else [source]:
-        if is_stream(one):
-            videos.append(str(one))
-            continue
-        paths = find_images(str(one), IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-        files += [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
-        videos += [str(path) for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
-    _check_names(files, videos, output, source)
+    files, videos = _find(source)
+    check_names(files, videos, output, source)
     if videos and exchange.formats:
         raise UserError(f"formats= is for images, and {videos[0]} is a video: leave it out, or give single frames")
     failed: list[str] = []
@@ -97,7 +85,30 @@ def segment_files(
         raise UserError(f"{len(failed)} of {count} files could not be read: repair or remove those named above")
 
 
-def _check_names(files: Sequence[Path], videos: Sequence[str], output: Path, source: object) -> None:
+def check_options(save: str | None, **numbers: int | None) -> None:
+    """Raise a UserError if there is no such choice of what to save, or a number is below 1."""
+    if save is not None and save not in SAVE:
+        raise UserError(f"there is no save={save}{did_you_mean(str(save), SAVE)}; choose one of: {', '.join(SAVE)}")
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f"{name}={number}: choose 1 or more")
+
+
+def _find(source: str | Path | int | list[str | Path | int]) -> tuple[list[Path], list[str]]:
+    """The images, and the videos and streams."""
+    files: list[Path] = []
+    videos: list[str] = []
+    for one in source if isinstance(source, list) else [source]:
+        if is_stream(one):
+            videos.append(str(one))
+            continue
+        paths = find_images(str(one), IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+        files += [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
+        videos += [str(path) for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+    return files, videos
+
+
+def check_names(files: Sequence[Path], videos: Sequence[str], output: Path, source: object) -> None:
     """No result may overwrite another one, or the input."""
     for names in ([path.stem for path in files], [_video_name(video) for video in videos]):
         name, times = Counter(names).most_common(1)[0] if names else ("", 0)

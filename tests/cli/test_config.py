@@ -173,6 +173,13 @@ def test_every_launcher_composes(launcher):
     assert launcher._target_.startswith("hydra_plugins.")
 
 
+@pytest.mark.parametrize("launcher", choices("launcher"))
+def test_every_launcher_of_predict_composes(launcher):
+    cfg = compose("predict", "checkpoint=x", "input=y", f"launcher={launcher}")
+    assert cfg.launcher.name == launcher
+    assert compose("predict", "checkpoint=x", "input=y").launcher == {"name": "local"}
+
+
 @pytest.mark.parametrize("choice", ["hydra/launcher/joblib", "hydra/launcher/submitit_slurm", "hydra/sweeper/optuna"])
 def test_a_missing_package_is_named(choice):
     """As Hydra words it where its plugins are not installed."""
