@@ -18,3 +18,8 @@ def install_command(extra: str) -> str:
 def tool_command(tool: str) -> str:
     """The command that starts a module of `tools`, such as "check_data"."""
     return f"pem {tool.replace('_', '-')}" if INSTALLED else f"python scripts/{tool}.py"
+
+
+def job_command(job: str) -> str:
+    """The command that starts a job, such as "train"."""
+    return f"pem {job}" if INSTALLED else f"python {job}.py"

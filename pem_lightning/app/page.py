@@ -58,7 +58,7 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _CSS = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto }
+.gradio-container { width: 100% !important; max-width: 1400px !important; margin: 0 auto }
 .legend { width: 100%; border: 0 !important; border-collapse: collapse }
 .legend tr, .legend th, .legend td { border: 0 !important; padding: 4px 8px; text-align: right }
 .legend tr { border-bottom: 1px solid var(--border-color-primary) !important }
@@ -237,10 +237,7 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
             with gr.Column(scale=1, min_width=320):
                 with gr.Tabs():
                     with gr.Tab("File"):
-                        file = gr.File(
-                            label="Photograph or video",
-                            height=160,
-                        )
+                        file = gr.File(label="Photograph or video", height=160)
                     with gr.Tab("Camera"):
                         camera = gr.Image(label="Camera", sources=["webcam"], type="filepath", format="png", height=280)
                 task = gr.Radio(list(segmenter.tasks), value=default.task, label="Task")
@@ -258,6 +255,7 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
                         value=default.score_threshold,
                         step=0.05,
                         label="Instance: lowest score",
+                        visible="instance" in segmenter.tasks,
                     )
                     classes = gr.Dropdown(
                         list(info.class_names), value=[], multiselect=True, label="Classes (none: all)"

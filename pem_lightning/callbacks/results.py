@@ -23,6 +23,7 @@ from rich.table import Table
 from pem_lightning.data import SegmentationDataModule
 from pem_lightning.files import check_writable, id_to_rgb, write_file
 from pem_lightning.inference.results import coco_instance, encode_png, official_class_map, segments_info
+from pem_lightning.installation import job_command
 from pem_lightning.metrics.evaluator import Evaluation, without_nan
 from pem_lightning.training.distributed import all_gather
 from pem_lightning.training.module import PEMModule
@@ -169,8 +170,8 @@ def next_steps(trainer: Trainer, directory: Path, record: Any) -> list[tuple[str
         lines.append(("train longer" if done else "go on", command))
     for path in [path for path, exists in ((best, best.exists()), (last, saved)) if exists][:1]:
         checkpoint = shlex.quote(f"checkpoint={readable(path)}")
-        lines.append(("evaluate", f"python evaluate.py {checkpoint}"))
-        lines.append(("predict", f"python predict.py {checkpoint} input=IMAGE"))
+        lines.append(("evaluate", f"{job_command('evaluate')} {checkpoint}"))
+        lines.append(("predict", f"{job_command('predict')} {checkpoint} input=IMAGE"))
     return lines
 
 

@@ -28,6 +28,7 @@ from pem_lightning.images import resize
 from pem_lightning.inference.optimize import check_compile
 from pem_lightning.inference.postprocess import TaskInference
 from pem_lightning.inference.predictor import Predictor, fast_network
+from pem_lightning.installation import job_command
 from pem_lightning.training.distributed import PlainSyncBatchNorm
 from pem_lightning.training.module import PEMModule
 from pem_lightning.training.optim import freeze
@@ -44,8 +45,8 @@ _DECIDED_BY_RECIPE = {
 """Arguments of Lightning's that `PEMModule` does itself -> the recipe's key for it."""
 
 _INSTEAD_OF_CALLBACKS: dict[type, str] = {
-    lightning_callbacks.LearningRateFinder: "compare some: python train.py -m recipe.optimizer.lr=3e-4,7e-4,1e-3 "
-    "recipe.max_steps=500",
+    lightning_callbacks.LearningRateFinder: f"compare some: {job_command('train')} -m "
+    "recipe.optimizer.lr=3e-4,7e-4,1e-3 recipe.max_steps=500",
     lightning_callbacks.BatchSizeFinder: "recipe.micro_batch_size=auto finds what fits the GPU",
     lightning_callbacks.GradientAccumulationScheduler: "set recipe.micro_batch_size",
     lightning_callbacks.StochasticWeightAveraging: "set recipe.ema_decay, e.g. 0.9998",

@@ -52,7 +52,7 @@ from pem_lightning.files import check_writable, remove_leftovers, write_file
 from pem_lightning.inference.optimize import OptimizedNetwork, shorten
 from pem_lightning.inference.predictor import fast_network
 from pem_lightning.inference.segment_files import segment_files
-from pem_lightning.installation import install_command
+from pem_lightning.installation import install_command, job_command
 from pem_lightning.models.backbones import Backbone
 from pem_lightning.models.flops import count_parameters
 from pem_lightning.processes import Interrupted, leave
@@ -275,7 +275,10 @@ def _report_lines(cfg: DictConfig, report: Report, before: Mapping[str, float] |
                 change = f"{after[name] - before[name]:+.2f}"
                 yield name.removeprefix("val/"), f"{after[name]:.2f}, the checkpoint's {before[name]:.2f} ({change})"
     if metadata.results is None:
-        yield "predict", f"python predict.py {shlex.quote(f'checkpoint={readable(report.files[0])}')} input=IMAGE"
+        yield (
+            "predict",
+            f"{job_command('predict')} {shlex.quote(f'checkpoint={readable(report.files[0])}')} input=IMAGE",
+        )
 
 
 @contextmanager

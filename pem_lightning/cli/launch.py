@@ -66,7 +66,12 @@ def main(job: str, arguments: Sequence[str] | None = None) -> None:
     A user's mistake ends in one line and exit code 2, a sweep with a failed job in exit code 1, a signal in 128 + it.
     """
     with stop_in_order():
-        _main(job, sys.argv[1:] if arguments is None else list(arguments))
+        try:
+            _main(job, sys.argv[1:] if arguments is None else list(arguments))
+            sys.stdout.flush()
+        except BrokenPipeError:  # of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+            sys.exit(128 + 13)  # as of a program that SIGPIPE ends
 
 
 def _main(job: str, arguments: list[str]) -> None:

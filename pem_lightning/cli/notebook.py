@@ -34,6 +34,7 @@ from pem_lightning.cli.errors import compose, own_configs
 from pem_lightning.cli.launch import attempt, is_finished, run_in_folder
 from pem_lightning.cli.overrides import literal_paths, quote, take_over
 from pem_lightning.inference.predictor import Predictor
+from pem_lightning.installation import job_command
 from pem_lightning.processes import Interrupted
 from pem_lightning.types import UserError, did_you_mean
 
@@ -171,7 +172,7 @@ def _check_names(names: Mapping[str, Any]) -> None:
         if name not in known:
             raise UserError(
                 f"train() has no argument {name}{did_you_mean(name, known)}; it takes choices and keys of the "
-                "experiment, which `python train.py --cfg job` prints, and overrides=[...]"
+                f"experiment, which `{job_command('train')} --cfg job` prints, and overrides=[...]"
             )
 
 
@@ -199,7 +200,7 @@ def _check_devices(cfg: DictConfig) -> None:
     single = len(devices) == 1 if OmegaConf.is_list(devices) else str(devices) == "1"
     if not single or cfg.trainer.num_nodes != 1:
         raise UserError(
-            f"train() trains on one device, not on trainer.devices={devices}: for several, start python train.py"
+            f"train() trains on one device, not on trainer.devices={devices}: for several, start {job_command('train')}"
         )
 
 

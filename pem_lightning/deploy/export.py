@@ -31,7 +31,7 @@ from pem_lightning.deploy.network import Run
 from pem_lightning.deploy.sessions import Session, open_session, openvino_core
 from pem_lightning.inference.optimize import shorten
 from pem_lightning.inference.postprocess import TaskInference
-from pem_lightning.installation import install_command
+from pem_lightning.installation import install_command, job_command
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.pem import PEM
 from pem_lightning.types import UserError
@@ -230,7 +230,7 @@ def _convert_onnx(proto: Any, metadata: Metadata, calibration: Calibration | Non
         from pem_lightning.deploy.quantize import quantize_onnx, quantize_openvino
 
         if calibration is None:
-            raise UserError("precision=int8 needs images to calibrate with: python export.py gives it some")
+            raise UserError(f"precision=int8 needs images to calibrate with: {job_command('export')} gives it some")
         if metadata.format == "onnx":
             return quantize_onnx(model, calibration.images)
         return quantize_openvino(model, calibration.images, measure=calibration.measure, max_drop=calibration.max_drop)

@@ -132,15 +132,22 @@ def quantize_onnx(proto: Any, images: Iterable[np.ndarray]) -> Any:
 
 
 def _quantised_onnx(proto: Any) -> list[str]:
-    """Names of the nodes to quantise; ONNX Runtime would take an empty list for all of them."""
+    """Names of the nodes to quantise; ONNX Runtime would take an empty list for all of them.
+
+    Activation functions go with the layer before them. Else its output would get the range of all that the function cuts
+    off, and few of the 256 steps would be left for ReLU6's 0 to 6.
+    """
     shapes = {weight.name: tuple(weight.dims) for weight in proto.graph.initializer}
-    return [
-        node.name
+    layers = [
+        node
         for node in proto.graph.node
         if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")
         and node.input[1] in shapes
         and not (node.op_type == "Conv" and shapes[node.input[1]][0] == OFFSET_CHANNELS)
     ]
+    outputs = {name for layer in layers for name in layer.output}
+    activations = [node for node in proto.graph.node if node.op_type in ("Relu", "Clip") and node.input[0] in outputs]
+    return [node.name for node in (*layers, *activations)]
 
 
 def _not_empty(images: Iterable[np.ndarray]) -> list[np.ndarray]:

@@ -32,7 +32,7 @@ from pycocotools import mask as coco_mask
 
 from pem_lightning.data.coco_instances import BACKGROUND
 from pem_lightning.data.semantic_folder import IMAGE_SUFFIXES
-from pem_lightning.installation import install_command, tool_command
+from pem_lightning.installation import install_command, job_command, tool_command
 from pem_lightning.types import IGNORE_INDEX, UserError
 
 IGNORED = "ignored"
@@ -122,7 +122,8 @@ def import_data(kind: str, source: Path, destination: Path, *, semantic: bool, v
         print(f"left out: {times} {what}")
     counts = ", ".join(f"{len(part)} {split}" for split, part in parts.items())
     reader = "dataset=semantic_folder" if semantic else "dataset=coco_instances task=instance"
-    print(f"{counts} images with {len(imported.classes)} classes: python train.py {reader} dataset.root={destination}")
+    train = f"{job_command('train')} {reader} dataset.root={destination}"
+    print(f"{counts} images with {len(imported.classes)} classes: {train}")
 
 
 def divided(items: Sequence[Item], val_share: float, left_out: Counter[str]) -> dict[str, list[Item]]:

@@ -22,6 +22,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pem_lightning.files import replace_file
+from pem_lightning.installation import job_command
 from pem_lightning.metrics.evaluator import from_plain, to_plain
 from pem_lightning.processes import Interrupted
 from pem_lightning.training.distributed import SharedFlag
@@ -249,7 +250,7 @@ class LastCheckpoint(Checkpoint):
         number = self._signals.received or signal.SIGTERM  # that another process got
         if trainer.is_global_zero:
             stopped, step = signal.Signals(number).name, trainer.global_step
-            hint = f"python train.py resume={self.dirpath / LAST}"
+            hint = f"{job_command('train')} resume={self.dirpath / LAST}"
             log.warning("stopped by %s at step %d; to go on: %s", stopped, step, hint)
         raise Interrupted(number)
 

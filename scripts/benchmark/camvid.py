@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rates: Any = {"nargs": "+", "type": float, "default": [4e-4, 1.2e-3]}
     parser.add_argument("--lrs", **rates, help="learning rates that the baselines try; a single one is not tried")
     parser.add_argument("--pem-lrs", **rates, help="learning rates that PEM tries")
-    parser.add_argument("--batch", type=common.positive, default=8, help="crops of a step")
+    parser.add_argument("--batch", type=common.positive, default=4, help="crops of a step")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument("--workers", type=int, default=1, help="loading processes")
     parser.add_argument("--overrides", nargs="+", default=[], help="of the experiment, for all networks")

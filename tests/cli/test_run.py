@@ -346,3 +346,11 @@ def test_a_fast_run_and_a_profile(work):
     assert call("train", *TINIEST, "debug=fast", "hydra.run.dir=fast") == 0
     assert call("train", *TINIEST, "debug=profile", "recipe.max_steps=2", "hydra.run.dir=profile") == 0
     assert "training_step" in (work / "profile" / "fit-profile.txt").read_text()
+
+
+def test_a_closed_pipe_leaves_no_traceback():
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--help"], stdout=pipe, stderr=pipe)
+    child.stdout.close()  # as `| head` does when it has seen enough
+    assert child.stderr.read() == b""
+    assert child.wait() == 128 + 13

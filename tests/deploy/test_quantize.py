@@ -73,6 +73,19 @@ def test_onnx_weights_become_bytes_but_for_offsets(proto: Any) -> None:
     assert 0 < _deviation(_run(quantized, image), wanted) < 0.05
 
 
+def test_onnx_takes_the_range_behind_an_activation(proto: Any) -> None:
+    from onnx import helper, numpy_helper
+
+    scaled = 1000 * numpy_helper.to_array(proto.graph.initializer[0])  # its range is hundreds of times that of ReLU6
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(scaled, "body.weight"))
+    limits = (numpy_helper.from_array(np.float32(value), name) for name, value in (("low", 0), ("high", 6)))
+    proto.graph.initializer.extend(limits)
+    proto.graph.node[3].CopyFrom(helper.make_node("Clip", ["body", "low", "high"], ["y"], name="relu6"))
+    (image,) = _images(1)
+    wanted = _run(proto, image)
+    assert _deviation(_run(quantize_onnx(proto, _images()), image), wanted) < 0.05
+
+
 def test_openvino_quantises_the_same(proto: Any) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
