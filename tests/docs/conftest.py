@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.deploy.conftest import write_tiny_checkpoint
+from tests.deploy.conftest import tiny_exports, write_tiny_checkpoint
+
+__all__ = ["tiny_exports"]
 
 
 def draw(path, size=(128, 64)):

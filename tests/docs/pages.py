@@ -12,7 +12,7 @@ PAGES = [
     *sorted(ROOT.glob("pem_lightning/assets/*.md")),
 ]
 LANGUAGES = {"", "console", "text", "python", "yaml"}
-"""Of blocks. Without a language every line is a command; in `console` those after a `$`, and the others their output."""
+"""Of blocks. Without a language every line is a command; in `console` those after a `$`, then their output."""
 
 _BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
