@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target that runs Python first makes .venv from the requirements if it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboard ablations notebook web app docs mmcv test test-fast lint types check format clean
+.PHONY: help setup demo dashboard ablations notebook web app docs mmcv wheels test test-fast lint types check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -48,6 +48,9 @@ docs: $(VENV)/.docs ## Build the documentation into site/ (ARGS=serve shows it o
 
 mmcv: $(VENV)/.core ## Build mmcv's deformable operators for the installed torch, an option for GPUs (10 to 40 minutes)
 	@$(BIN)/python scripts/build_mmcv.py
+
+wheels: $(VENV)/.dev ## Download what scripts/gpu_check.py needs on a machine with torch and no network (WHEELS=wheels PYTHON_VERSION=3.12 HAS="numpy scipy")
+	@$(BIN)/python scripts/wheels.py $(or $(WHEELS),wheels) $(if $(PYTHON_VERSION),--python-version $(PYTHON_VERSION)) $(if $(HAS),--has $(HAS))
 
 test: $(VENV)/.dev ## Run all tests (ARGS="-k name" to choose)
 	$(PYTEST) $(ARGS)

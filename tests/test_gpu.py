@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from pem_lightning.models.mask2former_pixel_decoder import get_kernel, pixel_cen
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.types import Target
 from scripts.benchmark import common
+from scripts.benchmark.gpu import host_waits
 from tests.inference.toy import predictor
 from tests.models.randomize import randomize
 from tests.models.test_deformable_conv import inputs
@@ -157,14 +157,7 @@ def test_one_synchronisation_per_step():
         torch.stack(list(losses.values())).sum().backward()
 
     step()  # brings constants to the device once and for all
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [str(one.message) for one in caught if "called a synchronizing" in str(one.message)]
+    waits = host_waits(step)
     assert len(waits) == 1, waits
 
 

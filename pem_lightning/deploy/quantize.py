@@ -134,8 +134,8 @@ def quantize_onnx(proto: Any, images: Iterable[np.ndarray]) -> Any:
 def _quantised_onnx(proto: Any) -> list[str]:
     """Names of the nodes to quantise; ONNX Runtime would take an empty list for all of them.
 
-    Activation functions go with the layer before them. Else its output would get the range of all that the function cuts
-    off, and few of the 256 steps would be left for ReLU6's 0 to 6.
+    Activation functions go with the layer before them. Else its output would get the range of all that the function
+    cuts off, and few of the 256 steps would be left for ReLU6's 0 to 6.
     """
     shapes = {weight.name: tuple(weight.dims) for weight in proto.graph.initializer}
     layers = [

@@ -1,13 +1,12 @@
 """Kernels of the deformable operators at the sizes of the pixel decoder's pyramid: forward, and with backward.
 
-That they agree is tested (tests/models); here they are timed one after the other by `torch.utils.benchmark`.
+Each is compared with its definition in float64, then timed by `torch.utils.benchmark`, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ from scripts.benchmark.reference.network import deform_conv
 
 CHANNELS = 128
 HEADS, HEAD_CHANNELS, POINTS = 8, 32, 4
-Problem = tuple[str, Callable[[Kernel], Tensor], list[Tensor]]  # name, kernel -> output, what takes gradients
+Compute = Callable[[Kernel, Sequence[Tensor]], Tensor]  # kernel and what takes gradients -> output
+Problem = tuple[str, Compute, list[Tensor]]  # name, and what takes gradients; the second of it are points
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,38 +35,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     """Returns a report, and no times by stage."""
     height, width = padded_size(*options.size)
+    facts = f"Kernels of deformable operators, {height}x{width}, batch {options.batch}"
+    columns = ("operator", "kernel", "off float64", "points' gradients", "forward, ms (IQR)", "with backward, ms (IQR)")
+    rows = [(name, kernel, f"{o:.1e}", f"{p:.1e}", *times) for name, kernel, o, p, *times in measure_all(options)]
+    return f"{common.describe(facts, options)}\n\n{common.table(columns, rows)}\n", {}
+
+
+def measure_all(options: argparse.Namespace) -> Iterator[tuple[str, str, float, float, str, str]]:
+    """Operator, kernel, its two deviations and its two times."""
+    height, width = padded_size(*options.size)
     levels = [(height // stride, width // stride) for stride in (32, 16, 8)]
     conv = installed(deform_conv, deformable_conv.get_kernel, "torchvision", "mmcv")
     attention = installed(ms_deform_attn, mask2former_pixel_decoder.get_kernel, "mmcv")
     problems = [(problem, conv) for problem in conv_problems(levels, options)]
     problems.append((attention_problem(levels, options), attention))
-    rows = []
     for problem, kernels in problems:
+        common.say(f"{problem[0]}: float64")
+        exact = in_float64(problem, kernels["grid_sample"])
         for name, kernel in kernels.items():
             common.say(f"{problem[0]}: {name}")
-            rows.append((problem[0], name, *measure(problem, kernel, options.rounds)))
-    facts = f"Kernels of deformable operators, {height}x{width}, batch {options.batch}"
-    columns = ("operator", "kernel", "forward, ms (IQR)", "with backward, ms (IQR)")
-    return f"{common.describe(facts, options)}\n\n{common.table(columns, rows)}\n", {}
+            yield problem[0], name, *deviations(problem, kernel, exact), *measure(problem, kernel, options.rounds)
 
 
-def measure(problem: Problem, kernel: Kernel, rounds: int) -> list[str]:
+def in_float64(problem: Problem, definition: Kernel) -> list[Tensor]:
+    """The output, and the gradients of its mean square."""
+    _, compute, tensors = problem
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    return output_and_gradients(compute, definition, exact)
+
+
+def deviations(problem: Problem, kernel: Kernel, exact: Sequence[Tensor]) -> tuple[float, float]:
+    """Relative deviations, of norms: the largest of the output and most gradients, and that of the points' gradient.
+
+    The latter jumps where a point is at a pixel's border, over which rounding moves some.
+    """
+    _, compute, tensors = problem
+    found = output_and_gradients(compute, kernel, tensors)
+    output, first, points, *others = (
+        float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)
+    )
+    return max(output, first, *others), points
+
+
+def output_and_gradients(compute: Compute, kernel: Kernel, tensors: Sequence[Tensor]) -> list[Tensor]:
+    output = compute(kernel, tensors)
+    return [output.detach(), *torch.autograd.grad(output.square().mean(), tensors)]
+
+
+def measure(problem: Problem, kernel: Kernel, rounds: int) -> tuple[str, str]:
     """Median and interquartile range, forward and with backward, of at least a fifth of a second per round."""
     _, compute, tensors = problem
 
     def forward() -> None:
         with torch.no_grad():
-            compute(kernel)
+            compute(kernel, tensors)
 
     def both() -> None:
-        torch.autograd.grad(compute(kernel).sum(), tensors)
+        torch.autograd.grad(compute(kernel, tensors).sum(), tensors)
 
     found = []
     for work in (forward, both):
         timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
         times = timer.blocked_autorange(min_run_time=0.2 * rounds)
         found.append(f"{common.number(1000 * times.median)} ({common.number(1000 * times.iqr)})")
-    return found
+    return found[0], found[1]
 
 
 def installed(definition: Kernel, get_kernel: Callable[[str], Kernel], *libraries: str) -> dict[str, Kernel]:
@@ -91,11 +123,7 @@ def conv_problems(levels: list[tuple[int, int]], options: argparse.Namespace) ->
             torch.randn(CHANNELS, CHANNELS, 3, 3, generator=draw) / (9 * CHANNELS) ** 0.5,
         ]
         tensors = [t.to(options.device).requires_grad_() for t in tensors]
-        yield f"convolution {height}x{width}", partial(_apply, tensors), tensors
-
-
-def _apply(tensors: list[torch.Tensor], kernel: Kernel) -> torch.Tensor:
-    return kernel(*tensors)
+        yield f"convolution {height}x{width}", lambda kernel, tensors: kernel(*tensors), tensors
 
 
 def attention_problem(levels: list[tuple[int, int]], options: argparse.Namespace) -> Problem:
@@ -107,5 +135,5 @@ def attention_problem(levels: list[tuple[int, int]], options: argparse.Namespace
     values = torch.randn(options.batch, len(centres), HEADS, HEAD_CHANNELS, generator=draw)
     points = centres[:, None, None, None] + 3 * torch.randn(*shape, 2, generator=draw) / sides[:, None]
     weights = torch.randn(*shape, generator=draw).flatten(3).softmax(-1).view(shape)
-    values, points, weights = tensors = [t.to(options.device).requires_grad_() for t in (values, points, weights)]
-    return "attention, all levels", lambda kernel: kernel(values, levels, points, weights), tensors
+    tensors = [t.to(options.device).requires_grad_() for t in (values, points, weights)]
+    return "attention, all levels", lambda kernel, tensors: kernel(tensors[0], levels, *tensors[1:]), tensors

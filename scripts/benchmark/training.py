@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from pem_lightning.cli.build import prefers_channels_last
-from pem_lightning.installation import CONF
+from pem_lightning.cli.errors import configs
 from pem_lightning.losses import UniformSource
 from pem_lightning.preprocess import pad_batch
 from pem_lightning.types import Target, UserError
@@ -28,13 +28,14 @@ from scripts.benchmark import common, reference
 from scripts.benchmark.common import TOTAL, Lap, Times
 
 STAGES = ("data preparation", "forward", "matching and losses", "backward", "clipping and optimiser")
+PRECISIONS = ("float32", "bfloat16", "float16")
 LARGEST_DIFFERENCE = 0.01  # relative, of the sum of the losses in float32; rounding stays far below it
 Batch = tuple[list[Tensor], list[Target]]
 Found = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and gradients by parameter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_arguments(parser, size=(256, 512), batch=2, precisions=("float32", "bfloat16"))
+    common.add_arguments(parser, size=(256, 512), batch=2, precisions=PRECISIONS)
     parser.add_argument("--segments", type=common.positive, default=15, help="of every image")
     parser.add_argument("--num-points", type=common.positive, default=12544, help="at which masks are compared")
 
@@ -76,13 +77,16 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
 class Step:
     """A random network that is trained by the paper's recipe for Cityscapes, on the path "reference" or "ours".
 
-    `precision` is "float32" or that of autocast; `rand` the source of all random points, by default PyTorch's.
+    `precision` is "float32" or that of autocast, in float16 with a scaled loss; `rand` the source of all random points,
+    by default PyTorch's.
     """
 
     def __init__(self, backbone: str, precision: str, path: str, options: argparse.Namespace, **rand: Any) -> None:
         config, device = paper_config(), options.device
         self.network = copy.deepcopy(random_network(backbone)).to(device).train()
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision != "float32")
+        mixed = precision != "float32"
+        self.autocast = torch.autocast(device, getattr(torch, precision) if mixed else torch.bfloat16, enabled=mixed)
+        self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16")
         self.clip = float(config.recipe.gradient_clip)
         self.is_reference = path == "reference"
         self.prepare = reference.prepare if self.is_reference else pad_batch
@@ -93,7 +97,7 @@ class Step:
             rates = {k: groups[k] for k in ("lr", "weight_decay", "backbone_lr_multiplier")}
             self.optimizer = reference.build_optimizer(self.network, **rates)
         else:
-            channels_last = prefers_channels_last(self.network, torch.device(device), mixed=precision != "float32")
+            channels_last = prefers_channels_last(self.network, torch.device(device), mixed)
             self.layout = torch.channels_last if channels_last else torch.contiguous_format
             self.network.to(memory_format=self.layout)  # type: ignore[call-overload]
             self.criterion = instantiate(config.criterion, common.NUM_CLASSES, **losses).to(device)
@@ -116,10 +120,12 @@ class Step:
 
     def run(self, batch: Batch, lap: Lap = lambda _: None) -> None:
         """All stages."""
-        self.forward(batch, lap)[1].backward()
+        self.scaler.scale(self.forward(batch, lap)[1]).backward()
         lap(STAGES[3])
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         lap(STAGES[4])
 
@@ -130,7 +136,7 @@ random_network = cache(common.random_network)
 @cache
 def paper_config(*overrides: str) -> DictConfig:
     """The experiment as it is shipped for Cityscapes."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with configs():
         return hydra.compose("train", overrides=["dataset=cityscapes", "task=panoptic", *overrides])
 
 

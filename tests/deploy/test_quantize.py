@@ -76,14 +76,16 @@ def test_onnx_weights_become_bytes_but_for_offsets(proto: Any) -> None:
 def test_onnx_takes_the_range_behind_an_activation(proto: Any) -> None:
     from onnx import helper, numpy_helper
 
-    scaled = 1000 * numpy_helper.to_array(proto.graph.initializer[0])  # its range is hundreds of times that of ReLU6
-    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(scaled, "body.weight"))
-    limits = (numpy_helper.from_array(np.float32(value), name) for name, value in (("low", 0), ("high", 6)))
+    limits = (numpy_helper.from_array(np.float32(value), name) for name, value in (("low", 0), ("high", 0.5)))
     proto.graph.initializer.extend(limits)
-    proto.graph.node[3].CopyFrom(helper.make_node("Clip", ["body", "low", "high"], ["y"], name="relu6"))
-    (image,) = _images(1)
-    wanted = _run(proto, image)
-    assert _deviation(_run(quantize_onnx(proto, _images()), image), wanted) < 0.05
+    proto.graph.node[3].CopyFrom(helper.make_node("Clip", ["body", "low", "high"], ["y"], name="clip"))
+    quantized = quantize_onnx(proto, _images()).graph
+    values = {value.name: numpy_helper.to_array(value) for value in quantized.initializer}
+    scale_of = {node.input[0]: values[node.input[1]] for node in quantized.node if node.op_type == "QuantizeLinear"}
+    (body,) = (node.output[0] for node in quantized.node if node.name == "body")
+    (followers,) = ([node.op_type for node in quantized.node if body in node.input],)
+    assert followers == ["QuantizeLinear"]  # whose range does what the clipping did
+    assert scale_of[body] == pytest.approx(0.5 / 255, rel=0.01)
 
 
 def test_openvino_quantises_the_same(proto: Any) -> None:
