@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target that runs Python first makes .venv from the requirements if it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboard ablations notebook web app mmcv wheels test test-fast lint types check format clean
+.PHONY: help setup demo dashboard ablations notebook web app docs mmcv wheels test test-fast lint types check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -43,6 +43,9 @@ web: $(VENV)/.export ## Segment photographs in the browser alone, on a local pag
 app: $(VENV)/.app ## Segment photographs and short videos on a local page (ARGS="checkpoint=best.ckpt port=7861")
 	@$(BIN)/python app.py $(ARGS)
 
+docs: $(VENV)/.docs ## Build the documentation into site/ (ARGS=serve shows it on a local page)
+	@$(BIN)/zensical $(or $(ARGS),build --strict)
+
 mmcv: $(VENV)/.core ## Build mmcv's deformable operators for the installed torch, an option for GPUs (10 to 40 minutes)
 	@$(BIN)/python scripts/build_mmcv.py
 
@@ -69,7 +72,7 @@ format: $(VENV)/.dev ## Apply the format, and the fixes that are safe
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and caches; runs and data stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are touched last, so an interrupted installation is taken up again.
@@ -82,7 +85,7 @@ $(VENV)/.core: requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core $(addprefix requirements-,dev.txt eval.txt export.txt hub.txt sweep.txt)
+$(VENV)/.dev: $(VENV)/.core $(addprefix requirements-,dev.txt docs.txt eval.txt export.txt hub.txt sweep.txt)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
@@ -96,4 +99,10 @@ $(VENV)/.notebooks: $(VENV)/.core requirements-notebooks.txt
 
 $(VENV)/.app: $(VENV)/.core requirements-app.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-app.txt
+	@touch $@
+
+# The pages are made from the sources alone, so nothing of requirements.txt is needed.
+$(VENV)/.docs: requirements-docs.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@

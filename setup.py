@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EXTRAS = ("export", "app", "hub", "ray", "sweep", "timm", "eval", "import", "notebooks", "bench", "dev")
+EXTRAS = ("export", "app", "hub", "ray", "sweep", "timm", "eval", "import", "notebooks", "bench", "docs", "dev")
 
 
 def requirements(extra: str) -> list[str]:
