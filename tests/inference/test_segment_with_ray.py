@@ -264,7 +264,9 @@ class TestRay:
         assert process.returncode == 130, err
         assert "Traceback" not in err
         assert workers
-        assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
+        # At once in nearly all trials; once in 15 a worker was still there when the command had returned.
+        _, left = pytest.importorskip("psutil").wait_procs(workers, timeout=10)
+        assert not left
         done = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "ray" / "panoptic").glob("*.png")}
         assert 0 < len(done) < 40
         again = self.start(*self.RAY)
