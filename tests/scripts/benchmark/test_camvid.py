@@ -380,8 +380,8 @@ def wait_for(condition):
 def test_mistakes_end_in_one_line(library, root, monkeypatch, capsys):
     assert main(["camvid", "--root", str(root)]) == 2
     assert "camvid needs --output FOLDER" in capsys.readouterr().err
-    assert main(["camvid", "--root", str(root), "--output", str(root.parent / "out"), "--images", "4"]) == 2
-    assert "make no step of 8: raise them or lower --batch" in capsys.readouterr().err
+    assert main(["camvid", "--root", str(root), "--output", str(root.parent / "out"), "--images", "3"]) == 2
+    assert "make no step of 4: raise them or lower --batch" in capsys.readouterr().err
     assert main(arguments(root.parent / "nowhere")) == 2
     assert "error: " in (error := capsys.readouterr().err)
     assert "Traceback" not in error
