@@ -103,7 +103,7 @@ def test_the_wheel_holds_configs_tables_and_the_trained_network(wheel):
         lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
         (first, *_) = (line for line in lines if line and not line.startswith("-r"))
         name = first.replace(">", "=").split("=")[0]
-        assert re.search(f"Requires-Dist: {name}.*extra == .{extra}", metadata), extra
+        assert re.search(f"Requires-Dist: {re.escape(name)}.*extra == .{extra}", metadata), extra
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datumaro") is not None, reason="one message is of its absence")
