@@ -83,7 +83,7 @@ def test_onnx_takes_the_range_behind_an_activation(proto: Any) -> None:
     values = {value.name: numpy_helper.to_array(value) for value in quantized.initializer}
     scale_of = {node.input[0]: values[node.input[1]] for node in quantized.node if node.op_type == "QuantizeLinear"}
     (body,) = (node.output[0] for node in quantized.node if node.name == "body")
-    (followers,) = ([node.op_type for node in quantized.node if body in node.input],)
+    followers = [node.op_type for node in quantized.node if body in node.input]
     assert followers == ["QuantizeLinear"]  # whose range does what the clipping did
     assert scale_of[body] == pytest.approx(0.5 / 255, rel=0.01)
 
