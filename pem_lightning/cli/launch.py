@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pem_lightning.checkpoints import SHIPPED, Checkpoint
 from pem_lightning.cli.errors import compose, configs, explain, key_of, user_error_behind
 from pem_lightning.cli.overrides import literal_paths, parse, quote, sound_checkpoint, take_over
+from pem_lightning.cli.usage import job_usage
 from pem_lightning.files import check_writable, write_file
 from pem_lightning.installation import CONF, PACKAGE
 from pem_lightning.processes import Interrupted, StopJobs, stop_in_order, when_orphaned
@@ -82,7 +83,10 @@ def _main(job: str, arguments: list[str]) -> None:
     parser.add_argument("-p", "--package")
     parser.add_argument("--resolve", action="store_true")
     options, others = parser.parse_known_intermixed_args(arguments)
-    if others:  # --help, --info, --config-dir, ...: Hydra's own business, which it reads from the program's arguments
+    if {"-h", "--help"} & set(others):
+        print(job_usage(job))
+        return
+    if others:  # --hydra-help, --info, --config-dir, ...: Hydra's own, which it reads from the program's arguments
         program = sys.argv
 
         def task(cfg: DictConfig) -> None:
