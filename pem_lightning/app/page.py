@@ -134,42 +134,15 @@ def _one_line(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def build_page(segmenter: Segmenter, folder: Path) -> Any:
-    """The page as `gradio.Blocks`; files of results are written under `folder`."""
-    default, limits = segmenter.default, segmenter.limits
+class _Handlers:
+    """What the page's controls do; files of results are written under `folder`."""
 
-    def show(segmented: Segmented, alpha: float, before: _Shown | None) -> list[Any]:
-        """All outputs for a photograph."""
-        result = segmented.result
-        shown = _Shown(result, Path(tempfile.mkdtemp(dir=folder)))
-        start = time.perf_counter()
-        overlay = write_overlay(result, shown.folder, alpha)
-        drawing = time.perf_counter() - start
-        ids, coco = write_downloads(result, shown.folder)
-        _forget(before)
-        height, width = result.image.shape[:2]
-        stages = [("reading", segmented.reading), ("network", segmented.network), ("drawing", drawing)]
-        times = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in stages if seconds)
-        return [
-            shown,
-            gr.Image(str(overlay), visible=True),
-            gr.Video(None, visible=False),
-            _note(_HINT),
-            legend_html(legend(result)),
-            *(gr.DownloadButton(value=str(path), interactive=True) for path in (overlay, ids, coco)),
-            _note(f"{width} x {height} pixels: {times}"),
-        ]
-
-    def show_video(path: Path, video: SegmentedVideo, before: _Shown | None) -> list[Any]:
-        """All outputs for a video."""
-        _forget(before)
-        speed = f"{video.frames} frames in {video.seconds:.1f} s, {video.frames / video.seconds:.1f} frames per second"
-        buttons = [gr.DownloadButton(value=None, interactive=False)] * 3
-        shown = _Shown(None, path.parent)
-        return [shown, gr.Image(None, visible=False), gr.Video(str(path), visible=True), "", "", *buttons, _note(speed)]
+    def __init__(self, segmenter: Segmenter, folder: Path) -> None:
+        self.segmenter, self.folder = segmenter, folder
 
     @_one_line
     def segment(
+        self,
         file: str | None,
         before: _Shown | None,
         opacity: float,
@@ -189,45 +162,73 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
             if before is None or before.result is None:
                 raise UserError("drop a photograph or a video first")
             old = before.result
-            return show(segmenter.again(Photo(old.name, old.image, old.file), settings), opacity, before)
+            return self._show(self.segmenter.again(Photo(old.name, old.image, old.file), settings), opacity, before)
         if not is_video(file):
-            return show(segmenter.photo(file, settings), opacity, before)
-        target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(file).stem}.mp4"
+            return self._show(self.segmenter.photo(file, settings), opacity, before)
+        target = Path(tempfile.mkdtemp(dir=self.folder)) / f"{Path(file).stem}.mp4"
         try:
-            video = segmenter.video(file, settings, target, opacity, lambda part: progress(part, desc="segmenting"))
+            video = self.segmenter.video(file, settings, target, opacity, lambda p: progress(p, desc="segmenting"))
         except BaseException:
             shutil.rmtree(target.parent, ignore_errors=True)
             raise
-        return show_video(target, video, before)
+        return self._show_video(target, video, before)
 
     @_one_line
-    def change(before: _Shown | None, *settings: Any) -> list[Any]:
+    def change(self, before: _Shown | None, *settings: Any) -> Any:
         """Other settings for the photograph that is shown, if there is one."""
-        if before is None or before.result is None:
-            return [gr.skip()] * len(outputs)
-        return segment(None, before, *settings)
+        return gr.skip() if before is None or before.result is None else self.segment(None, before, *settings)
 
     @_one_line
-    def repaint(shown: _Shown | None, alpha: float) -> list[Any]:
+    def repaint(self, shown: _Shown | None, opacity: float) -> Any:
         """The same result with another opacity."""
         if shown is None or shown.result is None:
-            return [gr.skip()] * 2
-        overlay = str(write_overlay(shown.result, shown.folder, alpha))
+            return gr.skip()
+        overlay = str(write_overlay(shown.result, shown.folder, opacity))
         return [overlay, overlay]
 
     @_one_line
-    def click(shown: _Shown | None, event: gr.SelectData) -> str:
+    def click(self, shown: _Shown | None, event: gr.SelectData) -> str:
+        """What is where the photograph was clicked on."""
         if shown is None or shown.result is None:
             raise UserError(f"results are forgotten after {FORGET_AFTER // 60} minutes: drop the photograph again")
         return found_html(found_at(shown.result, *map(int, event.index)))
 
-    with gr.Blocks(
-        title="PEM segmentation",
-        analytics_enabled=False,
-        delete_cache=(60, FORGET_AFTER),
-    ) as page:
+    def _show(self, segmented: Segmented, opacity: float, before: _Shown | None) -> list[Any]:
+        """All outputs for a photograph."""
+        result = segmented.result
+        shown = _Shown(result, Path(tempfile.mkdtemp(dir=self.folder)))
+        start = time.perf_counter()
+        overlay = write_overlay(result, shown.folder, opacity)
+        drawing = time.perf_counter() - start
+        ids, coco = write_downloads(result, shown.folder)
+        _forget(before)
+        height, width = result.image.shape[:2]
+        stages = [("reading", segmented.reading), ("network", segmented.network), ("drawing", drawing)]
+        times = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in stages if seconds)
+        return [
+            shown,
+            gr.Image(str(overlay), visible=True),
+            gr.Video(None, visible=False),
+            _note(_HINT),
+            legend_html(legend(result)),
+            *(gr.DownloadButton(value=str(path), interactive=True) for path in (overlay, ids, coco)),
+            _note(f"{width} x {height} pixels: {times}"),
+        ]
+
+    def _show_video(self, path: Path, video: SegmentedVideo, before: _Shown | None) -> list[Any]:
+        """All outputs for a video."""
+        _forget(before)
+        speed = f"{video.frames} frames in {video.seconds:.1f} s, {video.frames / video.seconds:.1f} frames per second"
+        buttons = [gr.DownloadButton(value=None, interactive=False)] * 3
+        shown = _Shown(None, path.parent)
+        return [shown, gr.Image(None, visible=False), gr.Video(str(path), visible=True), "", "", *buttons, _note(speed)]
+
+
+def build_page(segmenter: Segmenter, folder: Path) -> Any:
+    """The page as `gradio.Blocks`; files of results are written under `folder`."""
+    limits, info = segmenter.limits, segmenter.base.info
+    with gr.Blocks(title="PEM segmentation", analytics_enabled=False, delete_cache=(60, FORGET_AFTER)) as page:
         shown = gr.State(None, time_to_live=FORGET_AFTER, delete_callback=_forget)
-        info = segmenter.base.info
         gr.Markdown(
             f"# PEM segmentation\n{info.num_classes} classes of {info.name}. Photographs, and videos of up to "
             f"{limits.seconds:g} seconds; files of up to {limits.megabytes:g} MB. They are deleted after "
@@ -240,66 +241,58 @@ def build_page(segmenter: Segmenter, folder: Path) -> Any:
                         file = gr.File(label="Photograph or video", height=160)
                     with gr.Tab("Camera"):
                         camera = gr.Image(label="Camera", sources=["webcam"], type="filepath", format="png", height=280)
-                task = gr.Radio(list(segmenter.tasks), value=default.task, label="Task")
-                opacity = gr.Slider(0, 1, value=0.55, step=0.05, label="Opacity")
-                with gr.Accordion("Thresholds, classes, precision", open=False):
-                    objects = gr.Slider(
-                        0, 1, value=default.object_mask_threshold, step=0.05, label="Panoptic: lowest class score"
-                    )
-                    overlap = gr.Slider(
-                        0, 1, value=default.overlap_threshold, step=0.05, label="Panoptic: lowest visible part"
-                    )
-                    score = gr.Slider(
-                        default.score_threshold,
-                        1,
-                        value=default.score_threshold,
-                        step=0.05,
-                        label="Instance: lowest score",
-                        visible="instance" in segmenter.tasks,
-                    )
-                    classes = gr.Dropdown(
-                        list(info.class_names), value=[], multiselect=True, label="Classes (none: all)"
-                    )
-                    precision = gr.Radio(list(PRECISIONS), value=default.precision, label="Precision")
+                opacity, settings = _build_settings(segmenter)
                 run = gr.Button("Segment again")
             with gr.Column(scale=2, min_width=320):
-                picture = gr.Image(
-                    label="Result", interactive=False, buttons=["fullscreen"], format="png", alt_text="Overlay"
-                )
-                video = gr.Video(label="Result", visible=False, interactive=False, buttons=[])
-                where = gr.HTML("")
-                with gr.Row():
-                    downloads = [
-                        gr.DownloadButton(label, interactive=False, size="sm", min_width=100)
-                        for label in ("Overlay, PNG", "Ids, PNG", "COCO, JSON")
-                    ]
-                table = gr.HTML("")
-                times = gr.HTML("")
-
-        settings = [task, objects, overlap, score, classes, precision]
-        outputs = [shown, picture, video, where, table, *downloads, times]
-        network = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress_on": [picture, video]}
-        start: dict[str, Any] = {"inputs": [file, shown, opacity, *settings], "outputs": outputs, **network}
-        file.upload(segment, api_name="segment", **start)
-        run.click(segment, api_name=False, **start)
-        camera.input(segment, api_name=False, **{**start, "inputs": [camera, shown, opacity, *settings]})
-        gr.on(
-            [task.input, objects.release, overlap.release, score.release, classes.input, precision.input],
-            change,
-            api_name=False,
-            trigger_mode="always_last",
-            **{**start, "inputs": start["inputs"][1:]},
-        )
-        opacity.change(
-            repaint,
-            [shown, opacity],
-            [picture, downloads[0]],
-            api_name=False,
-            show_progress="hidden",
-            trigger_mode="always_last",
-        )
-        picture.select(click, [shown], [where], api_name=False, show_progress="hidden")
+                results = _build_results()
+        _connect(_Handlers(segmenter, folder), file, camera, run, opacity, settings, [shown, *results])
     return page.queue(max_size=WAITING, default_concurrency_limit=4)
+
+
+def _build_settings(segmenter: Segmenter) -> tuple[Any, list[Any]]:
+    """The opacity, and what `_Handlers.segment` takes after it, in its order."""
+    default = segmenter.default
+    task = gr.Radio(list(segmenter.tasks), value=default.task, label="Task")
+    opacity = gr.Slider(0, 1, value=0.55, step=0.05, label="Opacity")
+    with gr.Accordion("Thresholds, classes, precision", open=False):
+        objects = gr.Slider(0, 1, value=default.object_mask_threshold, step=0.05, label="Panoptic: lowest class score")
+        overlap = gr.Slider(0, 1, value=default.overlap_threshold, step=0.05, label="Panoptic: lowest visible part")
+        lowest = default.score_threshold
+        has_instances = "instance" in segmenter.tasks
+        score = gr.Slider(lowest, 1, value=lowest, step=0.05, label="Instance: lowest score", visible=has_instances)
+        names = list(segmenter.base.info.class_names)
+        classes = gr.Dropdown(names, value=[], multiselect=True, label="Classes (none: all)")
+        precision = gr.Radio(list(PRECISIONS), value=default.precision, label="Precision")
+    return opacity, [task, objects, overlap, score, classes, precision]
+
+
+def _build_results() -> list[Any]:
+    """What `_Handlers._show` fills, but for the state: picture, video, note, legend, three downloads, times."""
+    picture = gr.Image(label="Result", interactive=False, buttons=["fullscreen"], format="png", alt_text="Overlay")
+    video = gr.Video(label="Result", visible=False, interactive=False, buttons=[])
+    note = gr.HTML("")
+    with gr.Row():
+        labels = ("Overlay, PNG", "Ids, PNG", "COCO, JSON")
+        downloads = [gr.DownloadButton(label, interactive=False, size="sm", min_width=100) for label in labels]
+    return [picture, video, note, gr.HTML(""), *downloads, gr.HTML("")]
+
+
+def _connect(
+    handlers: _Handlers, file: Any, camera: Any, run: Any, opacity: Any, settings: list[Any], outputs: list[Any]
+) -> None:
+    """Say which handler every control calls; one photograph at a time is in the network."""
+    shown, picture, video, note, _, overlay, *_ = outputs
+    network = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress_on": [picture, video]}
+    start: dict[str, Any] = {"outputs": outputs, **network}
+    file.upload(handlers.segment, [file, shown, opacity, *settings], api_name="segment", **start)
+    run.click(handlers.segment, [file, shown, opacity, *settings], api_name=False, **start)
+    camera.input(handlers.segment, [camera, shown, opacity, *settings], api_name=False, **start)
+    task, objects, overlap, score, classes, precision = settings
+    changed = [task.input, objects.release, overlap.release, score.release, classes.input, precision.input]
+    newest: dict[str, Any] = {"api_name": False, "trigger_mode": "always_last"}
+    gr.on(changed, handlers.change, [shown, opacity, *settings], **newest, **start)
+    opacity.change(handlers.repaint, [shown, opacity], [picture, overlay], show_progress="hidden", **newest)
+    picture.select(handlers.click, [shown], [note], api_name=False, show_progress="hidden")
 
 
 class _Headers:

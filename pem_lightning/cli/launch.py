@@ -35,6 +35,7 @@ from pem_lightning.cli.errors import compose, configs, explain, key_of, user_err
 from pem_lightning.cli.overrides import literal_paths, parse, quote, sound_checkpoint, take_over
 from pem_lightning.cli.usage import job_usage
 from pem_lightning.files import check_writable, write_file
+from pem_lightning.inference.sources import find_sources
 from pem_lightning.installation import CONF, PACKAGE
 from pem_lightning.processes import Interrupted, StopJobs, stop_in_order, when_orphaned
 from pem_lightning.types import UserError
@@ -134,6 +135,8 @@ def _start(job: str, options: argparse.Namespace) -> None:
         return
     _check_checkpoint(job, checkpoint)
     cfg = compose(job, overrides)
+    if job == "predict" and cfg.launcher.name == "local":  # before the network is loaded, which takes seconds
+        find_sources(list(cfg.input) if OmegaConf.is_list(cfg.input) else cfg.input)
     if job == "train" and checkpoint is not None and is_finished(cfg, checkpoint):
         done = f"{checkpoint.path} is trained to step {checkpoint.step} of {cfg.trainer.max_steps} already"
         if "resume=auto" not in options.overrides:

@@ -19,11 +19,9 @@ from pem_lightning.inference.exchange import ExchangeFiles
 from pem_lightning.inference.predictor import Photo, Predictor, read_photo
 from pem_lightning.inference.results import SegmentedImage, write_results
 from pem_lightning.inference.sources import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
     VideoReader,
     VideoWriter,
-    find_images,
+    find_sources,
     is_stream,
     prefetch,
 )
@@ -66,7 +64,7 @@ def segment_files(
     check_options(save, every=every, max_frames=max_frames)
     output = Path(output)
     exchange = ExchangeFiles(output, [formats] if isinstance(formats, str) else list(formats or ()))
-    files, videos = _find(source)
+    files, videos = find_sources(source)
     check_names(files, videos, output, source)
     if videos and exchange.formats:
         raise UserError(f"formats= is for images, and {videos[0]} is a video: leave it out, or give single frames")
@@ -92,20 +90,6 @@ def check_options(save: str | None, **numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise UserError(f"{name}={number}: choose 1 or more")
-
-
-def _find(source: str | Path | int | list[str | Path | int]) -> tuple[list[Path], list[str]]:
-    """The images, and the videos and streams."""
-    files: list[Path] = []
-    videos: list[str] = []
-    for one in source if isinstance(source, list) else [source]:
-        if is_stream(one):
-            videos.append(str(one))
-            continue
-        paths = find_images(str(one), IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-        files += [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
-        videos += [str(path) for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
-    return files, videos
 
 
 def check_names(files: Sequence[Path], videos: Sequence[str], output: Path, source: object) -> None:

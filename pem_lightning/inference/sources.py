@@ -47,6 +47,24 @@ def is_stream(source: str | Path | int) -> bool:
     return address is not None and not os.path.exists(str(source))
 
 
+def find_sources(source: str | Path | int | list[str | Path | int]) -> tuple[list[Path], list[str]]:
+    """The images, and the videos and streams, of a file, a folder, a pattern, a camera, an address, or several.
+
+    Raises:
+        UserError: a file does not exist, or a folder or a pattern has none.
+    """
+    files: list[Path] = []
+    videos: list[str] = []
+    for one in source if isinstance(source, list) else [source]:
+        if is_stream(one):
+            videos.append(str(one))
+            continue
+        paths = find_images(str(one), IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+        files += [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
+        videos += [str(path) for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+    return files, videos
+
+
 class VideoReader:
     """Reads a video file, a camera (by number; 0 is the first) or a stream (by address: rtsp://... or http://...).
 
