@@ -85,12 +85,11 @@ async function openNetwork(wanted, backend = $("backend").value) {
 
 const query = (key) => new URLSearchParams(location.search).get(key);
 
-/** WebGPU is offered to who asks for it in the address: its results are not equal yet (docs/deploy.md). */
+/** WebGPU is offered where it is; `?backend=webgpu` in the address begins with it. */
 async function offerBackends() {
-  if (query("backend") !== "webgpu") return;
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   $("choice").hidden = !adapter;
-  if (adapter) $("backend").value = "webgpu";
+  if (adapter && query("backend") === "webgpu") $("backend").value = "webgpu";
 }
 
 // A photo.

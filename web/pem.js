@@ -69,6 +69,9 @@ function* fields(bytes) {
 
 const decode = (bytes) => new TextDecoder().decode(bytes);
 
+// ONNX Runtime 1.30's WebGPU gives wrong numbers for a convolution with an activation in one, see docs/deploy.md.
+const NO_FUSED_ACTIVATIONS = { optimization: { disable_specified_optimizers: "ConvActivationFusion" } };
+
 /** An exported file that is open. */
 export class Model {
   /**
@@ -83,6 +86,7 @@ export class Model {
       const session = await ort.InferenceSession.create(bytes, {
         logSeverityLevel: 3,
         ...(providers && { executionProviders: providers }),
+        ...(providers?.includes("webgpu") && { extra: NO_FUSED_ACTIVATIONS }),
       });
       return new Model(ort, session, metadata, maxPixels);
     } catch (error) {

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not build.ORT.is_dir(), reason="needs onnxruntime-web: npm ci in web/"),
 ]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SOFTWARE_GPU = ("--enable-unsafe-webgpu", "--enable-features=Vulkan", "--use-webgpu-adapter=swiftshader")
 TIMEOUT = 60_000  # milliseconds; a busy computer is slow to compile WebAssembly
 
 
@@ -30,7 +31,7 @@ def browser():
         installed = next(filter(None, map(shutil.which, CHROMIUM)), launcher.chromium.executable_path)
         if not Path(installed).is_file():
             pytest.skip("needs Chromium: playwright install chromium")
-        with launcher.chromium.launch(executable_path=installed) as started:
+        with launcher.chromium.launch(executable_path=installed, args=SOFTWARE_GPU) as started:
             yield started
 
 
@@ -51,14 +52,14 @@ def open_page(browser, site):
     """A function that opens the page at some width and waits for the network; `page.requested` are all addresses."""
     contexts = []
 
-    def opened(width=1280):
+    def opened(width=1280, query=""):
         contexts.append(browser.new_context(viewport={"width": width, "height": 844}))
         page = contexts[-1].new_page()
         page.set_default_timeout(TIMEOUT)
         page.requested, page.failures = [], []
         page.on("request", lambda request: page.requested.append(request.url))
         page.on("pageerror", lambda error: page.failures.append(error))
-        page.goto(site[1])
+        page.goto(site[1] + query)
         playwright.expect(page.locator("#network")).to_contain_text("model.onnx: 19 classes", timeout=TIMEOUT)
         return page
 
@@ -92,11 +93,16 @@ def overlay_is_drawn(page):
     )
 
 
-def test_results_are_pythons(open_page, site, photo, tmp_path):
-    page = open_page()
+@pytest.mark.parametrize("backend", ["wasm", "webgpu"])
+def test_results_are_pythons(backend, open_page, site, photo, tmp_path):
+    page = open_page(query=f"?backend={backend}")
+    if backend == "webgpu" and page.is_hidden("#choice"):
+        pytest.skip("this Chromium has no software GPU")
+    assert page.input_value("#backend") == backend
+    page.set_default_timeout(4 * TIMEOUT)  # a GPU made of software
     segment(page, photo)
     assert overlay_is_drawn(page)
-    assert "Threads" in page.inner_text("#facts")
+    assert ("Threads" in page.inner_text("#facts")) == (backend == "wasm")
     for label in ("Overlay PNG", "Panoptic PNG", "Segments JSON"):
         with page.expect_download() as download:
             page.get_by_role("button", name=label).click()
