@@ -81,7 +81,7 @@ def tiny(word):
 
 def check_job(job, words):
     """Compose as the command line does, for every value of a sweep: a key or a choice that does not exist fails."""
-    words = [tiny(word) for word in words if word not in ("...", "-m", "--multirun")]
+    words = [tiny(word) for word in words if word not in ("...", "-m", "--multirun", "--help")]
     if "--cfg" in words:
         at = words.index("--cfg")
         assert words[at + 1] in ("job", "hydra", "all")
