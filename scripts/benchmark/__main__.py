@@ -1,9 +1,9 @@
 """Measures inference, a training step, data loading and kernels; see docs/benchmarks.md.
 
-    python -m scripts.benchmark inference|training|data|kernels|compare|runtimes|soak|efficiency|camvid [options]
+    python -m scripts.benchmark COMMAND [options]; --help lists the commands
 
-Prints tables in Markdown; with --output FOLDER they, and a picture of stages, are written too. Only efficiency and
-camvid need a data set, and efficiency a trained network. Exit code 0: done, 2: wrong usage.
+Prints tables in Markdown; with --output FOLDER they, and a picture of stages, are written too. Only efficiency,
+readout and camvid need a data set, and the first two a trained network. Exit code 0: done, 2: wrong usage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,19 @@ import torch
 from pem_lightning.files import write_file
 from pem_lightning.processes import stop_in_order
 from pem_lightning.types import UserError
-from scripts.benchmark import camvid, common, compare, data, efficiency, inference, kernels, runtimes, soak, training
+from scripts.benchmark import (
+    camvid,
+    common,
+    compare,
+    data,
+    efficiency,
+    inference,
+    kernels,
+    readout,
+    runtimes,
+    soak,
+    training,
+)
 
 COMMANDS = {
     "inference": inference,
@@ -33,6 +45,7 @@ COMMANDS = {
     "runtimes": runtimes,
     "soak": soak,
     "efficiency": efficiency,
+    "readout": readout,
     "camvid": camvid,
 }
 

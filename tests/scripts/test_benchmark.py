@@ -233,7 +233,9 @@ def test_it_starts_from_its_folder(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(ROOT / "scripts" / "benchmark"), run_name="__main__")
-    assert "{inference,training,data,kernels,compare,runtimes,soak,efficiency,camvid}" in capsys.readouterr().out
+    assert (
+        "{inference,training,data,kernels,compare,runtimes,soak,efficiency,readout,camvid}" in capsys.readouterr().out
+    )
 
 
 def test_a_missing_library_is_named_with_the_cure(monkeypatch):
