@@ -28,7 +28,7 @@ def test_a_linear_classifier_finds_what_is_linear(monkeypatch):
     features = 50 * torch.randn(4000, 6) + 10
     labels = (features @ torch.randn(6, 4)).argmax(1)
     classify = readout.fit_linear(features, labels, 4)
-    assert (classify(features.view(40, 100, 6)).argmax(-1).flatten() == labels).float().mean() > 0.95
+    assert (classify(features.view(40, 100, 6)).argmax(-1).flatten() == labels).float().mean() > 0.9
 
 
 @pytest.mark.slow
