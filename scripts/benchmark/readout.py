@@ -46,7 +46,6 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     Raises:
         UserError: the checkpoint is of another task, or cannot be used.
     """
-    options.device = "cpu"
     torch.manual_seed(0)
     how = [f"checkpoint={quote(options.checkpoint)}", f"dataset.root={quote(options.root)}", "dataset.num_workers=0"]
     overrides, checkpoint = take_over("evaluate", how)
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
             metrics[way].update(score.argmax(0)[None], truth[None])
     found = {way: metric.compute() for way, metric in metrics.items()}
     rows = [(way, *(f"{100 * iou:.1f}" for iou in (one.miou, *one.iou_per_class))) for way, one in found.items()]
-    title = common.describe(f"{checkpoint.path}, mIoU and IoU of {len(data.val_dataset)} validation images", options)
+    title = f"{checkpoint.path}: percent of {len(data.val_dataset)} validation images."
     return f"{title}\n\n{common.table(('', 'mIoU', *checkpoint.info.class_names), rows)}\n", {}
 
 
