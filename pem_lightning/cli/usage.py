@@ -30,7 +30,8 @@ def job_usage(job: str) -> str:
     }
     if job == "train":
         title = "the recipe (recipe.KEY=VALUE), with the paper's values for Cityscapes; others: conf/recipe/:"
-        parts[title] = [*_plain(_read("recipe/cityscapes")), "optimizer.lr: 7.0e-4"]
+        recipe = _read("recipe/cityscapes")
+        parts[title] = [*_plain(recipe), f"optimizer.lr: {OmegaConf.create(recipe).optimizer.lr}"]
     else:
         inference = re.search(r"^inference:\n((?: .*\n)+)", shared, re.MULTILINE)
         parts["how the network runs (inference.KEY=VALUE):"] = inference[1].splitlines() if inference else []

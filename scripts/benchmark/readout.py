@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from pem_lightning.checkpoints import load_network
@@ -78,20 +78,21 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     return f"{title}\n\n{common.table(('', 'mIoU', *checkpoint.info.class_names), rows)}\n", {}
 
 
-def mask_features(network: PEM, images: Float[Tensor, "1 3 H W"]) -> Float[Tensor, "C h w"]:
-    """What masks are a product of, at a quarter of the padded size."""
+def decode_pixels(network: PEM, image: UInt8[Tensor, "3 H W"]) -> tuple[Tensor, list[Tensor]]:
+    """What masks are a product of, [1, C, h, w] at a quarter of the padded size, and the decoder's levels."""
+    images = normalize(image)[None]
     (height, width), (full_height, full_width) = images.shape[2:], padded_size(*images.shape[2:])
     padded = F.pad(images, (0, full_width - width, 0, full_height - height))
-    features: Tensor = network.pixel_decoder(network.backbone(padded))[0][0]
-    return features
+    decoded: tuple[Tensor, list[Tensor]] = network.pixel_decoder(network.backbone(padded))
+    return decoded
 
 
 def predict(network: PEM, image: Tensor) -> tuple[Tensor, Float[Tensor, "Q K"], Float[Tensor, "Q H W"]]:
-    """Mask features, probabilities of classes without "no object", and of the pixels of masks."""
-    images = normalize(image)[None]
-    out = network(images)
+    """Mask features [C, h, w], probabilities of classes without "no object", and of the pixels of masks."""
+    features, levels = decode_pixels(network, image)
+    out = network.transformer_decoder(features, levels)
     masks = enlarge(out.mask_logits[0], image.shape[1:]).sigmoid()
-    return mask_features(network, images), out.class_logits[0].softmax(-1)[:, :-1], masks
+    return features[0], out.class_logits[0].softmax(-1)[:, :-1], masks
 
 
 def enlarge(maps: Float[Tensor, "N h w"], size: torch.Size) -> Float[Tensor, "N H W"]:
@@ -117,7 +118,7 @@ def sample_features(network: PEM, data: SegmentationDataModule, images: int, pix
     for index in torch.randperm(len(dataset))[:images].tolist():
         sample = dataset[index]
         truth = sample.class_map()
-        maps = enlarge(mask_features(network, normalize(sample.image)[None]), truth.shape)
+        maps = enlarge(decode_pixels(network, sample.image)[0][0], truth.shape)
         chosen = torch.randint(truth.numel(), (pixels,))
         chosen = chosen[truth.flatten()[chosen] != IGNORE_INDEX]
         features.append(maps.flatten(1)[:, chosen].T)
