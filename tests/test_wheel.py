@@ -125,7 +125,10 @@ def test_an_installed_package_does_every_job(pem):
     """Training in two processes, and with a config folder of one's own."""
     Path(pem.folder, "mine/trainer").mkdir(parents=True)
     Path(pem.folder, "mine/trainer/two.yaml").write_text("defaults: [cpu]\ndevices: 2\nstrategy: ddp\n")
-    pem("train", "--config-dir", "mine", *SMALL, "trainer=two")
+    done = pem("train", "--config-dir", "mine", *SMALL, "trainer=two")
+    said = done.stdout + done.stderr
+    assert "train longer pem train " in said and "predict      pem predict " in said
+    assert "python " not in said
     checkpoint = f"checkpoint={pem.folder}/run/checkpoints/last.ckpt"
     photo = next(Path(pem.folder, "drawn").rglob("*_leftImg8bit.png"))
     pem("predict", "checkpoint=camvid", f"input={photo}", "output=found")

@@ -166,7 +166,7 @@ def next_steps(trainer: Trainer, directory: Path, record: Any) -> list[tuple[str
         done = trainer.global_step >= trainer.max_steps > 0
         longer = [o for o, key in keys.items() if key == "recipe.max_steps"]
         steps = [f"recipe.max_steps={2 * trainer.max_steps}"] if done else longer
-        command = shlex.join(["python", "train.py", *own, *steps, f"resume={readable(last)}"])
+        command = shlex.join([*job_command("train").split(), *own, *steps, f"resume={readable(last)}"])
         lines.append(("train longer" if done else "go on", command))
     for path in [path for path, exists in ((best, best.exists()), (last, saved)) if exists][:1]:
         checkpoint = shlex.quote(f"checkpoint={readable(path)}")

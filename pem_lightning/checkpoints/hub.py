@@ -32,6 +32,7 @@ from pem_lightning.checkpoints.checkpoint import (
 )
 from pem_lightning.checkpoints.safe_load import read_content, safetensors_bytes
 from pem_lightning.files import write_file
+from pem_lightning.installation import job_command
 from pem_lightning.types import UserError
 
 CONFIG, CARD = "config.json", "README.md"
@@ -366,7 +367,7 @@ def _facts(checkpoint: Checkpoint, backbone: str) -> list[tuple[str, str]]:
 
 def _quality(dataset: str, metrics: Mapping[str, Any] | None) -> str:
     if metrics is None:
-        return "No numbers are stored with this network: `python evaluate.py checkpoint=this/folder` measures it."
+        return f"No numbers are stored with this network: `{job_command('evaluate')} checkpoint=this/folder` measures it."
     headline = [(_METRICS[key][1], _cell(metrics.get(f"val/{key}"))) for key in _METRICS if f"val/{key}" in metrics]
     rows = metrics["per_class"]
     columns = [key for key in (rows[0] if rows else {}) if key not in ("kind", "TP", "FP", "FN", "objects")]
@@ -392,7 +393,7 @@ def _training(checkpoint: Checkpoint, dataset: str) -> str:
         "seed": config.get("seed"),
     }
     table = _table(("", ""), [(key, value) for key, value in facts.items() if value is not None])
-    command = shlex.join(["python", "train.py", *checkpoint.overrides])
+    command = shlex.join([*job_command("train").split(), *checkpoint.overrides])
     return f"{table}\n\n```\n{command}\n```"
 
 
