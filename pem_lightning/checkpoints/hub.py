@@ -367,7 +367,9 @@ def _facts(checkpoint: Checkpoint, backbone: str) -> list[tuple[str, str]]:
 
 def _quality(dataset: str, metrics: Mapping[str, Any] | None) -> str:
     if metrics is None:
-        return f"No numbers are stored with this network: `{job_command('evaluate')} checkpoint=this/folder` measures it."
+        return (
+            f"No numbers are stored with this network: `{job_command('evaluate')} checkpoint=this/folder` measures it."
+        )
     headline = [(_METRICS[key][1], _cell(metrics.get(f"val/{key}"))) for key in _METRICS if f"val/{key}" in metrics]
     rows = metrics["per_class"]
     columns = [key for key in (rows[0] if rows else {}) if key not in ("kind", "TP", "FP", "FN", "objects")]

@@ -56,6 +56,7 @@ def build_pem(
     mask_channels: int = 256,
     csm: bool = True,
     deformable: bool = True,
+    mask_features: str = "pyramid",
     **decoder: Any,
 ) -> PEM:
     """Build PEM with random weights; the defaults are the paper's sizes.
@@ -66,7 +67,8 @@ def build_pem(
         num_queries: the largest number of segments of an image.
         backbone_norm: "batch" or "frozen", for a backbone given by name.
         kernel: of the deformable operators: "auto", "torch", "mmcv", for convolutions also "torchvision".
-        pixel_decoder: "pem", or "msdeform" for Mask2Former's; see `PixelDecoder` for `csm` and `deformable`.
+        pixel_decoder: "pem", or "msdeform" for Mask2Former's.
+        csm, deformable, mask_features: of PEM's pixel decoder, see `PixelDecoder`.
         decoder: further arguments of `TransformerDecoder`, such as `num_layers`.
 
     Raises:
@@ -78,9 +80,11 @@ def build_pem(
     if pixel_decoder == "msdeform":
         if not (csm and deformable):
             raise UserError("csm=false and deformable=false leave parts out of PEM's pixel decoder: msdeform has none")
+        if mask_features != "pyramid":
+            raise UserError(f"mask_features={mask_features} is of PEM's pixel decoder: msdeform has pyramid only")
         pixels: PixelDecoder | MSDeformPixelDecoder = MSDeformPixelDecoder(*sizes)
     elif pixel_decoder == "pem":
-        pixels = PixelDecoder(*sizes, csm=csm, deformable=deformable)
+        pixels = PixelDecoder(*sizes, csm=csm, deformable=deformable, mask_features=mask_features)
     else:
         raise UserError(f"pixel_decoder={pixel_decoder}: choose pem or msdeform")
     transformer_decoder = TransformerDecoder(

@@ -1,6 +1,7 @@
 """PEM's pixel decoder (section 3.3): a feature pyramid with context-based self-modulation (CSM) at every level.
 
-Every level but the finest passes a modulated deformable convolution before it is upsampled into the next.
+Every level but the finest passes a modulated deformable convolution before it is upsampled into the next. The finest
+makes the mask features; `LevelSum` is another way to them, which learns faster from few images.
 
 Legend: B batch, C channels, H W spatial.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.layers import ConvBNReLU
+from pem_lightning.types import UserError
 
 
 class ContextSelfModulation(nn.Module):
@@ -37,11 +39,14 @@ class ContextSelfModulation(nn.Module):
 
 
 class DeformableUpsampling(nn.Module):
-    """A deformable convolution (an ordinary one in an ablation), then a transposed one that doubles the size."""
+    """A deformable convolution (an ordinary one in an ablation), then a transposed one that doubles the size.
+
+    With `upsample=False` there is nothing to be upsampled into, and the aligned features are returned twice.
+    """
 
     fusable = (("deform", "deform_norm"), ("upsample", "upsample_norm"))
 
-    def __init__(self, channels: int, kernel: str = "auto", *, deformable: bool = True) -> None:
+    def __init__(self, channels: int, kernel: str = "auto", *, deformable: bool = True, upsample: bool = True) -> None:
         super().__init__()
         self.deform: nn.Module
         if deformable:
@@ -50,6 +55,10 @@ class DeformableUpsampling(nn.Module):
             self.deform = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(self.deform.weight, mode="fan_out", nonlinearity="relu")
         self.deform_norm = nn.BatchNorm2d(channels)
+        self.upsample: nn.Module = nn.Identity()
+        self.upsample_norm: nn.Module = nn.Identity()
+        if not upsample:
+            return
         self.upsample = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1, bias=False)
         self.upsample_norm = nn.BatchNorm2d(channels)
         # As in the authors' code, only the weights to the first output channel start as bilinear interpolation.
@@ -62,7 +71,31 @@ class DeformableUpsampling(nn.Module):
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C double_H double_W"]]:
         """Return the aligned features, and the same at twice the size."""
         x = F.relu(self.deform_norm(self.deform(x)), inplace=True)
+        if isinstance(self.upsample_norm, nn.Identity) and isinstance(self.upsample, nn.Identity):
+            return x, x
         return x, F.relu(self.upsample_norm(self.upsample(x)), inplace=True)
+
+
+class LevelSum(nn.Module):
+    """Mask features straight from the backbone: all its levels, projected, brought to the finest one's size and summed.
+
+    The concatenation of all levels and the projection of SegFormer's decoder (Xie et al., NeurIPS 2021), in one step.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)) for c in in_channels
+        )
+        for projection in self.projections:
+            nn.init.kaiming_normal_(projection[0].weight, nonlinearity="relu")
+
+    def forward(self, features: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B C H W"]:
+        """Sum the levels, the finest one first, and cut off what is negative."""
+        finest, *coarser = (project(x) for project, x in zip(self.projections, features, strict=True))
+        for level in coarser:
+            finest = finest + F.interpolate(level, finest.shape[-2:], mode="bilinear", align_corners=False)
+        return F.relu(finest, inplace=True)
 
 
 class PixelDecoder(nn.Module):
@@ -71,6 +104,10 @@ class PixelDecoder(nn.Module):
     Args:
         csm: False for the ablation without CSM; the coarsest level still gets the global context.
         deformable: False for the ablation with ordinary convolutions.
+        mask_features: "pyramid", of its finest level, as in the paper; or "levels", of the backbone's, see `LevelSum`.
+
+    Raises:
+        UserError: `mask_features` is neither.
     """
 
     def __init__(
@@ -82,15 +119,24 @@ class PixelDecoder(nn.Module):
         *,
         csm: bool = True,
         deformable: bool = True,
+        mask_features: str = "pyramid",
     ) -> None:
         super().__init__()
+        if mask_features not in ("pyramid", "levels"):
+            raise UserError(f"mask_features={mask_features}: choose pyramid or levels")
+        finest = mask_features == "pyramid"  # whether the pyramid reaches down to stride 4
+        of_pyramid = in_channels if finest else in_channels[1:]
         # All lists run from the coarsest level to the finest, the order of computation.
-        self.laterals = nn.ModuleList(ConvBNReLU(c, channels, 1) for c in reversed(in_channels))
+        self.laterals = nn.ModuleList(ConvBNReLU(c, channels, 1) for c in reversed(of_pyramid))
         self.global_context = ConvBNReLU(in_channels[-1], channels, 1)
-        self.csm = nn.ModuleList(ContextSelfModulation(channels) if csm else nn.Identity() for _ in in_channels)
-        of_levels = (DeformableUpsampling(channels, kernel, deformable=deformable) for _ in in_channels[1:])
-        self.upsampling = nn.ModuleList(of_levels)
-        self.mask_projection = ConvBNReLU(channels, mask_channels, 1)
+        self.csm = nn.ModuleList(ContextSelfModulation(channels) if csm else nn.Identity() for _ in of_pyramid)
+        self.upsampling = nn.ModuleList(
+            DeformableUpsampling(channels, kernel, deformable=deformable, upsample=finest or stride > 8)
+            for stride in (32, 16, 8)
+        )
+        self.mask_projection: nn.Module = (
+            ConvBNReLU(channels, mask_channels, 1) if finest else LevelSum(in_channels, mask_channels)
+        )
 
     def forward(
         self, features: list[Float[Tensor, "B _ _ _"]]
@@ -102,6 +148,8 @@ class PixelDecoder(nn.Module):
         for i, upsampling in enumerate(self.upsampling):
             level, context = upsampling(self._modulate(i, coarse_to_fine[i], context))
             levels.append(level)
+        if isinstance(self.mask_projection, LevelSum):
+            return self.mask_projection(features), levels
         return self.mask_projection(self._modulate(-1, coarse_to_fine[-1], context)), levels
 
     def _modulate(

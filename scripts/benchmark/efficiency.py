@@ -35,6 +35,7 @@ from pem_lightning.files import write_file
 from pem_lightning.inference.optimize import OptimizedNetwork, shorten
 from pem_lightning.models.flops import count_gmacs
 from pem_lightning.models.pem import PEM
+from pem_lightning.models.pixel_decoder import LevelSum
 from pem_lightning.preprocess import normalize
 from pem_lightning.types import Predictions, UserError
 from scripts.benchmark import common
@@ -127,9 +128,10 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, common.Times]]:
     whole = Variant(first.path)
     early = [Variant(first.path, decoder_layers=count) for count in range(layers - 1, -1, -1)]
     fewer = [Variant(first.path, num_queries=count) for count in queries]
-    coarse = Variant(first.path, mask_stride=8)
+    pyramid = not isinstance(first.network.pixel_decoder.mask_projection, LevelSum)
+    coarse = [Variant(first.path, mask_stride=8)] if pyramid else []
     others = [Variant(one.path) for one in study.checkpoints[1:]]
-    variants = [whole, *early, *fewer, coarse, *others]
+    variants = [whole, *early, *fewer, *coarse, *others]
     for variant in variants:
         study.find_quality(variant)
     variants += combine(study, whole, early, fewer, options.int8)

@@ -170,6 +170,8 @@ def test_masked_cross_attention_equals_multihead_attention(masked):
         ({"attention": "dot_product", "interaction": False}, r"attention=dot_product has no interaction to leave out"),
         ({"pixel_decoder": "unet"}, r"pixel_decoder=unet: choose pem or msdeform"),
         ({"pixel_decoder": "msdeform", "csm": False}, r"csm=false and deformable=false leave parts out of PEM's"),
+        ({"pixel_decoder": "msdeform", "mask_features": "levels"}, r"mask_features=levels is of PEM's pixel decoder"),
+        ({"mask_features": "level"}, r"mask_features=level: choose pyramid or levels"),
         ({"num_layers": 0}, r"num_layers=0: choose at least 1"),
         ({"num_queries": 0}, r"num_queries=0: choose at least 1"),
         ({"channels": 30}, r"channels=30: choose a multiple of 4 and of num_heads=8"),
@@ -183,7 +185,7 @@ def test_impossible_variants_are_refused(arguments, message):
         build_tiny(**arguments)
 
 
-@pytest.mark.parametrize("variant", ["no_masking", "no_prototype", "no_csm", "fpn"])
+@pytest.mark.parametrize("variant", ["no_masking", "no_prototype", "no_csm", "fpn", "mask_levels"])
 def test_the_reference_refuses_ablations(variant):
     with pytest.raises(UserError, match="an ablation of it"):
         predict(network_of(variant, layers=1).eval(), torch.zeros(1, 3, 32, 32))

@@ -18,7 +18,7 @@ from torch import Tensor
 from pem_lightning.models.deformable_conv import DeformableConv
 from pem_lightning.models.layers import sine_position_encoding
 from pem_lightning.models.pem import PEM, padded_size
-from pem_lightning.models.pixel_decoder import ContextSelfModulation
+from pem_lightning.models.pixel_decoder import ContextSelfModulation, LevelSum
 from pem_lightning.models.prototype_attention import PrototypeCrossAttention
 from pem_lightning.models.transformer_decoder import NUM_LEVELS
 from pem_lightning.types import Predictions, UserError
@@ -34,7 +34,7 @@ def predict(network: PEM, images: Float[Tensor, "B 3 H W"]) -> Predictions:
     attentions = {type(layer.cross_attention) for layer in decoder.layers}
     parts = {type(module) for module in network.pixel_decoder.modules()}
     whole = attentions == {PrototypeCrossAttention} and {ContextSelfModulation, DeformableConv} <= parts
-    if not (whole and decoder.masked):
+    if not (whole and decoder.masked) or LevelSum in parts:
         raise UserError("the reference is the authors' algorithm, and this network an ablation of it")
     height, width = images.shape[-2:]
     full_height, full_width = padded_size(height, width)
