@@ -93,8 +93,8 @@ class LevelSum(nn.Module):
     def forward(self, features: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B C H W"]:
         """Sum the levels, the finest one first, and cut off what is negative."""
         finest, *coarser = (project(x) for project, x in zip(self.projections, features, strict=True))
-        for level in coarser:
-            finest = finest + F.interpolate(level, finest.shape[-2:], mode="bilinear", align_corners=False)
+        for i, level in enumerate(coarser, 1):
+            finest = finest + F.interpolate(level, scale_factor=2.0**i, mode="bilinear", align_corners=False)
         return F.relu(finest, inplace=True)
 
 
