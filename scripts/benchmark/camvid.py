@@ -38,8 +38,9 @@ from scripts.benchmark import camvid_baselines, common
 from scripts.benchmark.common import TOTAL, Lap, Times, quartiles
 
 ROOT = Path(__file__).parents[2]
-PEM = "pem"
-NETWORKS = (PEM, *camvid_baselines.ARCHITECTURES)
+PEMS = {"pem": (), "pem_paper": ("network.mask_features=pyramid",)}
+"""PEM as CamVid's recipe has it, and the paper's, by what each overrides."""
+NETWORKS = (*PEMS, *camvid_baselines.ARCHITECTURES)
 PATHS = ("plain", "fast path")
 NO_PICTURES = tuple(f"callbacks.{name}=null" for name in ("panels", "confusion"))
 SAVED_STEPS = 10
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Times]]:
     folder, found = options.output, {}
     for number, network in enumerate(options.networks, 1):
         title = f"network {number} of {len(options.networks)}, {network}"
-        rates = dict.fromkeys(options.pem_lrs if network == PEM else options.lrs)
+        rates = dict.fromkeys(options.pem_lrs if network in PEMS else options.lrs)
         trials = {}
         for lr in rates if len(rates) > 1 else ():
             trial = plan(options, network, lr, options.trial_images, "trial")
@@ -121,7 +122,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("camvid needs --output FOLDER: there it goes on when it is started again")
     if min(options.images, options.trial_images) < options.batch:
         raise UserError(f"--images and --trial-images make no step of {options.batch}: raise them or lower --batch")
-    if any(network != PEM for network in options.networks):
+    if any(network not in PEMS for network in options.networks):
         camvid_baselines.import_library()
     experiment = camvid_baselines.compose_experiment(overrides(options, 1, 1.0))
     build_datamodule(experiment).setup("fit")
@@ -161,7 +162,8 @@ def plan(options: argparse.Namespace, network: str, lr: float, images: int, kind
     """A training with its folder."""
     folder = options.output.absolute() / f"{kind}_{network}_{lr:g}"
     steps = images // options.batch
-    return Run(network, lr, steps * options.batch, folder, overrides(options, steps, lr))
+    chosen = (*overrides(options, steps, lr), *PEMS.get(network, ()))
+    return Run(network, lr, steps * options.batch, folder, chosen)
 
 
 def stored(path: Path, compute: Callable[[], Results], title: str) -> Results:
@@ -174,7 +176,7 @@ def stored(path: Path, compute: Callable[[], Results], title: str) -> Results:
 
 def train(one: Run, options: argparse.Namespace) -> Results:
     """Train and validate in another process, from where it was interrupted; returns mIoU, IoU by class and minutes."""
-    if one.network != PEM:
+    if one.network not in PEMS:
         return run_baseline("train", one, one.overrides)
     log = ("logger=csv", f"trainer.log_every_n_steps={min(one.images // options.batch, 10)}")
     pictures = (*NO_PICTURES, "callbacks.curves=null", "callbacks.best=null")
@@ -185,7 +187,7 @@ def train(one: Run, options: argparse.Namespace) -> Results:
 def test(one: Run, options: argparse.Namespace) -> Results:
     """Evaluate a trained network on the test frames, in another process; returns mIoU and IoU by class."""
     chosen = overrides(options, one.images // options.batch, one.lr, split="test")
-    if one.network != PEM:
+    if one.network not in PEMS:
         return run_baseline("test", one, chosen)
     folder, checkpoint = one.folder / "test", one.folder / "checkpoints" / "last.ckpt"
     place = (f"checkpoint={checkpoint}", f"hydra.run.dir={folder}", "trainer=cpu")
@@ -288,7 +290,7 @@ def segment(network: nn.Module, to_map: Callable[[Any, Any], object], image: tor
 
 def load(one: Run) -> tuple[nn.Module, Callable[[Any, Any], object]]:
     """A trained network, and what makes a map of classes of its output."""
-    if one.network != PEM:
+    if one.network not in PEMS:
         return camvid_baselines.load_trained(one.network, one.folder, one.overrides), camvid_baselines.class_map
     checkpoint = read_checkpoint(one.folder / "checkpoints" / "last.ckpt")
     network = instantiate(checkpoint.config["network"], num_classes=checkpoint.info.num_classes)

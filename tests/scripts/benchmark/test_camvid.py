@@ -109,6 +109,18 @@ def experiment(root, *more, steps=4, split="val"):
     return camvid.overrides(options, steps, 1e-2, split)
 
 
+def test_the_papers_pem_is_a_network_beside_the_recipes():
+    options = argparse.Namespace(
+        root=Path("frames"), output=Path("out"), batch=4, workers=1, seed=0, overrides=["num_queries=9"]
+    )
+    plans = [camvid.plan(options, name, 1e-3, 8, "final") for name in ("pem", "pem_paper")]
+    networks = [dict(camvid_baselines.compose_experiment(one.overrides).network) for one in plans]
+    assert [network.pop("mask_features") for network in networks] == ["levels", "pyramid"]
+    assert networks[0] == networks[1]
+    assert networks[0]["num_queries"] == 9
+    assert plans[0].folder != plans[1].folder
+
+
 def arguments(root, *more):
     small = ("--images", "4", "--trial-images", "2", "--batch", "2", "--workers", "0", "--rounds", "1", "--warmup", "0")
     return ["camvid", "--root", str(root), "--output", str(root.parent / "out"), *small, *more, "--overrides", *TINY]
