@@ -84,11 +84,11 @@ class LevelSum(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
         super().__init__()
-        self.projections = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)) for c in in_channels
-        )
-        for projection in self.projections:
-            nn.init.kaiming_normal_(projection[0].weight, nonlinearity="relu")
+        self.projections = nn.ModuleList()
+        for channels in in_channels:
+            conv = nn.Conv2d(channels, out_channels, 1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            self.projections.append(nn.Sequential(conv, nn.BatchNorm2d(out_channels)))
 
     def forward(self, features: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B C H W"]:
         """Sum the levels, the finest one first, and cut off what is negative."""
