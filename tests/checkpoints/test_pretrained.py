@@ -35,6 +35,7 @@ from tests.checkpoint_files import (
     write_checkpoint,
     write_pickle,
 )
+from tests.models.randomize import build_tiny
 
 SMALL = {"channels": 16, "hidden_channels": 16, "mask_channels": 16, "pyramid_channels": 16}
 
@@ -388,6 +389,17 @@ class TestOfficial:
         assert "no counterpart for 1 keys: sem_seg_head.predictor.surprise" in record.getMessage()
         with pytest.raises(UserError, match="no checkpoint of the PEM authors"):
             from_official({"fc.weight": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_network"), [("pyramid", "levels"), ("levels", "pyramid"), ("levels", "levels")]
+)
+def test_losing_trained_masks_is_a_warning(tmp_path, caplog, of_file, of_network):
+    torch.save(build_tiny(num_layers=1, mask_features=of_file).state_dict(), tmp_path / "masks.pth")
+    with caplog.at_level(logging.WARNING, logger="pem_lightning.checkpoints.pretrained"):
+        show_report(load_weights(build_tiny(num_layers=1, mask_features=of_network), tmp_path / "masks.pth"))
+    said = f"these weights make masks by network.mask_features={of_file}: add that to keep what they learned"
+    assert [r.getMessage() for r in caplog.records] == ([] if of_file == of_network else [said])
 
 
 def test_the_log_gets_a_table_and_at_debug_every_name(caplog):
