@@ -135,9 +135,11 @@ def test_choices_that_other_choices_make():
     own = compose("train", "dataset=coco_panoptic")
     assert (own.backbone.name, own.weights) == ("efficientnet_lite0",) * 2
     assert (own.recipe.max_steps, own.recipe.global_batch_size, own.recipe.ema_decay) == (2000, 4, 0.98)
-    for dataset in ("coco_instances", "semantic_folder"):
+    for dataset, masks in (("coco_instances", "pyramid"), ("semantic_folder", "levels")):
         other = compose("train", f"dataset={dataset}")
-        assert (other.recipe, other.backbone) == (own.recipe, own.backbone)
+        assert (other.recipe, other.backbone) == ({**own.recipe, "mask_features": masks}, own.backbone)
+        assert other.network.mask_features == masks
+    assert compose("train", "dataset=camvid").network.mask_features == "levels"
     assert compose("train", "dataset=coco_panoptic", "recipe=ade20k_panoptic").recipe.max_steps == 160000
     camvid = compose("train", "dataset=camvid")
     assert (camvid.task.name, camvid.backbone.name, camvid.weights) == ("semantic", *["efficientnet_lite0"] * 2)

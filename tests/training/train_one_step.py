@@ -1,6 +1,6 @@
 """Train a small PEM for one step: python -m tests.training.train_one_step DEVICES FOLDER CASE...
 
-A case is MICRO_BATCHES-NORM, with the norm in "train" or "eval" mode, in float64, or MICRO_BATCHES-NORM-float32.
+A case is MICRO_BATCHES-NORM, with the norm in "train" or "eval" mode, in float64, or MICRO_BATCHES-NORM-float32-SEED.
 Gradients before clipping, losses and the weights after the step go to FOLDER/DEVICES-CASE.pt. The images of the step,
 and the points drawn for each, are always the same.
 """
@@ -112,9 +112,9 @@ class Watch(Callback):
 
 
 def train(devices: int, folder: Path, case: str) -> None:
-    micro_batches, norm, *precision = case.split("-")
-    dtype = torch.float32 if precision else torch.float64
-    torch.manual_seed(0)
+    micro_batches, norm, *single = case.split("-")
+    dtype = torch.float32 if single else torch.float64
+    torch.manual_seed(int(single[1]) if single else 0)
     sizes = {"channels": 64, "mask_channels": 64, "hidden_channels": 128, "pyramid_channels": 64}
     network = build_pem(TinyBackbone(), num_classes=19, num_queries=8, num_layers=2, **sizes).to(dtype)
     network.register_forward_pre_hook(lambda network, images: (images[0].to(dtype),))
