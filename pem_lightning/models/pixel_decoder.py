@@ -71,7 +71,7 @@ class DeformableUpsampling(nn.Module):
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C double_H double_W"]]:
         """Return the aligned features, and the same at twice the size."""
         x = F.relu(self.deform_norm(self.deform(x)), inplace=True)
-        if isinstance(self.upsample_norm, nn.Identity) and isinstance(self.upsample, nn.Identity):
+        if isinstance(self.upsample, nn.Identity):
             return x, x
         return x, F.relu(self.upsample_norm(self.upsample(x)), inplace=True)
 
