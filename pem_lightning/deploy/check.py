@@ -148,7 +148,8 @@ def empty_mask_biases(names: Iterable[str]) -> dict[str, float]:
     """
     names = list(names)
     last = max(name for name in names if "transformer_decoder.mask_head.layers." in name and name.endswith(".bias"))
-    features = (name for name in names if "pixel_decoder.mask_projection." in name and name.endswith(".bias"))
+    features = [name for name in names if "pixel_decoder.mask_projection." in name and name.endswith(".bias")]
+    assert features, "mask features without biases"
     return {last: -1e4, **dict.fromkeys(features, 1e4)}
 
 
