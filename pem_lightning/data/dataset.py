@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -49,7 +48,6 @@ class SegmentationDataset(Dataset[Sample], ABC):
     """
 
     common_files: tuple[Path, ...] = ()
-    image_ids: Mapping[str, Any] = MappingProxyType({})
     prediction_suffix = ""
 
     def __init__(
@@ -72,6 +70,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         self.info = info
         self.names = list(files)
         self._files = list(files.values())
+        self.image_ids: Mapping[str, Any] = {}
         self.problems = problems
         self.transform = transform
         self.on_error = on_error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,7 @@ def test_holds_the_same_samples(source, tmp_path, num_workers):
     sample.image.zero_()  # in memory only
     sample.panoptic.fill_(5)
     assert equal(cached[0], source[0])
+    assert equal(pickle.loads(pickle.dumps(cached))[3], source[3])  # as processes that are not forked get it
 
 
 def test_transform_and_error_policy_are_taken_over(source, tmp_path):
