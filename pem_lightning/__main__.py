@@ -66,8 +66,9 @@ def main() -> None:
 
 def run_tool(tool: Callable[[list[str] | None], int], arguments: list[str] | None = None) -> None:
     """Run a tool with these arguments, or the program's, and exit with its code; signals end it in order."""
-    from pem_lightning.processes import stop_in_order
+    from pem_lightning.processes import print_any_character, stop_in_order
 
+    print_any_character()
     with stop_in_order():
         sys.exit(tool(arguments))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +19,19 @@ from pem_lightning.shapes import Int32, UInt8
 
 log = logging.getLogger(__name__)
 
+_SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 MAX_ID = 256**3 - 1
 """Largest segment id that a COCO panoptic PNG can hold."""
+
+
+def is_system_file(path: Path) -> bool:
+    """Whether macOS or Windows put a file beside the user's: `._street.png` has the icon of street.png."""
+    return path.name.startswith("._") or path.name in _SYSTEM_FILES
+
+
+def same_on_disk(name: str) -> str:
+    """What two names of files have in common if the system's usual disks take them for one: without case, or not."""
+    return name.casefold() if sys.platform in ("darwin", "win32") else name
 
 
 def write_file(path: Path, content: bytes | str) -> Path:

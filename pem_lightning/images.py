@@ -20,6 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from pem_lightning.basic_types import UserError
+from pem_lightning.files import is_system_file
 from pem_lightning.shapes import UInt, UInt8
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def find_images(source: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) 
         candidates, where = [Path(match) for match in glob.glob(str(path), recursive=True)], f"pattern {path}"
     else:
         raise UserError(f"{path} does not exist: give an image, a folder of images or a pattern such as 'folder/*.png'")
-    found = sorted(p for p in candidates if p.suffix.lower() in suffixes and p.is_file())
+    found = sorted(p for p in candidates if p.suffix.lower() in suffixes and p.is_file() and not is_system_file(p))
     if not found:
         raise UserError(f"no images in {where}: expected files that end in {', '.join(sorted(suffixes))}")
     return found

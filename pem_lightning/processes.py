@@ -6,6 +6,7 @@ process's business: its workers do not hear these signals, and stay until it has
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
@@ -48,7 +49,8 @@ class WorkerLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         """Start the workers; they inherit the blocked signals, so that there is no moment in which one kills them."""
-        if self.num_workers and (self.multiprocessing_context or multiprocessing).get_start_method() != "fork":
+        method = (self.multiprocessing_context or multiprocessing).get_start_method() if self.num_workers else "fork"
+        if method != "fork" and hasattr(signal, "pthread_sigmask"):  # Windows has no such process
             resource_tracker.ensure_running()  # which would unblock them, if it was started with the first worker
         before = _block()
         try:
@@ -68,18 +70,23 @@ def start_worker(worker_id: int = 0) -> None:
     if _block() is None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
-    if parent is not None and parent.pid is not None:
-        _start_thread(_end_with, parent.pid)
+    if parent is not None:
+        _start_thread(_end_with, parent)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the parent has ended, or terminates it: a worker that hangs must not keep the parent."""
-    while os.getppid() == parent:
+def _end_with(parent: Any) -> None:
+    """End this process when the parent has ended, or terminates it: a worker that hangs must not keep the parent.
+
+    What `is_alive` looks at is open in forked siblings, too; the system's number of the parent stays as it was on
+    Windows, and is another process's with "forkserver".
+    """
+    by_number = sys.platform != "win32" and os.getppid() == parent.pid
+    while os.getppid() == parent.pid if by_number else parent.is_alive():
         if not hasattr(signal, "sigtimedwait"):  # macOS
             time.sleep(_POLL_SECONDS)
             continue
         heard = signal.sigtimedwait(GROUP_SIGNALS, _POLL_SECONDS)
-        if heard is not None and heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
+        if heard is not None and heard.si_signo == signal.SIGTERM and heard.si_pid == parent.pid:
             break
     os._exit(0)
 
@@ -128,6 +135,12 @@ def stop_in_order() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def print_any_character() -> None:
+    """Let this process print what its console, or the file in its place, cannot hold: as an escape, not as an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's are
+
+
 class StopJobs:
     """Notes signals in a process that waits: for its jobs in other processes, which save and stop, or for a next job.
 
@@ -159,8 +172,9 @@ class StopJobs:
             self.received = number
             if parent_process() is None:
                 os.write(2, f"\n{signal.Signals(number).name}: the jobs save and stop\n".encode())
-            for job in active_children():  # which may not have got it; SIGTERM is safe to get twice
-                job.terminate()
+            if sys.platform != "win32":  # where it would kill them, and the console has told them
+                for job in active_children():  # which may not have got it; SIGTERM is safe to get twice
+                    job.terminate()
 
 
 def _install(handler: Any) -> dict[int, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,11 +19,15 @@ def main() -> int:
         looked = " or ".join(map(str, folders))
         print(f"error: no runs in {looked}: start one with python train.py (not with logger=csv)", file=sys.stderr)
         return 2
-    # Its names must not begin with a slash.
-    logdir = ",".join(f"{str(folder).strip('./') or folder.resolve().name}:{folder}" for folder in folders)
+    # Its names must not begin with a slash, nor have the colon of a drive.
+    names = [folder.as_posix().split(":")[-1].strip("./") or folder.resolve().name for folder in folders]
+    logdir = ",".join(f"{name}:{folder}" for name, folder in zip(names, folders, strict=True))
     command = ["tensorboard.main", "--logdir_spec", logdir, "--reload_interval", "5", "--window_title", "PEM-Lightning"]
     port = [] if arguments.port is None else ["--port", arguments.port]
-    os.execv(sys.executable, [sys.executable, "-m", *command, *port])
+    arguments = [sys.executable, "-m", *command, *port]
+    if sys.platform == "win32":  # where execv quotes nothing and leaves the console
+        return subprocess.call(arguments)
+    os.execv(sys.executable, arguments)
 
 
 if __name__ == "__main__":

@@ -180,6 +180,9 @@ def run(part: Part, found: dict[str, Any], output: Path, save: Callable[[], None
 
 def kill(process: subprocess.Popen[str]) -> None:
     """End a part and the processes that it started."""
+    if not hasattr(os, "killpg"):  # Windows
+        process.kill()
+        return
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

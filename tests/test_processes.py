@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import resource_tracker
 
 import pytest
 
@@ -13,7 +14,7 @@ from pem_lightning.processes import GROUP_SIGNALS, Interrupted, WorkerLoader, st
 from tests.jobs import ROOT, exit_code, in_group
 from tests.training.killing import signal_group
 
-START_METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
+START_METHODS = ["fork", *(pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver"))]
 
 
 def signal_once(item):
@@ -83,6 +84,23 @@ def test_a_parent_can_terminate_a_worker_that_hangs():
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
+
+
+@pytest.mark.slow
+def test_a_system_that_cannot_block_signals(monkeypatch):
+    """As Windows, which has no process for what is shared either."""
+    resource_tracker.ensure_running()
+    monkeypatch.setattr(resource_tracker, "ensure_running", None)
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    loader = WorkerLoader(range(3), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert list(loader) == [0, 1, 2]
+
+
+def test_characters_that_the_output_cannot_hold():
+    code = "from pem_lightning.processes import print_any_character as p; p(); print('路 é')"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode("cp1252").strip() == r"\u8def é"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -339,6 +340,6 @@ def find_port(host: Any, port: Any) -> int:
     except PermissionError as error:
         raise UserError(f"port={port} needs an administrator's rights: choose one above 1023") from error
     except OSError as error:
-        if isinstance(error, socket.gaierror) or "assign" in str(error):
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             raise UserError(f"host={host} is no address of this machine: choose 127.0.0.1 or 0.0.0.0") from error
         raise UserError(f"port={port} is taken: choose another, e.g. port={port % 65535 + 1}, or 0 for any") from error

@@ -7,7 +7,6 @@ import html
 import logging
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
@@ -343,7 +342,8 @@ def serve(segmenter: Segmenter, host: str, port: int, folder: Path) -> None:
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"the page is at http://{shown}:{port}; Ctrl-C ends it", flush=True)
-        threading.Event().wait()
+        while not segmenter.stopped.wait(0.5):  # without a limit, Ctrl-C would not end it on Windows
+            pass
     finally:
         segmenter.stopped.set()
         page.close(verbose=False)

@@ -66,6 +66,8 @@ def build_trainer(cfg: DictConfig) -> Trainer:
             raise UserError(f"trainer.{key} would change the recipe behind its back: set recipe.{instead} instead")
     settings: dict[str, Any] = {}
     has_gpu = torch.cuda.is_available()
+    if cfg.trainer.accelerator == "auto" and not has_gpu:  # Lightning would take Apple's GPU, which has no float64
+        settings["accelerator"] = "cpu"
     on_gpu = has_gpu and cfg.trainer.accelerator != "cpu"
     if cfg.trainer.accelerator in ("gpu", "cuda") and not has_gpu:
         raise UserError("trainer.accelerator=gpu, but torch finds no GPU here: choose trainer=cpu or trainer=auto")
@@ -255,7 +257,7 @@ def build_export(cfg: DictConfig, checkpoint: Path) -> tuple[ExportOptions, Path
     suffix = SUFFIXES[options.format]
     if given is None:
         return options, checkpoint.with_suffix(suffix)
-    if given.is_dir() or str(cfg.output).endswith("/"):
+    if given.is_dir() or str(cfg.output).endswith(("/", os.sep)):
         return options, given / f"{checkpoint.stem}{suffix}"
     if by_name == options.format:
         return options, given

@@ -113,7 +113,7 @@ def train(cfg: DictConfig, checkpoint: Checkpoint | None = None) -> float:
         with _in_all_processes(trainer):
             trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
     except Interrupted as stop:
-        if stop.signal == signal.SIGUSR1 and trainer.is_global_zero:
+        if stop.signal == getattr(signal, "SIGUSR1", None) and trainer.is_global_zero:
             log.warning("%s", requeue())
         raise
     if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):

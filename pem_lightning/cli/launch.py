@@ -37,7 +37,7 @@ from pem_lightning.cli.usage import job_usage
 from pem_lightning.files import check_writable, write_file
 from pem_lightning.inference.sources import find_sources
 from pem_lightning.installation import CONF, PACKAGE
-from pem_lightning.processes import Interrupted, StopJobs, stop_in_order, when_orphaned
+from pem_lightning.processes import Interrupted, StopJobs, print_any_character, stop_in_order, when_orphaned
 from pem_lightning.types import UserError
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def main(job: str, arguments: Sequence[str] | None = None) -> None:
 
     A user's mistake ends in one line and exit code 2, a sweep with a failed job in exit code 1, a signal in 128 + it.
     """
+    print_any_character()
     with stop_in_order():
         try:
             _main(job, sys.argv[1:] if arguments is None else list(arguments))

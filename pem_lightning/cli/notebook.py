@@ -234,7 +234,7 @@ def _log_into(config: Any) -> Iterator[None]:
     """Log into the run's file, and on the console where the caller has no logging."""
     root, package = logging.getLogger(), logging.getLogger("pem_lightning")
     file = Path(config.runtime.output_dir) / f"{config.job.name}.log"
-    handlers: list[logging.Handler] = [logging.FileHandler(file)]
+    handlers: list[logging.Handler] = [logging.FileHandler(file, encoding="utf-8")]
     if not root.handlers:
         handlers.append(logging.StreamHandler(sys.stdout))
     levels = {package: min(package.getEffectiveLevel(), logging.INFO)}

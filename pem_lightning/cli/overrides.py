@@ -77,7 +77,8 @@ def _is_syntax(name: str, value: str, parsed: Override, sweep: bool) -> bool:
         return name == "input"
     if isinstance(meaning, bool):
         return name == "pretrained"
-    escaped = value.startswith(("'", '"')) or "\\" in value or "${" in value
+    # On Windows a backslash is part of a path.
+    escaped = value.startswith(("'", '"')) or (os.sep != "\\" and "\\" in value) or "${" in value
     return meaning is None or (isinstance(meaning, str) and escaped)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Int32, UInt8
 from rich.progress import track
 from torch.utils.data import Dataset
 
+from pem_lightning.files import is_system_file
 from pem_lightning.images import exif_orientation as exif_orientation  # every data set needs these
 from pem_lightning.images import read_map as read_map
 from pem_lightning.images import read_pair as read_pair
@@ -123,7 +124,8 @@ def first_problem(problems: Sequence[str]) -> str:
 
 def find_files(folder: Path, suffix: str, hint: str, subfolders: str = "") -> dict[str, Path]:
     """All files of a kind by name without the suffix, or `UserError`; `subfolders` is a pattern such as "*/"."""
-    files = {path.name.removesuffix(suffix): path for path in folder.glob(f"{subfolders}*{suffix}")}
+    found = (path for path in folder.glob(f"{subfolders}*{suffix}") if not is_system_file(path))
+    files = {path.name.removesuffix(suffix): path for path in found}
     if not files:
         problem = "has no files" if folder.is_dir() else "does not exist; expected are files"
         raise UserError(f"{folder} {problem} {subfolders}*{suffix}: {hint}")

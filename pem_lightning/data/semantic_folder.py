@@ -20,6 +20,7 @@ from pem_lightning.data.dataset import (
     read_pair,
 )
 from pem_lightning.data.transforms import square_transforms
+from pem_lightning.files import is_system_file
 from pem_lightning.types import IGNORE_INDEX, VOID_ID, DatasetInfo, Sample, Segment, Task, UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -137,7 +138,8 @@ def _find(folder: Path, suffixes: frozenset[str], hint: str) -> tuple[dict[str, 
         raise UserError(f"{folder} does not exist: {hint}")
     files: dict[str, Path] = {}
     problems = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file()):
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file() and not is_system_file(p))
+    for path in sorted(found):
         name = "_".join(path.relative_to(folder).with_suffix("").parts)
         if name in files:
             problems.append(f"{path} has the same name as {files[name]}: rename one of them")

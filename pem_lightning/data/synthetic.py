@@ -19,6 +19,7 @@ from pem_lightning.data.cityscapes import CITYSCAPES, CityscapesDataModule
 from pem_lightning.data.dataset import SampleTransform
 from pem_lightning.data.street_scene import draw_street
 from pem_lightning.data.transforms import EvalTransform, TrainTransform
+from pem_lightning.files import is_system_file
 from pem_lightning.types import UserError
 
 GENERATOR_VERSION = 2
@@ -98,7 +99,7 @@ def _is_complete(root: Path, manifest: dict[str, Any]) -> bool:
 def _is_replaceable(root: Path) -> bool:
     """Whether the folder holds nothing that the generator did not write; real data must never be replaced."""
     return (root.is_dir() or not root.exists()) and all(
-        path.is_dir() or path.name.startswith(f"{_CITY}_") for path in root.rglob("*")
+        path.is_dir() or path.name.startswith(f"{_CITY}_") or is_system_file(path) for path in root.rglob("*")
     )
 
 

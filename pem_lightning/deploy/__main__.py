@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pem_lightning.basic_types import UserError
+from pem_lightning.files import same_on_disk
 
 SAVE = ("all", "masks", "overlays")
 
@@ -87,7 +88,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _check_names(files: Sequence[Path], output: Path) -> None:
     """No result may overwrite another one, or the input."""
-    name, times = Counter(path.stem for path in files).most_common(1)[0]
+    name, times = Counter(same_on_disk(path.stem) for path in files).most_common(1)[0]
     if times > 1:
         raise UserError(f"{times} files are named {name}, so their results would overwrite one another: rename them")
     for path in files:

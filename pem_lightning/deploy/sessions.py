@@ -125,7 +125,7 @@ class ONNXSession(Session):
         cuda = "CUDAExecutionProvider"
         if device not in (None, "cpu") and cuda not in available:
             raise UserError(f"ONNX Runtime has no device={device} here: say device=cpu, or install onnxruntime-gpu")
-        providers: list[Any] = [p for p in available if p.startswith(("CUDA", "CPU", "CoreML"))]
+        providers: list[Any] = [p for p in available if p in (cuda, "CPUExecutionProvider")]
         if device is not None:
             number = {"device_id": int(device.partition(":")[2] or 0)}
             providers = ["CPUExecutionProvider"] if device == "cpu" else [(cuda, number), "CPUExecutionProvider"]

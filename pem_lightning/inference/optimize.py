@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, cast, get_args
@@ -36,7 +37,8 @@ def check_compile(key: str, mode: str | None) -> None:
         return
     if mode not in get_args(CompileMode):
         raise UserError(f"{key}={mode}: choose null, {', '.join(get_args(CompileMode))}")
-    if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
+    compilers = ("cl",) if sys.platform == "win32" else (os.environ.get("CXX", "g++"), "clang++")
+    if not any(map(shutil.which, compilers)):
         raise UserError(f"{key} needs a C++ compiler: install g++, or use {key}=null")
 
 

@@ -201,7 +201,8 @@ class Predictor:
             images = [self._resized(photo.image) for photo in photos]
             results = [r.cpu() for r in self.tiled(self.model, images, (height, width), device=self.device)]
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            texts = ("allocate memory", "enough memory", "out of memory")  # on Linux; on Windows; on Apple's GPU
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts):
                 what = "an image" if len(photos) == 1 else f"a batch of {len(photos)} images"
                 raise UserError(
                     f"{what} of {width} x {height} pixels needs more memory than {self.device} has: "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from pem_lightning.files import same_on_disk
 from pem_lightning.inference.exchange import ExchangeFiles
 from pem_lightning.inference.predictor import Photo, Predictor, read_photo
 from pem_lightning.inference.results import SegmentedImage, write_results
@@ -95,12 +96,14 @@ def check_options(save: str | None, **numbers: int | None) -> None:
 def check_names(files: Sequence[Path], videos: Sequence[str], output: Path, source: object) -> None:
     """No result may overwrite another one, or the input."""
     for names in ([path.stem for path in files], [_video_name(video) for video in videos]):
-        name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+        name, times = Counter(map(same_on_disk, names)).most_common(1)[0] if names else ("", 0)
         if times > 1:
             raise UserError(
                 f"input={source} has {times} files named {name}, whose results would overwrite one another: rename them"
             )
-    overwritten = [v for v in videos if Path(v).resolve() == (output / f"{_video_name(v)}.mp4").resolve()]
+    targets = {video: output / f"{_video_name(video)}.mp4" for video in videos}
+    # Not by comparing names: on a Mac's disk X.MP4 is x.mp4.
+    overwritten = [v for v, t in targets.items() if t.exists() and Path(v).exists() and t.samefile(v)]
     overwritten += [str(path) for path in files if path.resolve().parent == (output / "panoptic").resolve()]
     if overwritten:
         raise UserError(f"the result would overwrite {overwritten[0]} itself: choose another output folder")

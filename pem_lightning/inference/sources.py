@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -195,12 +196,15 @@ class _FFmpegEncoder:
         rate, sides = Fraction(fps).limit_denominator(1001), f"{size[0]}x{size[1]}"
         read = ("-f", "rawvideo", "-pix_fmt", "bgr24", "-video_size", sides, "-framerate", str(rate), "-i", "pipe:")
         encode = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-pix_fmt", "yuv420p")
+        alone: Any = {"start_new_session": True}  # Ctrl-C must not end it before the last frame
+        if sys.platform == "win32":
+            alone = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         self._process: Any = subprocess.Popen(
             ["ffmpeg", "-v", "quiet", "-y", *read, *encode, "-movflags", "+faststart", f"file:{path}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C must not end it before the last frame
+            **alone,
         )
 
     def write(self, image: Frame) -> None:
@@ -304,10 +308,13 @@ class VideoWriter:
         with _silent_opencv():  # OpenCV does not say when the disk is full
             whole = cv2.VideoCapture(str(self._temporary), cv2.CAP_FFMPEG).isOpened()
         if whole:
-            self._temporary.replace(self.path)
-            return
+            with suppress(PermissionError):  # on Windows, if a player has the old one open
+                self._temporary.replace(self.path)
+                return
         self._temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {self.path}: make room or choose another output folder") from error
+        raise UserError(
+            f"cannot write {self.path}: make room, close what has it open, or choose another output folder"
+        ) from error
 
 
 @contextmanager

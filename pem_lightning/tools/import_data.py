@@ -32,6 +32,7 @@ from pycocotools import mask as coco_mask
 
 from pem_lightning.data.coco_instances import BACKGROUND
 from pem_lightning.data.semantic_folder import IMAGE_SUFFIXES
+from pem_lightning.files import is_system_file
 from pem_lightning.installation import install_command, job_command, tool_command
 from pem_lightning.types import IGNORE_INDEX, UserError
 
@@ -96,11 +97,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing of the user's is in a folder."""
+    return all(map(is_system_file, folder.iterdir()))
+
+
 def import_data(kind: str, source: Path, destination: Path, *, semantic: bool, val_share: float) -> None:
     """Read a data set of another format and write it as ours, all of it or nothing."""
     if not source.is_dir():
         raise UserError(f"{source} is no folder: give the one that the annotation tool exported")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if destination.exists() and (not destination.is_dir() or not _is_empty(destination)):
         raise UserError(f"{destination} exists and is not empty: give a new folder")
     if not 0 < val_share < 1:
         raise UserError(f"--val {val_share} is no share: give a number between 0 and 1")
@@ -115,7 +121,11 @@ def import_data(kind: str, source: Path, destination: Path, *, semantic: bool, v
         temporary.chmod(0o755)  # mkdtemp lets nobody else in
         for split, part in parts.items():
             (write_semantic if semantic else write_coco)(temporary, split, part, imported.classes)
-        temporary.replace(destination)  # an empty folder may be replaced
+        if destination.exists():  # and empty; Windows replaces no folder
+            for path in filter(is_system_file, list(destination.iterdir())):
+                path.unlink()
+            destination.rmdir()
+        temporary.replace(destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for what, times in imported.left_out.items():
@@ -279,7 +289,7 @@ def yolo_images(source: Path, base: str, value: str) -> tuple[Path, list[Path]]:
     if path is None:
         raise UserError(f"{source / 'data.yaml'} names {value}, which does not exist: correct the path")
     if path.is_dir():
-        return path, sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        return path, sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not is_system_file(p))
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     images = [
         next((c for c in (path.parent / line, path.parent / base / line) if c.exists()), path.parent / line)
@@ -327,7 +337,7 @@ def read_labelme(source: Path) -> Imported:
     """Classes in alphabetical order. A subfolder such as train/ or val/ is the part that its images belong to."""
     left_out: Counter[str] = Counter()
     items = []
-    for path in sorted(source.rglob("*.json")):
+    for path in sorted(p for p in source.rglob("*.json") if not is_system_file(p)):
         try:
             content = json.loads(path.read_bytes())
             entries, file_name = content["shapes"], PureWindowsPath(content["imagePath"])

@@ -9,6 +9,7 @@ import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning import Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -80,6 +81,14 @@ def test_every_experiment_instantiates(dataset, task, tmp_path):
         other = compose(job, f"dataset={dataset}", f"task={task}", "backbone=resnet18", "decoder_layers=1")
         assert other.network == cfg.network
         assert "weights" not in other
+
+
+def test_without_cuda_the_cpu_is_taken_and_not_apples_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cfg = compose("train", "logger=none", "callbacks=none")
+    cfg.output_dir = str(tmp_path)
+    assert build_trainer(cfg).strategy.root_device.type == "cpu"
 
 
 @pytest.mark.parametrize("logger", choices("logger"))

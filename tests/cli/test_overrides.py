@@ -110,6 +110,12 @@ def test_syntax_counts_where_no_file_has_the_name(value, meaning):
     assert read(override) == meaning
 
 
+def test_on_windows_a_backslash_is_part_of_a_path(monkeypatch):
+    monkeypatch.setattr("os.sep", "\\")
+    (override,) = literal_paths([r"output=\\server\share\new"])
+    assert read(override) == r"\\server\share\new"
+
+
 @pytest.mark.parametrize(
     ("value", "swept"),
     [

@@ -204,7 +204,7 @@ def test_memory_of_a_worker_stays_flat(root, tmp_path, cached):
     transform = Resident(TrainTransform((256, 256), [256, 300, 400], None))
     cache = tmp_path / "cache" if cached else None
     loader = make_data(root, num_workers=1, eval_transform=transform, cache=cache).val_dataloader()
-    loader.multiprocessing_context = "spawn"  # a forked worker copies pages of the tests that ran before, little by little
+    loader.multiprocessing_context = "spawn"  # a forked worker copies pages of earlier tests, little by little
     epochs = [max(float(sample.name) for batch in loader for sample in batch.samples) for _ in range(24)]
     assert max(epochs[12:]) < max(epochs[4:12]) + 4
 

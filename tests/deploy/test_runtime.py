@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,26 @@ def photo():
     """Soft spots of red, green and blue."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     return np.asarray(Image.fromarray(noise).resize((128, 64), Image.Resampling.BICUBIC))
+
+
+def test_onnx_runs_on_a_gpu_of_nvidia_or_the_cpu(path):
+    """CoreML, which ONNX Runtime takes by itself on a Mac, computes in float16."""
+    opened = []
+
+    def make_session(*arguments, providers):
+        opened.append(providers)
+        return SimpleNamespace(
+            get_providers=lambda: providers, get_modelmeta=lambda: SimpleNamespace(custom_metadata_map={})
+        )
+
+    library = SimpleNamespace(SessionOptions=SimpleNamespace, InferenceSession=make_session)
+    session = ONNXSession.__new__(ONNXSession)
+    session.path = path
+    for available in (["CoreML", "CPU"], ["CUDA", "CPU"]):
+        library.get_available_providers = lambda names=available: [f"{name}ExecutionProvider" for name in names]
+        session._open(library, None, None, None)
+    assert opened == [["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]]
+    assert session.device == "cuda"
 
 
 class Network(nn.Module):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pem_lightning.inference import segment_files as module
-from pem_lightning.inference.segment_files import segment_files, stop_on_interrupt
+from pem_lightning.inference.segment_files import check_names, segment_files, stop_on_interrupt
 from pem_lightning.inference.sources import VideoReader
 from pem_lightning.types import UserError
 from tests.inference.toy import Stripes, predictor
@@ -268,3 +268,17 @@ def test_mistakes_are_said_in_one_line_and_nothing_is_lost(tmp_path, monkeypatch
     assert "\n" not in str(error.value)
     assert (tmp_path / "clip.mp4").read_bytes() == content
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_does_not_tell_cases_apart(tmp_path, monkeypatch):
+    """As a Mac's: X.MP4 is x.mp4 there, here two names of one file."""
+    video = write_video(tmp_path / "x.mp4").rename(tmp_path / "x.MP4")
+    (tmp_path / "x.mp4").hardlink_to(video)
+    with pytest.raises(UserError, match=r"would overwrite .*x\.MP4 itself"):
+        segment_files(cars(), video, output=tmp_path)
+    (tmp_path / "in").mkdir()
+    for name in ("Photo.png", "photo.jpg"):
+        write_image(tmp_path / "in" / name)
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(UserError, match="2 files named photo, whose results would overwrite one another"):
+        check_names([*(tmp_path / "in").iterdir()], [], tmp_path / "out", "in")

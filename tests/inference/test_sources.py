@@ -23,7 +23,7 @@ from pem_lightning.types import UserError
 class TestFindImages:
     @pytest.fixture
     def folder(self, tmp_path):
-        for name in ("b.png", "a.JPG", "notes.txt", "x[1].tif", "sub/c.png"):
+        for name in ("b.png", "._b.png", "a.JPG", "notes.txt", "x[1].tif", "sub/c.png"):  # ._b.png is macOS's own
             path = tmp_path / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"")
@@ -332,7 +332,7 @@ def codec_of(path):
 
 
 class Camera:
-    """Stands in for OpenCV's capture: frames that tell their number, at a speed of its own and when `gate` lets them."""
+    """Stands in for OpenCV's capture: frames that tell their number, at a speed of its own and as `gate` lets them."""
 
     def __init__(self, fps, count=10**6, fails_at=None, gate=None):
         self.start, self.fps, self.count, self.fails_at, self.gate = time.monotonic(), fps, count, fails_at, gate

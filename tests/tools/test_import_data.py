@@ -299,8 +299,9 @@ def test_the_destination(tmp_path, capsys):
     (tmp_path / "out" / "precious.txt").write_text("mine")
     assert main(["yolo-seg", str(tmp_path / "yolo"), str(tmp_path / "out")]) == 2
     assert "exists and is not empty: give a new folder" in capsys.readouterr().err
-    (tmp_path / "out" / "precious.txt").unlink()
+    (tmp_path / "out" / "precious.txt").rename(tmp_path / "out" / ".DS_Store")  # which macOS puts into every folder
     assert main(["yolo-seg", str(tmp_path / "yolo"), str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / ".DS_Store").exists()
     assert main(["yolo-seg", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2
 
 
