@@ -24,10 +24,10 @@ def main() -> int:
     logdir = ",".join(f"{name}:{folder}" for name, folder in zip(names, folders, strict=True))
     command = ["tensorboard.main", "--logdir_spec", logdir, "--reload_interval", "5", "--window_title", "PEM-Lightning"]
     port = [] if arguments.port is None else ["--port", arguments.port]
-    arguments = [sys.executable, "-m", *command, *port]
+    program = [sys.executable, "-m", *command, *port]
     if sys.platform == "win32":  # where execv quotes nothing and leaves the console
-        return subprocess.call(arguments)
-    os.execv(sys.executable, arguments)
+        return subprocess.call(program)
+    os.execv(sys.executable, program)
 
 
 if __name__ == "__main__":

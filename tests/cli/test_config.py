@@ -144,9 +144,10 @@ def test_choices_that_other_choices_make():
     own = compose("train", "dataset=coco_panoptic")
     assert (own.backbone.name, own.weights) == ("efficientnet_lite0",) * 2
     assert (own.recipe.max_steps, own.recipe.global_batch_size, own.recipe.ema_decay) == (2000, 4, 0.98)
-    for dataset, masks in (("coco_instances", "pyramid"), ("semantic_folder", "levels")):
+    for dataset, masks, lr in (("coco_instances", "pyramid", 5e-4), ("semantic_folder", "levels", 1.5e-3)):
         other = compose("train", f"dataset={dataset}")
-        assert (other.recipe, other.backbone) == ({**own.recipe, "mask_features": masks}, own.backbone)
+        rates = {part: {**own.recipe[part], "lr": lr} for part in ("optimizer", "parameter_groups")}
+        assert (other.recipe, other.backbone) == ({**own.recipe, **rates, "mask_features": masks}, own.backbone)
         assert other.network.mask_features == masks
     assert compose("train", "dataset=camvid").network.mask_features == "levels"
     assert compose("train", "dataset=coco_panoptic", "recipe=ade20k_panoptic").recipe.max_steps == 160000
