@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ def combine(
     found = [] if both in (layers, queries, whole) else [both]
     if int8:
         bases = dict.fromkeys((whole, layers, both))
-        found += [whole._replace(runtime=OPENVINO), *(base._replace(runtime=INT8) for base in bases)]
+        found += [base._replace(runtime=runtime) for runtime in (OPENVINO, INT8) for base in bases]
     return found
 
 
@@ -241,7 +241,7 @@ class Study:
         trained = self.trained(variant)
         arguments, kept = dict(trained.checkpoint.config["network"]), None
         if variant.num_queries is not None:
-            arguments["num_queries"], kept = variant.num_queries, self.ranked(trained)[: variant.num_queries]
+            arguments["num_queries"], kept = variant.num_queries, self.ranked(variant)[: variant.num_queries]
         network: Any = shorten(copy.deepcopy(trained.network), variant.decoder_layers, kept)
         network = CoarseMasks(network) if variant.mask_stride == 8 else network
         if (variant.decoder_layers, variant.mask_stride) != (None, 4):
@@ -257,18 +257,20 @@ class Study:
         torch.save({"global_step": trained.checkpoint.step, "state_dict": state, CHECKPOINT_KEY: ours}, content)
         write_file(path, content.getvalue())
 
-    def ranked(self, trained: Trained) -> list[int]:
-        """Queries by what they contribute, the most useful first; kept in efficiency.json."""
-        row = self.row(Variant(trained.path))
+    def ranked(self, variant: Variant) -> list[int]:
+        """Queries by what they contribute with as many layers, the most useful first; kept in efficiency.json."""
+        trained, base = self.trained(variant), Variant(variant.checkpoint, variant.decoder_layers)
+        row = self.row(base)
         if "ranking" not in row:
-            common.say(f"ranking the queries of {trained.path.name}")
+            common.say(f"ranking the queries of {base.name}")
             overrides = [
                 f"checkpoint={quote(trained.path)}",
                 f"dataset.root={quote(self.root)}",
                 "output_dir=unused",
             ]
             cfg = compose("export", take_over("export", overrides)[0])
-            row["ranking"] = rank_queries(trained.network, calibration_images(cfg, RANKING_IMAGES)).tolist()
+            network = cast(PEM, shorten(trained.network, variant.decoder_layers))
+            row["ranking"] = rank_queries(network, calibration_images(cfg, RANKING_IMAGES)).tolist()
             self.save()
         return row["ranking"]
 
@@ -331,9 +333,10 @@ def report(study: Study, whole: Variant, variants: Sequence[Variant]) -> str:
         rows.append(cells)
     facts = f"{metric} of the validation images; latency of one image up to the logits"
     notes = []
-    if ranking := study.row(whole).get("ranking"):
-        numbers = ",".join(map(str, ranking))
-        notes.append(f"Queries by what they contribute, the most useful first: [{numbers}]")
+    for variant in variants:
+        if ranking := study.row(variant).get("ranking"):
+            numbers = ",".join(map(str, ranking))
+            notes.append(f"{variant.name}: queries by what they contribute, the most useful first: [{numbers}]")
     return "\n\n".join([common.describe(facts, study.options), common.table(columns, rows), *notes]) + "\n"
 
 

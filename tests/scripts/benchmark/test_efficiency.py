@@ -96,6 +96,10 @@ def test_variants_compute_what_they_are_called(trained, done, tmp_path):
     early = load(tmp_path / "tiny__1_layers.ckpt").network(images)
     assert torch.equal(early.mask_logits, shorten(network, 1)(images).mask_logits)
     assert load(tmp_path / "tiny__12_queries.ckpt").network(images).class_logits.shape[1] == 12
+    rows = json.loads((tmp_path / "efficiency.json").read_text())
+    rankings = {name: row["ranking"] for name, row in rows.items() if "ranking" in row}
+    assert set(rankings) == {"tiny: as trained", "tiny: 1 layers"}  # what a query does depends on the layers before
+    assert all(sorted(ranking) == list(range(20)) for ranking in rankings.values())
 
 
 @pytest.mark.parametrize(
