@@ -138,7 +138,7 @@ class TestShipped:
             read_weights("camvit")
 
     def test_a_training_starts_from_it(self):
-        network = build_pem("efficientnet_lite0", num_classes=1, num_layers=3, num_queries=50)
+        network = build_pem("efficientnet_lite0", num_classes=1, num_layers=3, num_queries=50, mask_features="levels")
         report = load_weights(network, "camvid", DatasetInfo.from_dict({"name": "toy", "classes": list(CLASSES)}))
         assert len(report.loaded) > 400
         assert all("class_head" in name for name in report.reinitialized)
