@@ -97,16 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _is_empty(folder: Path) -> bool:
-    """Whether nothing of the user's is in a folder."""
-    return all(map(is_system_file, folder.iterdir()))
-
-
 def import_data(kind: str, source: Path, destination: Path, *, semantic: bool, val_share: float) -> None:
     """Read a data set of another format and write it as ours, all of it or nothing."""
     if not source.is_dir():
         raise UserError(f"{source} is no folder: give the one that the annotation tool exported")
-    if destination.exists() and (not destination.is_dir() or not _is_empty(destination)):
+    if destination.exists() and (not destination.is_dir() or not all(map(is_system_file, destination.iterdir()))):
         raise UserError(f"{destination} exists and is not empty: give a new folder")
     if not 0 < val_share < 1:
         raise UserError(f"--val {val_share} is no share: give a number between 0 and 1")
